@@ -54,5 +54,7 @@ macro_rules! debug {
 /// Adds a number to the plugin's counter of that name: `metric!("skipped", 1.0)`.
 #[macro_export]
 macro_rules! metric {
-    ($name:expr, $value:expr) => { $crate::log::metric($name, $value) };
+    ($name:expr, $value:expr) => {
+        $crate::log::metric($name, $value)
+    };
 }

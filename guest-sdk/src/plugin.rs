@@ -5,7 +5,9 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use wire::ImageBuilder;
-use wire::abi::{CONFIGURE_BYTES, Configure, Configured, DESCRIPTOR_BYTES, MAX_BATCH, Read, decode_schema, encode_schema};
+use wire::abi::{
+    CONFIGURE_BYTES, Configure, Configured, DESCRIPTOR_BYTES, MAX_BATCH, Read, decode_schema, encode_schema,
+};
 
 pub use wire::abi::ABI;
 
@@ -129,6 +131,11 @@ impl<P: Describe> Plugin<P> {
         }
         let rows = self.rows.insert(rows);
         u64::from(rows.bytes.as_ptr() as usize as u32) | (rows.bytes.len() as u64) << 32
+    }
+
+    /// What the last transform answered.
+    pub fn output(&self) -> &[u8] {
+        self.rows.as_ref().map_or(&[], |rows| &rows.bytes)
     }
 
     fn setup(&self, handle: u32, n: u32) -> Option<&Setup<P::Params>> {

@@ -14,6 +14,7 @@ use wire::abi::{ColumnType, DESCRIPTOR_BYTES, Descriptor, Read};
 use wire::image::SLOT_BYTES;
 use wire::value::{Kind, Type};
 
+use crate::manifest::column_type;
 use crate::number::{Decimal, Number};
 use crate::raw::Window;
 
@@ -56,7 +57,11 @@ impl<'a> Row<'a> {
     /// All columns of the input, in its order.
     pub fn columns(&self) -> impl Iterator<Item = (&'a str, Cell<'a>)> {
         let row = *self;
-        row.input.schema.columns.iter().map(move |column| (column.name.as_str(), row.cell(read_of(column.id, column.ty))))
+        row.input
+            .schema
+            .columns
+            .iter()
+            .map(move |column| (column.name.as_str(), row.cell(read_of(column.id, column.ty))))
     }
 
     #[inline]
@@ -332,11 +337,19 @@ impl ColumnSpec {
             ColumnType::Text => is(&[Kind::Text]),
             ColumnType::Bytes => is(&[Kind::Bytes]),
             ColumnType::Uuid => is(&[Kind::Uuid]),
-            ColumnType::Any => read.kind <= Kind::Uuid as u8,
+            ColumnType::Any => usize::from(read.kind) < KINDS.len(),
         };
-        if fits { Ok(()) } else { Err(alloc::format!("column `{}` has kind {}, not {:?}", self.name, read.kind, self.ty)) }
+        if fits { Ok(()) } else { Err(self.refuse(read)) }
+    }
+
+    fn refuse(&self, read: Read) -> String {
+        let found = KINDS.get(usize::from(read.kind)).unwrap_or(&"of an unknown kind");
+        alloc::format!("column `{}` is {found}, and the plugin reads {}", self.name, column_type(self.ty))
     }
 }
+
+/// Names of the [`Kind`]s, by number.
+const KINDS: [&str; 7] = ["bool", "int", "float", "decimal", "text", "bytes", "uuid"];
 
 /// A field of a `#[derive(Row)]` struct; only [`Column`] is one.
 #[diagnostic::on_unimplemented(

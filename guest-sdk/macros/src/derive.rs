@@ -12,7 +12,10 @@ const MAX_COLUMNS: usize = 1024;
 
 pub fn params(input: DeriveInput) -> Result<TokenStream> {
     if !input.generics.params.is_empty() {
-        return Err(Error::new_spanned(&input.generics, "parameters own their values: the struct can have no generics"));
+        return Err(Error::new_spanned(
+            &input.generics,
+            "parameters own their values: the struct can have no generics",
+        ));
     }
     let ident = &input.ident;
     let (mut manifest, mut reads, mut checks) = (Vec::new(), Vec::new(), Vec::new());
@@ -31,7 +34,8 @@ pub fn params(input: DeriveInput) -> Result<TokenStream> {
             }
             None => quote!(<#ty as ::guest_sdk::params::ParamValue>::NO_DEFAULT),
         };
-        let doc = text::doc(&field.attrs).map(|doc| format!(",\"doc\":{}", text::json_string(&doc))).unwrap_or_default();
+        let doc =
+            text::doc(&field.attrs).map(|doc| format!(",\"doc\":{}", text::json_string(&doc))).unwrap_or_default();
         let tail = format!("{doc}}}}}\n");
         manifest.push(quote_spanned! {span=>
             #head, <#ty as ::guest_sdk::params::ParamValue>::TYPE, "\"", #default_part, #tail

@@ -15,7 +15,9 @@ use syn::parse_macro_input;
 
 #[proc_macro_attribute]
 pub fn filter(arguments: TokenStream, item: TokenStream) -> TokenStream {
-    plugin::expand(plugin::Kind::Filter, arguments.into(), item.into()).unwrap_or_else(|e| e.into_compile_error()).into()
+    plugin::expand(plugin::Kind::Filter, arguments.into(), item.into())
+        .unwrap_or_else(|e| e.into_compile_error())
+        .into()
 }
 
 #[proc_macro_attribute]

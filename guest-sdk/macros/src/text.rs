@@ -67,5 +67,8 @@ fn json_float(digits: &str) -> String {
 }
 
 fn not_a_default(default: &Expr) -> Error {
-    Error::new_spanned(default, "a default is a literal: true, 15, -1.5 or \"text\"; the manifest is read without running code")
+    Error::new_spanned(
+        default,
+        "a default is a literal: true, 15, -1.5 or \"text\"; the manifest is read without running code",
+    )
 }
