@@ -40,7 +40,7 @@ pub fn params(input: DeriveInput) -> Result<TokenStream> {
         manifest.push(quote_spanned! {span=>
             #head, <#ty as ::guest_sdk::params::ParamValue>::TYPE, "\"", #default_part, #tail
         });
-        reads.push(quote!(#field_ident: values.get(#i, #name)?));
+        reads.push(quote_spanned!(span=> #field_ident: values.get(#i, #name)?));
     }
     Ok(quote! {
         const _: () = {

@@ -137,11 +137,11 @@ fn describe(signature: &Signature) -> TokenStream {
 
 fn filter(function: &ItemFn, signature: &Signature) -> TokenStream {
     let call = call(function, signature);
-    let output = &signature.output;
+    let (params, output) = (signature.params(), &signature.output);
     let verdict = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Verdict>::verdict(answer));
     quote! {
         impl ::guest_sdk::plugin::Describe for Plugin {
-            type Params = Parameters;
+            type Params = #params;
             const READS: &'static [::guest_sdk::row::ColumnSpec] = READS;
         }
         impl ::guest_sdk::plugin::Filter for Plugin {
@@ -159,12 +159,12 @@ fn filter(function: &ItemFn, signature: &Signature) -> TokenStream {
 
 fn transform(function: &ItemFn, signature: &Signature) -> TokenStream {
     let call = call(function, signature);
-    let output = &signature.output;
+    let (params, output) = (signature.params(), &signature.output);
     let columns = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Transformed>::COLUMNS);
     let write = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Transformed>::write(answer, image));
     quote! {
         impl ::guest_sdk::plugin::Describe for Plugin {
-            type Params = Parameters;
+            type Params = #params;
             const READS: &'static [::guest_sdk::row::ColumnSpec] = READS;
             const OUTPUT: &'static [(&'static str, ::guest_sdk::__private::Type, bool)] = #columns;
         }
