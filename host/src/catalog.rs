@@ -1,0 +1,252 @@
+//! What exists: namespaces, tables with their columns, plugins. An immutable snapshot with a version.
+//!
+//! No I/O here: `store` persists it and hands out a new [`Catalog`] with every catalog commit; `sql` plans against one
+//! snapshot from start to end.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use wire::abi::ManifestLine;
+use wire::{ColumnDecl, Kind, Schema, Type, Value};
+
+pub const DEFAULT_NAMESPACE: &str = "main";
+
+/// A namespace's short id in keys and frames; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NamespaceId(pub u32);
+
+/// A table's short id in keys and frames; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TableId(pub u32);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TableKind {
+    /// One set of rows.
+    Shared,
+    /// Each user has only their own rows.
+    User,
+}
+
+impl TableKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            TableKind::Shared => "shared",
+            TableKind::User => "user",
+        }
+    }
+}
+
+/// What a column gets when an INSERT does not name it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DefaultValue {
+    Literal(Value),
+    Now,
+    Uuid,
+    CurrentUser,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Column {
+    /// The slot in row images; never reused within the table.
+    pub id: u16,
+    pub name: String,
+    pub ty: Type,
+    pub nullable: bool,
+    pub default: Option<DefaultValue>,
+}
+
+/// One table at one schema version.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Table {
+    pub id: TableId,
+    pub namespace: NamespaceId,
+    pub namespace_name: String,
+    pub name: String,
+    pub kind: TableKind,
+    pub schema_version: u32,
+    /// In the order they are shown.
+    pub columns: Vec<Column>,
+    /// Column ids of the primary key, in key order; never empty.
+    pub key: Vec<u16>,
+    /// The key is the hidden-from-INSERT column `_id` (time-ordered UUID), because none was declared.
+    pub generated_key: bool,
+}
+
+/// The name of the key column of a table without a declared primary key.
+pub const GENERATED_KEY: &str = "_id";
+
+impl Table {
+    pub fn column(&self, name: &str) -> Option<&Column> {
+        self.columns.iter().find(|column| column.name == name)
+    }
+
+    pub fn column_by_id(&self, id: u16) -> Option<&Column> {
+        self.columns.iter().find(|column| column.id == id)
+    }
+
+    /// Slots of a row image: one more than the highest column id.
+    pub fn slots(&self) -> u16 {
+        self.columns.iter().map(|column| column.id + 1).max().unwrap_or(0)
+    }
+
+    /// The physical kind of every slot, by column id.
+    pub fn kinds(&self) -> Vec<Kind> {
+        let mut kinds = vec![Kind::Int; usize::from(self.slots())];
+        for column in &self.columns {
+            kinds[usize::from(column.id)] = column.ty.kind();
+        }
+        kinds
+    }
+
+    pub fn is_key(&self, id: u16) -> bool {
+        self.key.contains(&id)
+    }
+
+    /// What plugins and clients are told of the table.
+    pub fn schema(&self) -> Schema {
+        let columns = self.columns.iter().map(|column| self.declare(column)).collect();
+        Schema { columns }
+    }
+
+    /// The key columns alone, in key order.
+    pub fn key_schema(&self) -> Schema {
+        let columns =
+            self.key.iter().filter_map(|id| self.column_by_id(*id)).map(|column| self.declare(column)).collect();
+        Schema { columns }
+    }
+
+    fn declare(&self, column: &Column) -> ColumnDecl {
+        ColumnDecl {
+            id: column.id,
+            name: column.name.clone(),
+            ty: column.ty,
+            nullable: column.nullable,
+            key: self.is_key(column.id),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PluginKind {
+    RowFilter,
+    RowTransform,
+}
+
+impl PluginKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PluginKind::RowFilter => "row_filter",
+            PluginKind::RowTransform => "row_transform",
+        }
+    }
+}
+
+/// One uploaded version of a plugin. Its bytes are in the store, under the hash.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plugin {
+    pub namespace: NamespaceId,
+    pub namespace_name: String,
+    pub name: String,
+    /// 1, 2, … per name; never reused.
+    pub version: u32,
+    /// Lower-case hex of the uploaded bytes (after WAT is turned into wasm).
+    pub sha256: String,
+    pub kind: PluginKind,
+    pub abi: u32,
+    pub manifest: Vec<ManifestLine>,
+    /// Bytes of the module.
+    pub size: u64,
+    /// Microseconds since 1970.
+    pub uploaded_at: i64,
+    pub uploaded_by: String,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Namespace {
+    pub id: NamespaceId,
+    pub name: String,
+    /// By table name.
+    pub tables: BTreeMap<String, Arc<Table>>,
+    /// By plugin name: the versions in ascending order; the last is active.
+    pub plugins: BTreeMap<String, Vec<Arc<Plugin>>>,
+}
+
+/// One immutable snapshot.
+#[derive(Clone, Debug, Default)]
+pub struct Catalog {
+    /// Rises with every change of the catalog.
+    pub version: u64,
+    namespaces: BTreeMap<String, Namespace>,
+    tables: HashMap<TableId, Arc<Table>>,
+    /// The next id of a namespace, table; kept so that a dropped id never comes back.
+    pub next_namespace: u32,
+    pub next_table: u32,
+}
+
+impl Catalog {
+    pub fn namespace(&self, name: &str) -> Option<&Namespace> {
+        self.namespaces.get(name)
+    }
+
+    pub fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
+        self.namespaces.values()
+    }
+
+    pub fn table(&self, namespace: &str, name: &str) -> Option<&Arc<Table>> {
+        self.namespaces.get(namespace)?.tables.get(name)
+    }
+
+    pub fn table_by_id(&self, id: TableId) -> Option<&Arc<Table>> {
+        self.tables.get(&id)
+    }
+
+    /// The active version of a plugin.
+    pub fn plugin(&self, namespace: &str, name: &str) -> Option<&Arc<Plugin>> {
+        self.namespaces.get(namespace)?.plugins.get(name)?.last()
+    }
+
+    pub fn put_namespace(&mut self, id: NamespaceId, name: &str) {
+        let namespace = Namespace { id, name: name.to_owned(), tables: BTreeMap::new(), plugins: BTreeMap::new() };
+        self.namespaces.entry(name.to_owned()).or_insert(namespace);
+        self.next_namespace = self.next_namespace.max(id.0 + 1);
+    }
+
+    pub fn drop_namespace(&mut self, name: &str) {
+        if let Some(namespace) = self.namespaces.remove(name) {
+            for table in namespace.tables.values() {
+                self.tables.remove(&table.id);
+            }
+        }
+    }
+
+    pub fn put_table(&mut self, table: Arc<Table>) {
+        self.next_table = self.next_table.max(table.id.0 + 1);
+        if let Some(namespace) = self.namespaces.get_mut(&table.namespace_name) {
+            namespace.tables.insert(table.name.clone(), table.clone());
+            self.tables.insert(table.id, table);
+        }
+    }
+
+    pub fn drop_table(&mut self, id: TableId) {
+        if let Some(table) = self.tables.remove(&id)
+            && let Some(namespace) = self.namespaces.get_mut(&table.namespace_name)
+        {
+            namespace.tables.remove(&table.name);
+        }
+    }
+
+    pub fn put_plugin(&mut self, plugin: Arc<Plugin>) {
+        if let Some(namespace) = self.namespaces.get_mut(&plugin.namespace_name) {
+            let versions = namespace.plugins.entry(plugin.name.clone()).or_default();
+            versions.retain(|version| version.version != plugin.version);
+            versions.push(plugin);
+            versions.sort_by_key(|version| version.version);
+        }
+    }
+
+    pub fn drop_plugin(&mut self, namespace: &str, name: &str) {
+        if let Some(namespace) = self.namespaces.get_mut(namespace) {
+            namespace.plugins.remove(name);
+        }
+    }
+}

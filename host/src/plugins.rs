@@ -1,0 +1,136 @@
+//! wasmtime: engine, upload checks, instances with their window, pipelines, limits.
+
+pub mod abi;
+pub mod engine;
+pub mod pipeline;
+pub mod registry;
+pub mod window;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use wire::abi::ManifestLine;
+use wire::{ImageRef, Schema};
+
+use crate::catalog::PluginKind;
+
+/// Checked limits of plugins.
+#[derive(Clone, Debug)]
+pub struct PluginOptions {
+    /// Bytes of a namespace's ring; a power of two, ≥ 64 KiB.
+    pub ring_bytes: u32,
+    /// Bytes of the part of the window that one worker writes for itself.
+    pub worker_bytes: u32,
+    pub module_bytes: usize,
+    /// Linear memory beside the window.
+    pub memory_bytes: usize,
+    pub stack_bytes: usize,
+    pub table_elements: usize,
+    /// CPU time of one batch; the wall limit is ten times it.
+    pub batch_time: Duration,
+    /// CPU time of instantiation, start, `_initialize`, configure (each).
+    pub init_time: Duration,
+    pub output_bytes: usize,
+    pub log_bytes: usize,
+    pub compile_time: Duration,
+    pub workers: usize,
+    pub instances_per_worker: usize,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PluginError {
+    /// The module is refused at upload: why, and what to do. 422.
+    #[error("{0}")]
+    Refused(String),
+    /// Parameters or columns do not fit. 400.
+    #[error("{0}")]
+    Params(String),
+    /// The guest failed while running: `index` is the row of the batch where known.
+    #[error("plugin {plugin}: {message}")]
+    Fault { plugin: String, cause: FaultCause, index: Option<usize>, message: String },
+    /// Our side: memory, mapping, a poisoned worker.
+    #[error("plugin host: {0}")]
+    Host(String),
+}
+
+/// Why a guest failed; also the label in metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FaultCause {
+    Trap,
+    Deadline,
+    Memory,
+    Output,
+    WindowWrite,
+    Failed,
+    Abi,
+}
+
+impl FaultCause {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            FaultCause::Trap => "trap",
+            FaultCause::Deadline => "deadline",
+            FaultCause::Memory => "memory",
+            FaultCause::Output => "output",
+            FaultCause::WindowWrite => "window_write",
+            FaultCause::Failed => "failed",
+            FaultCause::Abi => "abi",
+        }
+    }
+}
+
+/// What an upload turned out to be.
+#[derive(Clone, Debug)]
+pub struct Inspected {
+    /// The module as wasm (WAT already translated).
+    pub wasm: Bytes,
+    pub sha256: String,
+    pub kind: PluginKind,
+    pub abi: u32,
+    pub manifest: Vec<ManifestLine>,
+}
+
+/// One stage of a pipeline: which module with which parameters (JSON object text).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Stage {
+    pub name: String,
+    pub version: u32,
+    pub sha256: String,
+    pub params: String,
+}
+
+/// The rows of one call, where they lie, and whether the ring has them.
+pub struct Rows<'a> {
+    /// Set for live changes: the commit whose shared section `base` is; the ring may hold the same bytes.
+    pub commit: Option<crate::store::Seq>,
+    /// Bytes that the places count from.
+    pub base: &'a [u8],
+    pub places: &'a [wire::image::ImageAt],
+}
+
+/// What came out of a pipeline, one entry per row that went in.
+#[derive(Debug, Default)]
+pub struct Piped {
+    pub keep: Vec<bool>,
+    /// With a transform: for every row that was kept, in order, its output image; else the input stands.
+    pub output: Option<Vec<Vec<u8>>>,
+}
+
+impl Piped {
+    /// The kept output rows as images.
+    pub fn images(&self) -> Vec<ImageRef<'_>> {
+        self.output.iter().flatten().filter_map(|bytes| ImageRef::parse(bytes).ok()).map(|(image, ..)| image).collect()
+    }
+}
+
+/// A configured pipeline of one worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PipelineId(pub u64);
+
+/// What opening a pipeline told.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    pub id: PipelineId,
+    /// The output columns of the last transform; `None` when all stages are filters.
+    pub output: Option<Schema>,
+}

@@ -1,0 +1,1 @@
+//! The engine, compiled modules, and one store per instance with its limits.

@@ -1,0 +1,137 @@
+//! DataFusion: the token gate, planning, streaming scans, DML as change sets, compiled live predicates.
+
+pub mod arrow;
+pub mod dml;
+pub mod gate;
+pub mod live;
+pub mod provider;
+pub mod session;
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ::arrow::record_batch::RecordBatch;
+use futures::Stream;
+use wire::{Scope, Type, Value};
+
+use crate::catalog::{Catalog, TableId};
+use crate::store::snapshot::Snapshot;
+use crate::store::{CatalogWrite, RowWrite, StoreError};
+
+/// Checked limits of the SQL engine.
+#[derive(Clone, Debug)]
+pub struct SqlOptions {
+    /// Bytes all running queries may hold together.
+    pub memory_bytes: usize,
+    /// Bytes all running queries may spill to disk together.
+    pub spill_bytes: u64,
+    pub spill_dir: std::path::PathBuf,
+    pub deadline: Duration,
+    pub batch_rows: usize,
+    pub target_partitions: usize,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SqlError {
+    /// Not SQL, or a name that does not exist, or types that do not fit: `position` is a byte offset where known.
+    #[error("{message}")]
+    Invalid { code: &'static str, message: String, position: Option<usize> },
+    /// Valid SQL that Tidegate does not do: refused by name.
+    #[error("{what} is not supported{}", hint.as_deref().map(|h| format!(": {h}")).unwrap_or_default())]
+    Unsupported { what: String, hint: Option<String>, position: Option<usize> },
+    /// NOT NULL, duplicate key, value out of range…
+    #[error("{message}")]
+    Constraint { code: &'static str, message: String },
+    #[error("{0}")]
+    Forbidden(String),
+    /// A limit was reached: which, and how to stay under it.
+    #[error("{0}")]
+    Limit(String),
+    #[error("the query ran longer than {0:?} and was stopped")]
+    Deadline(Duration),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Our own bug: the details go to the log.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// A column of a result or live stream, with its SQL type.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OutputColumn {
+    pub name: String,
+    pub ty: Type,
+}
+
+/// Everything one request brings: identity, snapshot, parameters. Travels to scans as an extension of the task context.
+#[derive(Clone)]
+pub struct RequestEnv {
+    pub catalog: Arc<Catalog>,
+    pub snapshot: Snapshot,
+    /// Default namespace of unqualified names.
+    pub namespace: String,
+    pub user: Arc<str>,
+    pub params: Arc<Vec<Param>>,
+    /// Writes of earlier statements of the same transaction, seen by later ones.
+    pub overlay: Arc<Overlay>,
+    /// `now()` for the whole request, microseconds since 1970.
+    pub now: i64,
+}
+
+/// A parameter as it came over HTTP; typed by what it is compared with or stored into.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Param {
+    Null,
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Text(String),
+}
+
+/// Uncommitted rows of a running transaction: new image, or `None` for a deleted row; by encoded key.
+#[derive(Clone, Debug, Default)]
+pub struct Overlay {
+    pub rows: BTreeMap<(TableId, Scope), BTreeMap<Vec<u8>, Option<Vec<u8>>>>,
+}
+
+/// A parsed, classified statement. Construct with [`session::Sql::parse`].
+#[derive(Debug, Clone)]
+pub struct Statement {
+    pub kind: StatementKind,
+    pub(crate) ast: Box<datafusion::sql::sqlparser::ast::Statement>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StatementKind {
+    Query,
+    Dml,
+    Ddl,
+}
+
+/// A running query.
+pub struct RowStream {
+    pub columns: Vec<OutputColumn>,
+    pub batches: Pin<Box<dyn Stream<Item = Result<RecordBatch, SqlError>> + Send>>,
+}
+
+/// What a DML statement does: the rows to write, in order; at most one per key.
+#[derive(Debug, Default)]
+pub struct ChangeSet {
+    pub writes: Vec<RowWrite>,
+    pub affected: u64,
+}
+
+/// What a DDL statement does; empty when IF [NOT] EXISTS made it a no-op.
+#[derive(Debug, Default)]
+pub struct DdlPlan {
+    pub writes: Vec<CatalogWrite>,
+    /// The namespace the commit belongs to.
+    pub namespace: Option<crate::catalog::NamespaceId>,
+    /// For the audit log and the answer.
+    pub summary: String,
+}
+
+/// Alias kept short in signatures.
+pub type Values = Vec<Value>;
