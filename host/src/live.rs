@@ -6,6 +6,7 @@
 
 pub mod event;
 pub mod group;
+pub mod position;
 pub mod subscription;
 pub mod tail;
 pub mod worker;
@@ -107,6 +108,8 @@ pub struct GroupSpec {
     /// The output schema of the pipeline's last transform.
     pub output: Option<Schema>,
     pub old: OldMode,
+    /// The history that positions of this group belong to.
+    pub epoch: crate::store::Epoch,
     /// Suffix of a position after `epoch` and `seq`: plan, schema version, pipeline.
     pub fingerprint: String,
 }
