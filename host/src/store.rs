@@ -81,6 +81,20 @@ pub enum CatalogWrite {
     DropPlugin { namespace: String, name: String },
 }
 
+impl CatalogWrite {
+    /// Makes the write's change to a catalog in memory.
+    pub fn apply(&self, catalog: &mut Catalog) {
+        match self {
+            CatalogWrite::PutNamespace { id, name } => catalog.put_namespace(*id, name),
+            CatalogWrite::DropNamespace { name } => catalog.drop_namespace(name),
+            CatalogWrite::PutTable(table) => catalog.put_table(table.clone()),
+            CatalogWrite::DropTable(id) => catalog.drop_table(*id),
+            CatalogWrite::PutPlugin { plugin, .. } => catalog.put_plugin(plugin.clone()),
+            CatalogWrite::DropPlugin { namespace, name } => catalog.drop_plugin(namespace, name),
+        }
+    }
+}
+
 /// What is to be written, all or nothing, as one commit.
 #[derive(Clone, Debug)]
 pub struct Transaction {

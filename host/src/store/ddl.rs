@@ -33,14 +33,7 @@ pub(super) fn stage(
     for write in &transaction.catalog {
         check_catalog_write(&catalog, write)?;
         catalog_events(&catalog, write, frame);
-        match write {
-            CatalogWrite::PutNamespace { id, name } => catalog.put_namespace(*id, name),
-            CatalogWrite::DropNamespace { name } => catalog.drop_namespace(name),
-            CatalogWrite::PutTable(table) => catalog.put_table(table.clone()),
-            CatalogWrite::DropTable(id) => catalog.drop_table(*id),
-            CatalogWrite::PutPlugin { plugin, .. } => catalog.put_plugin(plugin.clone()),
-            CatalogWrite::DropPlugin { namespace, name } => catalog.drop_plugin(namespace, name),
-        }
+        write.apply(&mut catalog);
     }
     let records = catalog_records(transaction, &catalog)?;
     Ok(Some(StagedCatalog { after: Arc::new(catalog), records }))
