@@ -22,6 +22,15 @@ impl Decimal {
         value
     }
 
+    /// Kept out of line: 128-bit division is long, and most columns are no decimals.
+    #[inline(never)]
+    fn compare(self, other: i64) -> Ordering {
+        match self.floor() {
+            Some((whole, rest)) => whole.cmp(&i128::from(other)).then(rest.cmp(&false)),
+            None => self.unscaled.cmp(&0),
+        }
+    }
+
     /// Whole part (rounded down) and whether anything is left of it; `None` when it is over every i128.
     fn floor(self) -> Option<(i128, bool)> {
         let power = 10i128.checked_pow(u32::from(self.scale.unsigned_abs()));
@@ -54,6 +63,7 @@ pub enum Number {
 
 impl Number {
     /// The nearest float, or one beside it.
+    #[inline]
     pub fn to_f64(self) -> f64 {
         match self {
             Number::Int(value) => value as f64,
@@ -64,31 +74,32 @@ impl Number {
 }
 
 impl PartialEq<i64> for Number {
+    #[inline]
     fn eq(&self, other: &i64) -> bool {
         self.partial_cmp(other) == Some(Ordering::Equal)
     }
 }
 
 impl PartialOrd<i64> for Number {
+    #[inline]
     fn partial_cmp(&self, other: &i64) -> Option<Ordering> {
         match *self {
             Number::Int(value) => Some(value.cmp(other)),
             Number::Float(value) => float_to_int(value, *other),
-            Number::Decimal(value) => Some(match value.floor() {
-                Some((whole, rest)) => whole.cmp(&i128::from(*other)).then(rest.cmp(&false)),
-                None => value.unscaled.cmp(&0),
-            }),
+            Number::Decimal(value) => Some(value.compare(*other)),
         }
     }
 }
 
 impl PartialEq<f64> for Number {
+    #[inline]
     fn eq(&self, other: &f64) -> bool {
         self.partial_cmp(other) == Some(Ordering::Equal)
     }
 }
 
 impl PartialOrd<f64> for Number {
+    #[inline]
     fn partial_cmp(&self, other: &f64) -> Option<Ordering> {
         match *self {
             Number::Int(value) => float_to_int(*other, value).map(Ordering::reverse),
@@ -99,6 +110,7 @@ impl PartialOrd<f64> for Number {
 }
 
 /// Converting the integer to a float first would call 2^53 and 2^53 + 1 equal.
+#[inline]
 fn float_to_int(float: f64, int: i64) -> Option<Ordering> {
     // 2^63, the first float over every i64.
     const LIMIT: f64 = 9_223_372_036_854_775_808.0;

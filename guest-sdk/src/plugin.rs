@@ -179,5 +179,5 @@ fn resolve<P: Describe>(window: Window<'_>, configure: Configure) -> Result<Vec<
 #[cfg(target_arch = "wasm32")]
 pub(crate) fn report_panics() {
     #[cfg(feature = "std")]
-    std::panic::set_hook(alloc::boxed::Box::new(|info| host::fail(-1, &info.to_string())));
+    std::panic::set_hook(alloc::boxed::Box::new(|info| host::fail(-1, &info.to_string().replace('\n', " "))));
 }

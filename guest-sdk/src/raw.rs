@@ -3,7 +3,7 @@
 //!
 //! Why loads from the window are sound although the host writes there:
 //!
-//! - The window is memory of this guest's own allocator ([`open_window`]), never freed, and nothing in the guest
+//! - The window is memory of this guest's own allocator (`open_window`), never freed, and nothing in the guest
 //!   writes to it. Its address went out to the host, so the compiler must assume that calls change its bytes.
 //! - The host leases the bytes of a batch to the guest for the time of one call: they do not change before the call
 //!   returns, and every reference made here is bound to [`Window`]'s lifetime, which ends with the call.

@@ -2,9 +2,9 @@
 //! they are documented. The code they write is thin: it implements the SDK's traits and leaves types to be checked
 //! there, so that errors point at the user's own lines.
 //!
-//! - [`plugin`]: the attributes on functions.
-//! - [`derive`](mod@derive): the derives on structs.
-//! - [`text`]: doc comments, names and defaults as manifest text.
+//! - `plugin`: the attributes on functions.
+//! - `derive`: the derives on structs.
+//! - `text`: doc comments, names and defaults as manifest text.
 
 mod derive;
 mod plugin;
