@@ -7,7 +7,7 @@ use rocksdb::{DB, WriteBatch};
 use wire::{CatalogEvent, FrameBuilder};
 
 use super::keys::{successor, table_prefix};
-use super::{CatalogWrite, CommitError, DEFAULT_FAMILY, ROW_FAMILIES, StoreError, Transaction, family, meta};
+use super::{CatalogWrite, CommitError, DEFAULT_FAMILY, StoreError, Transaction, family, meta, row_family};
 use crate::catalog::{Catalog, Plugin, Table};
 
 /// Key and value in the `default` family.
@@ -48,9 +48,7 @@ fn check_catalog_write(catalog: &Catalog, write: &CatalogWrite) -> Result<(), Co
         CatalogWrite::DropNamespace { name } => catalog.namespace(name).is_some(),
         CatalogWrite::PutTable(table) => {
             let place = catalog.namespace(&table.namespace_name).is_some_and(|found| found.id == table.namespace);
-            let same_name = catalog.table(&table.namespace_name, &table.name).is_none_or(|found| found.id == table.id);
-            let id = table.id.0 >= catalog.next_table || catalog.table_by_id(table.id).is_some();
-            place && same_name && id && !table.key.is_empty()
+            place && !table.key.is_empty() && admits_table(catalog, table)
         }
         CatalogWrite::DropTable(id) => catalog.table_by_id(*id).is_some(),
         CatalogWrite::PutPlugin { plugin, .. } => {
@@ -59,6 +57,14 @@ fn check_catalog_write(catalog: &Catalog, write: &CatalogWrite) -> Result<(), Co
         CatalogWrite::DropPlugin { namespace, name } => catalog.plugin(namespace, name).is_some(),
     };
     if fine { Ok(()) } else { Err(CommitError::Invalid(format!("the catalog does not admit {}", describe(write)))) }
+}
+
+/// A new table has a new id and a free name; another version of a table keeps both and has a higher schema version.
+fn admits_table(catalog: &Catalog, table: &Table) -> bool {
+    match catalog.table(&table.namespace_name, &table.name) {
+        Some(found) => found.id == table.id && found.schema_version < table.schema_version,
+        None => table.id.0 >= catalog.next_table,
+    }
 }
 
 fn describe(write: &CatalogWrite) -> String {
@@ -152,11 +158,10 @@ fn same_plugin(a: &Plugin, b: &Plugin) -> bool {
     (a.namespace, a.version, &a.name) == (b.namespace, b.version, &b.name)
 }
 
-/// One range in each family that could hold the table's rows: for all users at once.
+/// One range for the rows of all users.
 fn delete_rows(db: &DB, batch: &mut WriteBatch, table: &Table) {
     let from = table_prefix(table.namespace, table.id);
-    let Some(to) = successor(&from) else { return };
-    for name in ROW_FAMILIES {
-        batch.delete_range_cf(family(db, name), &from, &to);
+    if let Some(to) = successor(&from) {
+        batch.delete_range_cf(row_family(db, table.kind), from, to);
     }
 }

@@ -1,6 +1,7 @@
 //! The store as its users see it, on a real directory.
 
 use std::collections::BTreeMap;
+use std::io::BufRead;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -409,6 +410,85 @@ fn rows_survive_flushes_and_compaction_behind_the_prefix_bloom() {
     check();
     let (_, cache, _) = store.memory();
     assert!(cache > 0, "blocks are read through the shared cache");
+}
+
+/// The write-ahead log with commits in it.
+fn write_ahead_log(path: &Path) -> std::path::PathBuf {
+    let logs = std::fs::read_dir(path.join("db")).unwrap().map(|entry| entry.unwrap().path());
+    logs.filter(|path| path.extension().is_some_and(|end| end == "log")).max().unwrap()
+}
+
+#[test]
+fn a_torn_end_is_forgiven_and_damage_before_it_is_not() {
+    let (dir, store, table) = with_table(table(1));
+    for id in 0..10 {
+        put(&store, &table, id, Some("x"));
+    }
+    let applied = store.applied();
+
+    let torn = crash(dir.path());
+    let path = write_ahead_log(torn.path());
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 3).unwrap();
+    let reopened = open_with(&options(torn.path()));
+    assert_eq!(reopened.applied(), Seq(applied.0 - 1));
+    assert_eq!((all(&reopened, &table).len(), log(&reopened.snapshot(), Seq(0)).unwrap().len()), (9, 10));
+
+    let damaged = crash(dir.path());
+    let path = write_ahead_log(damaged.path());
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x55;
+    std::fs::write(&path, bytes).unwrap();
+    let error = Store::open(&options(damaged.path())).err().unwrap();
+    assert!(matches!(error, StoreError::Corrupt(_)), "{error}");
+}
+
+#[test]
+fn a_failed_store_refuses_writes_and_still_reads() {
+    let (dir, store, table) = with_table(table(1));
+    let seq = put(&store, &table, 1, Some("a"));
+    store.inner.fail("a commit could not be written: on purpose".to_owned());
+    assert!(store.failed());
+    let refused = commit(&store, seq, vec![write(&store.snapshot(), &table, &Scope::Shared, 2, Some("b"))]);
+    let told = refused.unwrap_err().to_string();
+    assert!(told.contains("on purpose") && told.contains("restart"), "{told}");
+    assert!(store.meta_put("k", b"v").is_err());
+    assert_eq!(all(&store, &table), [(1, "a".to_owned())]);
+    store.close();
+    drop(store);
+    assert_eq!(all(&open_with(&options(dir.path())), &table), [(1, "a".to_owned())]);
+}
+
+const HELD: &str = "TIDEGATE_TEST_HELD_DIRECTORY";
+
+/// The other process of the next test: holds the directory until its standard input ends.
+#[test]
+fn holds_a_directory_for_another_test() {
+    let Some(path) = std::env::var_os(HELD) else { return };
+    let _store = Store::open(&options(Path::new(&path))).unwrap();
+    println!("{HELD}");
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+}
+
+#[test]
+fn the_directory_belongs_to_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut other = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "store::tests::holds_a_directory_for_another_test", "--nocapture"])
+        .env(HELD, dir.path())
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = std::io::BufReader::new(other.stdout.take().unwrap()).lines();
+    assert!(said.any(|line| line.unwrap().contains(HELD)));
+    let refused = Store::open(&options(dir.path())).err().unwrap();
+    assert!(matches!(refused, StoreError::Locked(_)), "{refused}");
+    // As after kill -9.
+    other.kill().unwrap();
+    other.wait().unwrap();
+    Store::open(&options(dir.path())).unwrap();
 }
 
 #[test]
