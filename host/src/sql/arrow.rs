@@ -14,8 +14,7 @@ use ::arrow::array::{
 use ::arrow::compute::{CastOptions, cast_with_options};
 use ::arrow::datatypes::{
     DataType, Date32Type, Decimal128Type, Field, Float32Type, Float64Type, Int16Type, Int32Type, Int64Type,
-    Schema as ArrowSchema,
-    SchemaRef, Time64MicrosecondType, TimeUnit, TimestampMicrosecondType,
+    Schema as ArrowSchema, SchemaRef, Time64MicrosecondType, TimeUnit, TimestampMicrosecondType,
 };
 use ::arrow::record_batch::{RecordBatch, RecordBatchOptions};
 use ::arrow::util::display::{ArrayFormatter, FormatOptions};
@@ -99,7 +98,8 @@ pub(crate) fn output_type(field: &Field) -> Type {
         DataType::UInt64 => Type::Decimal { precision: 20, scale: 0 },
         DataType::Float16 | DataType::Float32 => Type::Real,
         DataType::Float64 => Type::Double,
-        DataType::Decimal32(precision, scale) | DataType::Decimal64(precision, scale)
+        DataType::Decimal32(precision, scale)
+        | DataType::Decimal64(precision, scale)
         | DataType::Decimal128(precision, scale) => Type::Decimal { precision: *precision, scale: *scale },
         DataType::Decimal256(precision, scale) if *precision <= 38 => {
             Type::Decimal { precision: *precision, scale: *scale }
@@ -125,7 +125,11 @@ pub(crate) fn output_schema(columns: &[OutputColumn]) -> SchemaRef {
 }
 
 /// A result batch with exactly the Arrow types of its output columns.
-pub(crate) fn to_output(columns: &[OutputColumn], schema: &SchemaRef, batch: RecordBatch) -> Result<RecordBatch, SqlError> {
+pub(crate) fn to_output(
+    columns: &[OutputColumn],
+    schema: &SchemaRef,
+    batch: RecordBatch,
+) -> Result<RecordBatch, SqlError> {
     let rows = batch.num_rows();
     let arrays = batch.columns().iter().zip(columns).map(|(array, column)| output_array(array, column.ty));
     batch_of(schema, arrays.collect::<Result<_, SqlError>>()?, rows)
@@ -177,7 +181,8 @@ fn json_at(array: &ArrayRef, row: usize) -> Result<serde_json::Value, SqlError> 
         DataType::Map(..) => list(Arc::new(array.as_map().value(row))),
         DataType::Struct(fields) => {
             let columns = array.as_struct().columns();
-            let members = fields.iter().zip(columns).map(|(field, column)| Ok((field.name().clone(), json_at(column, row)?)));
+            let members =
+                fields.iter().zip(columns).map(|(field, column)| Ok((field.name().clone(), json_at(column, row)?)));
             members.collect::<Result<serde_json::Map<_, _>, SqlError>>().map(Json::Object)
         }
         ty => {
@@ -386,9 +391,9 @@ pub(crate) fn cast_for(target: &CastTarget<'_>, array: &ArrayRef) -> Result<Arra
     }
     let text = matches!(from, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
     match target.ty {
-        Type::Uuid if text => cast_text(target, array, |text| {
-            Uuid::parse_str(text).ok().map(|uuid| uuid.hyphenated().to_string())
-        }),
+        Type::Uuid if text => {
+            cast_text(target, array, |text| Uuid::parse_str(text).ok().map(|uuid| uuid.hyphenated().to_string()))
+        }
         Type::Json if text => cast_text(target, array, |text| {
             serde_json::from_str::<serde::de::IgnoredAny>(text).ok().map(|_| text.to_owned())
         }),
@@ -443,8 +448,9 @@ fn trimmed(ty: Type, array: &ArrayRef) -> ArrayRef {
     if ty == Type::Text {
         return array.clone();
     }
-    let texts: StringArray =
-        (0..array.len()).map(|row| if array.is_null(row) { None } else { string_at(array, row).map(str::trim) }).collect();
+    let texts: StringArray = (0..array.len())
+        .map(|row| if array.is_null(row) { None } else { string_at(array, row).map(str::trim) })
+        .collect();
     Arc::new(texts)
 }
 

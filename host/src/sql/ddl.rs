@@ -4,11 +4,12 @@
 
 use std::sync::Arc;
 
-use ::arrow::array::{Array, ArrayRef, BinaryArray, BooleanArray, StringArray};
+use ::arrow::array::{ArrayRef, BinaryArray, BooleanArray, StringArray};
 use datafusion::sql::sqlparser::ast::helpers::stmt_create_table::CreateTableBuilder;
 use datafusion::sql::sqlparser::ast::{
     self, ColumnDef, ColumnOption, CreateTable, CreateTableOptions, DataType, ExactNumberInfo, Expr, FunctionArguments,
-    Ident, IndexColumn, ObjectName, ObjectType, PrimaryKeyConstraint, SchemaName, SqlOption, TableConstraint, UnaryOperator,
+    Ident, IndexColumn, ObjectName, ObjectType, PrimaryKeyConstraint, SchemaName, SqlOption, TableConstraint,
+    UnaryOperator,
 };
 use wire::image::MAX_COLUMNS;
 use wire::{Type, Value};
@@ -239,7 +240,10 @@ impl Ddl<'_> {
             }
         }
         if keys.len() > 1 {
-            return Err(SqlError::invalid("syntax", "a table has one primary key: for several columns, PRIMARY KEY (a, b)"));
+            return Err(SqlError::invalid(
+                "syntax",
+                "a table has one primary key: for several columns, PRIMARY KEY (a, b)",
+            ));
         }
         Ok(keys.pop().unwrap_or_default())
     }
@@ -351,7 +355,9 @@ fn table_kind(options: &CreateTableOptions) -> Result<TableKind, SqlError> {
         kind = Some(match value.map(|value| value.to_lowercase()).as_deref() {
             Some("shared") => TableKind::Shared,
             Some("user") => TableKind::User,
-            Some("stream") => return Err(SqlError::unsupported("the table type 'stream'", Some("use 'shared' or 'user'"))),
+            Some("stream") => {
+                return Err(SqlError::unsupported("the table type 'stream'", Some("use 'shared' or 'user'")));
+            }
             _ => return Err(SqlError::invalid("option", "the table type is 'shared' or 'user'")),
         });
     }
@@ -389,7 +395,9 @@ fn column_type(ty: &DataType) -> Result<Type, SqlError> {
         DataType::Real | DataType::Float4 => Type::Real,
         DataType::Double(ExactNumberInfo::None) | DataType::DoublePrecision | DataType::Float8 => Type::Double,
         DataType::Decimal(digits) | DataType::Numeric(digits) | DataType::Dec(digits) => decimal(digits)?,
-        DataType::Text | DataType::Varchar(None) | DataType::String(None) | DataType::CharacterVarying(None) => Type::Text,
+        DataType::Text | DataType::Varchar(None) | DataType::String(None) | DataType::CharacterVarying(None) => {
+            Type::Text
+        }
         DataType::Bytea => Type::Bytea,
         DataType::Date => Type::Date,
         DataType::Time(None, ast::TimezoneInfo::None | ast::TimezoneInfo::WithoutTimeZone) => Type::Time,

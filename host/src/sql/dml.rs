@@ -166,11 +166,7 @@ fn settable(name: &ObjectName, table: &Table, text: &str) -> Result<Column, SqlE
     Ok(column.clone())
 }
 
-fn assignments(
-    assignments: &[Assignment],
-    table: &Table,
-    text: &str,
-) -> Result<(Vec<Column>, Vec<Expr>), SqlError> {
+fn assignments(assignments: &[Assignment], table: &Table, text: &str) -> Result<(Vec<Column>, Vec<Expr>), SqlError> {
     let mut columns: Vec<Column> = Vec::new();
     let mut values = Vec::new();
     for assignment in assignments {
@@ -400,7 +396,9 @@ impl<'a> Changes<'a> {
                 let set = columns.iter().position(|set| set.id == column.id);
                 let value = match set {
                     Some(at) => value_at(&values[at], row, column.ty),
-                    None => image.value(column.id, column.ty).map_err(|error| StoreError::Corrupt(error.to_string()))?,
+                    None => {
+                        image.value(column.id, column.ty).map_err(|error| StoreError::Corrupt(error.to_string()))?
+                    }
                 };
                 if set.is_some() {
                     check_null(&table, column, &value)?;
@@ -475,8 +473,13 @@ impl<'a> Changes<'a> {
     }
 
     fn duplicate(&self, key: &[Value]) -> SqlError {
-        let columns: Vec<&str> =
-            self.table.key.iter().filter_map(|id| self.table.column_by_id(*id)).map(|column| column.name.as_str()).collect();
+        let columns: Vec<&str> = self
+            .table
+            .key
+            .iter()
+            .filter_map(|id| self.table.column_by_id(*id))
+            .map(|column| column.name.as_str())
+            .collect();
         let values: Vec<String> = self
             .table
             .key
@@ -496,9 +499,8 @@ impl<'a> Changes<'a> {
 }
 
 fn cast_columns(arrays: &[ArrayRef], columns: &[Column]) -> Result<Vec<ArrayRef>, SqlError> {
-    let cast = |(array, column): (&ArrayRef, &Column)| {
-        cast_for(&CastTarget { name: &column.name, ty: column.ty }, array)
-    };
+    let cast =
+        |(array, column): (&ArrayRef, &Column)| cast_for(&CastTarget { name: &column.name, ty: column.ty }, array);
     arrays.iter().zip(columns).map(cast).collect()
 }
 

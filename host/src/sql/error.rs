@@ -72,9 +72,9 @@ pub(crate) fn from_datafusion(error: DataFusionError, text: &str) -> SqlError {
             Err(cause) => SqlError::Internal(cause.to_string()),
         },
         DataFusionError::Diagnostic(diagnostic, cause) => {
-            let position = diagnostic.span.and_then(|span| {
-                offset(text, Location { line: span.start.line, column: span.start.column })
-            });
+            let position = diagnostic
+                .span
+                .and_then(|span| offset(text, Location { line: span.start.line, column: span.start.column }));
             from_datafusion(*cause, text).at(position)
         }
         DataFusionError::Context(_, cause) => from_datafusion(*cause, text),
@@ -139,9 +139,7 @@ pub(crate) fn from_arrow(error: ::arrow::error::ArrowError) -> SqlError {
     match error {
         ArrowError::DivideByZero => SqlError::invalid("division_by_zero", "division by zero"),
         ArrowError::ArithmeticOverflow(message) => SqlError::constraint("out_of_range", message),
-        ArrowError::CastError(message) | ArrowError::ParseError(message) => {
-            SqlError::invalid("type_mismatch", message)
-        }
+        ArrowError::CastError(message) | ArrowError::ParseError(message) => SqlError::invalid("type_mismatch", message),
         ArrowError::ComputeError(message) | ArrowError::InvalidArgumentError(message) => {
             SqlError::invalid("evaluation", message)
         }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use ::arrow::array::{Array, ArrayRef, AsArray, Int64Array};
 use ::arrow::datatypes::{DataType, Field, FieldRef};
 use datafusion::common::{Result, ScalarValue, internal_err};
-use datafusion::execution::session_state::SessionStateBuilder;
 use datafusion::execution::SessionStateDefaults;
+use datafusion::execution::session_state::SessionStateBuilder;
 use datafusion::logical_expr::simplify::{ExprSimplifyResult, SimplifyContext};
 use datafusion::logical_expr::{
     AggregateUDF, ColumnarValue, Expr, ReturnFieldArgs, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature,
@@ -92,10 +92,14 @@ struct Capped {
 impl Capped {
     fn check(&self, args: &ScalarFunctionArgs) -> Result<()> {
         let rows = args.number_rows;
-        let arrays: Vec<ArrayRef> = args.args.iter().map(|arg| match arg {
-            ColumnarValue::Array(array) => Ok(array.clone()),
-            ColumnarValue::Scalar(value) => value.to_array_of_size(1),
-        }).collect::<Result<_>>()?;
+        let arrays: Vec<ArrayRef> = args
+            .args
+            .iter()
+            .map(|arg| match arg {
+                ColumnarValue::Array(array) => Ok(array.clone()),
+                ColumnarValue::Scalar(value) => value.to_array_of_size(1),
+            })
+            .collect::<Result<_>>()?;
         // Scalars alone are one value, whatever the number of rows says.
         let rows = if args.args.iter().all(|arg| matches!(arg, ColumnarValue::Scalar(_))) { 1 } else { rows };
         let mut total = 0usize;
@@ -120,7 +124,9 @@ impl Capped {
         let length = args.first().and_then(|array| text_length(array, row)).unwrap_or(0);
         match self.growth {
             Growth::Repeat => length.saturating_mul(args.get(1).and_then(|array| count_at(array, row)).unwrap_or(0)),
-            Growth::Pad => length.max(args.get(1).and_then(|array| count_at(array, row)).unwrap_or(0).saturating_mul(4)),
+            Growth::Pad => {
+                length.max(args.get(1).and_then(|array| count_at(array, row)).unwrap_or(0).saturating_mul(4))
+            }
             Growth::Replace => {
                 let by = args.get(2).and_then(|array| text_length(array, row)).unwrap_or(0);
                 length.saturating_add((length + 1).saturating_mul(by))

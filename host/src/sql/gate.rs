@@ -39,9 +39,9 @@ pub(crate) fn check(text: &str) -> Result<Gated, SqlError> {
     if text.len() > MAX_TEXT {
         return Err(SqlError::Limit(format!("the SQL text has {} bytes, more than {MAX_TEXT}", text.len())));
     }
-    let tokens = Tokenizer::new(&GenericDialect {}, text).tokenize_with_location().map_err(|error| {
-        SqlError::invalid("syntax", error.message).at(offset(text, error.location))
-    })?;
+    let tokens = Tokenizer::new(&GenericDialect {}, text)
+        .tokenize_with_location()
+        .map_err(|error| SqlError::invalid("syntax", error.message).at(offset(text, error.location)))?;
     let mut tokens: Vec<TokenWithSpan> =
         tokens.into_iter().filter(|token| !matches!(token.token, Token::Whitespace(_))).collect();
     if tokens.len() > MAX_TOKENS {
@@ -184,9 +184,22 @@ impl Gate {
                 top.term_max = top.term_max.max(top.term);
                 top.term = 0;
             }
-            Keyword::NOT | Keyword::IS | Keyword::LIKE | Keyword::ILIKE | Keyword::SIMILAR | Keyword::RLIKE
-            | Keyword::REGEXP | Keyword::BETWEEN | Keyword::IN | Keyword::COLLATE | Keyword::AT | Keyword::DIV
-            | Keyword::OPERATOR | Keyword::INTERVAL | Keyword::ESCAPE | Keyword::OVERLAPS => self.top().term += 1,
+            Keyword::NOT
+            | Keyword::IS
+            | Keyword::LIKE
+            | Keyword::ILIKE
+            | Keyword::SIMILAR
+            | Keyword::RLIKE
+            | Keyword::REGEXP
+            | Keyword::BETWEEN
+            | Keyword::IN
+            | Keyword::COLLATE
+            | Keyword::AT
+            | Keyword::DIV
+            | Keyword::OPERATOR
+            | Keyword::INTERVAL
+            | Keyword::ESCAPE
+            | Keyword::OVERLAPS => self.top().term += 1,
             Keyword::CASE => self.open(LevelKind::Case)?,
             Keyword::END if self.top().kind == LevelKind::Case => self.close(),
             Keyword::UNION | Keyword::INTERSECT | Keyword::EXCEPT | Keyword::MINUS if followed_by_query(tokens, at) => {
@@ -204,10 +217,17 @@ impl Gate {
                 bound(self.ctes, MAX_CTES, "common table expressions (WITH)")?;
             }
             Keyword::FROM => self.clause(true),
-            Keyword::SELECT | Keyword::WHERE | Keyword::GROUP | Keyword::HAVING | Keyword::ORDER | Keyword::LIMIT
-            | Keyword::OFFSET | Keyword::QUALIFY | Keyword::WINDOW | Keyword::SET | Keyword::VALUES => {
-                self.clause(false)
-            }
+            Keyword::SELECT
+            | Keyword::WHERE
+            | Keyword::GROUP
+            | Keyword::HAVING
+            | Keyword::ORDER
+            | Keyword::LIMIT
+            | Keyword::OFFSET
+            | Keyword::QUALIFY
+            | Keyword::WINDOW
+            | Keyword::SET
+            | Keyword::VALUES => self.clause(false),
             // After ON a comma is a join still.
             Keyword::ON | Keyword::WHEN | Keyword::THEN | Keyword::ELSE => self.clause(self.top_ref().from),
             _ => {}
@@ -322,7 +342,9 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
     let names: Vec<String> = tokens.iter().take(3).map_while(plain_word).collect();
     let position = offset(text, tokens[0].span.start);
     let Some(first) = names.first() else {
-        return Err(SqlError::invalid("syntax", format!("a statement cannot start with {}", tokens[0].token)).at(position));
+        return Err(
+            SqlError::invalid("syntax", format!("a statement cannot start with {}", tokens[0].token)).at(position)
+        );
     };
     if keyword_at(tokens, 0) == Keyword::NoKeyword {
         return Err(SqlError::invalid("syntax", format!("a statement cannot start with {first}")).at(position));
@@ -382,7 +404,10 @@ mod tests {
             ("create namespace x", "ok"),
             ("drop schema if exists x", "ok"),
             ("", "ok"),
-            ("COPY t TO '/etc/passwd'", "COPY is not supported: the server reads and writes no files; send rows over HTTP"),
+            (
+                "COPY t TO '/etc/passwd'",
+                "COPY is not supported: the server reads and writes no files; send rows over HTTP",
+            ),
             ("SELECT 1; set a = 1", "SET is not supported: settings belong to the server's configuration"),
             ("CREATE EXTERNAL TABLE t STORED AS CSV LOCATION 'x'", "CREATE EXTERNAL is not supported"),
             ("CREATE OR REPLACE VIEW v AS SELECT 1", "CREATE OR REPLACE is not supported"),
@@ -424,8 +449,17 @@ mod tests {
         let cases = |n: usize| format!("SELECT {}1{}", "CASE WHEN a THEN ".repeat(n), " END".repeat(n));
         let queries = |n: usize| format!("SELECT {}1{}", "(SELECT ".repeat(n), ")".repeat(n));
         let good = [
-            chain(400, "+"), chain(400, " OR a = "), nested(50), list(1000), unions(16), joins(8), commas(8), ctes(16),
-            cases(8), queries(8), format!("SELECT {}", vec!["a+b"; 3000].join(",")),
+            chain(400, "+"),
+            chain(400, " OR a = "),
+            nested(50),
+            list(1000),
+            unions(16),
+            joins(8),
+            commas(8),
+            ctes(16),
+            cases(8),
+            queries(8),
+            format!("SELECT {}", vec!["a+b"; 3000].join(",")),
             format!("INSERT INTO t VALUES {}", vec!["(1,-2.5,'x')"; 1500].join(",")),
             "SELECT a, b, c, d, e, f, g, h, i, j, k FROM t ORDER BY a, b, c, d, e, f, g, h, i, j".to_owned(),
         ];
@@ -441,7 +475,10 @@ mod tests {
             (format!("SELECT a{}", "::int".repeat(460)), "operators in one chain"),
             (format!("SELECT a{}", "[1]".repeat(460)), "operators in one chain"),
             (format!("SELECT * FROM a JOIN b ON true{}", ", t".repeat(9)), "joins"),
-            (format!("SELECT {}1{}", format!("({}", "1+".repeat(100)).repeat(10), ")".repeat(10)), "operators in one chain"),
+            (
+                format!("SELECT {}1{}", format!("({}", "1+".repeat(100)).repeat(10), ")".repeat(10)),
+                "operators in one chain",
+            ),
             (nested(51), "levels of nesting"),
             (list(1001), "values in an IN list"),
             (unions(17), "arms of UNION"),

@@ -60,7 +60,9 @@ impl LivePlan {
     pub fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, SqlError> {
         let Some(predicate) = &self.predicate else { return Ok(vec![true; rows.len()]) };
         let arrays = predicate.evaluate(rows)?;
-        let [verdicts] = arrays.as_slice() else { return Err(SqlError::Internal("one predicate, many results".into())) };
+        let [verdicts] = arrays.as_slice() else {
+            return Err(SqlError::Internal("one predicate, many results".into()));
+        };
         let verdicts = verdicts
             .as_boolean_opt()
             .ok_or_else(|| SqlError::Internal(format!("a predicate of type {}", verdicts.data_type())))?;
@@ -185,7 +187,10 @@ impl Parts {
         let parts = Parts { predicate, projection: projection.expr };
         for expr in parts.predicate.iter().chain(&parts.projection) {
             let sub_query = |expr: &Expr| {
-                Ok(matches!(expr, Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_)))
+                Ok(matches!(
+                    expr,
+                    Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_)
+                ))
             };
             if expr.exists(sub_query).map_err(|error| from_datafusion(error, ""))? {
                 return Err(SqlError::unsupported("a sub-query in a live query", None));

@@ -20,9 +20,7 @@ use datafusion::physical_expr::expressions::Column as PhysicalColumn;
 use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr, PhysicalSortExpr};
 use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
 use datafusion::physical_plan::stream::RecordBatchReceiverStreamBuilder;
-use datafusion::physical_plan::{
-    DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties,
-};
+use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
 use futures::future::BoxFuture;
 use tokio::sync::mpsc::Sender;
 use wire::{ColumnDecl, ImageRef, Scope};
@@ -168,7 +166,12 @@ impl DisplayAs for ScanExec {
     fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter) -> fmt::Result {
         let columns: Vec<&str> = self.columns.iter().map(|column| column.name.as_str()).collect();
         let Table { namespace_name, name, .. } = &*self.table;
-        write!(f, "TableScan: {namespace_name}.{name}, keys=[{}], columns=[{}]", self.ranges.shown, columns.join(", "))?;
+        write!(
+            f,
+            "TableScan: {namespace_name}.{name}, keys=[{}], columns=[{}]",
+            self.ranges.shown,
+            columns.join(", ")
+        )?;
         match self.limit {
             Some(limit) => write!(f, ", limit={limit}"),
             None => Ok(()),

@@ -138,7 +138,9 @@ fn limits(column: &Column, conjuncts: &[&Expr]) -> Limits {
     for conjunct in conjuncts {
         match conjunct {
             Expr::BinaryExpr(BinaryExpr { left, op, right }) => {
-                if is_column(left, column) && let Some(value) = literal(right, column) {
+                if is_column(left, column)
+                    && let Some(value) = literal(right, column)
+                {
                     limits.compare(*op, value);
                 } else if is_column(right, column)
                     && let (Some(value), Some(op)) = (literal(left, column), op.swap())

@@ -74,7 +74,7 @@ impl Sql {
             })
             .await?;
         let mut changes = dml::Changes::new(target, &env, self.engine.state.runtime_env());
-        let mut stream = self.engine.start(plan, env, &statement.text)?;
+        let mut stream = self.engine.start(plan, env.clone(), &statement.text)?;
         let deadline = started + self.engine.options.deadline;
         while let Some(batch) = tokio::time::timeout_at(deadline.into(), stream.next())
             .await
@@ -149,12 +149,7 @@ impl Engine {
     }
 
     /// SQL to an execution plan for one execution. The logical plan before `bind` is what could be kept.
-    fn plan(
-        &self,
-        query: ast::Statement,
-        env: &RequestEnv,
-        text: &str,
-    ) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
+    fn plan(&self, query: ast::Statement, env: &RequestEnv, text: &str) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
         let logical = self.logical(query, env).and_then(|plan| bind(plan, env));
         let physical = logical.and_then(|plan| self.optimize(plan)).and_then(|plan| {
             let planner = self.state.query_planner();

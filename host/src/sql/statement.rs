@@ -29,8 +29,7 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Statement>, SqlError> {
 
 fn parse_gated(text: &str, gated: Gated) -> Result<Vec<Statement>, SqlError> {
     let dialect = GenericDialect {};
-    let mut parser =
-        Parser::new(&dialect).with_recursion_limit(PARSER_DEPTH).with_tokens_with_locations(gated.tokens);
+    let mut parser = Parser::new(&dialect).with_recursion_limit(PARSER_DEPTH).with_tokens_with_locations(gated.tokens);
     let statements = parser.parse_statements().map_err(|error| from_parser(error, text))?;
     let text: Arc<str> = text.into();
     statements.into_iter().map(|statement| classify(statement, &text)).collect()
@@ -105,10 +104,8 @@ impl Visitor for Unsupported<'_> {
     type Break = SqlError;
 
     fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<SqlError> {
-        let dml = matches!(
-            &*query.body,
-            SetExpr::Insert(_) | SetExpr::Update(_) | SetExpr::Delete(_) | SetExpr::Merge(_)
-        );
+        let dml =
+            matches!(&*query.body, SetExpr::Insert(_) | SetExpr::Update(_) | SetExpr::Delete(_) | SetExpr::Merge(_));
         self.refuse_first(
             &[
                 (dml, "INSERT, UPDATE or DELETE inside a query"),
@@ -147,7 +144,16 @@ impl Visitor for Unsupported<'_> {
     fn pre_visit_table_factor(&mut self, factor: &TableFactor) -> ControlFlow<SqlError> {
         match factor {
             TableFactor::Table {
-                name, args, with_hints, version, with_ordinality, partitions, json_path, sample, index_hints, ..
+                name,
+                args,
+                with_hints,
+                version,
+                with_ordinality,
+                partitions,
+                json_path,
+                sample,
+                index_hints,
+                ..
             } => {
                 let span = name.0.first().and_then(|part| part.as_ident()).map(|ident| ident.span);
                 if args.is_some() {
