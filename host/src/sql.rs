@@ -14,6 +14,8 @@ pub mod provider;
 pub mod range;
 pub mod session;
 pub mod statement;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -123,8 +125,11 @@ pub enum StatementKind {
 /// A running query. Every column of a batch has exactly the Arrow type of its [`OutputColumn`] ([`arrow::arrow_type`]).
 pub struct RowStream {
     pub columns: Vec<OutputColumn>,
-    pub batches: Pin<Box<dyn Stream<Item = Result<RecordBatch, SqlError>> + Send>>,
+    pub batches: Batches,
 }
+
+/// The rows of a query as they are made; an error is the last item.
+pub type Batches = Pin<Box<dyn Stream<Item = Result<RecordBatch, SqlError>> + Send>>;
 
 /// What a DML statement does: the rows to write, in order; at most one per key.
 #[derive(Debug, Default)]
