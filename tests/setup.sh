@@ -2,7 +2,6 @@
 #
 #   setup             a C++ compiler, libclang, curl and a Rust toolchain, also for WebAssembly; installs what is missing
 #   build_programs    the server and the other programs, in the one profile
-#   build_plugin DIR  the plugin whose crate DIR is; sets $WASM
 #   build_plugins     every plugin of plugins/, to $PLUGINS
 #
 # Sets $ROOT, $CARGO_TARGET_DIR, $TIDEGATE (the server's binary) and $PLUGINS (a folder of .wasm and .wat).
@@ -192,33 +191,34 @@ build_programs() {
     (cd "$ROOT" && cargo build --locked) || die "the build failed; what the compiler said is above"
 }
 
-# Builds one plugin's crate, the folder $1; sets $WASM to the module. Own target folder: the two ways of compiling for
-# WebAssembly must not undo each other's or the server's work.
-build_plugin() {
-    folder=$(CDPATH= cd -- "$1" && pwd) && [ -f "$folder/Cargo.toml" ] || die "$1 is no folder with a Cargo.toml"
-    WASM=$CARGO_TARGET_DIR/wasm/wasm32-unknown-unknown/release/$(basename "$folder" | tr - _).wasm
-    # A plugin that is a workspace of its own has its own Cargo.lock, at first none.
-    locked=--locked
-    ! grep -q '^\[workspace\]' "$folder/Cargo.toml" || locked=
-    # $locked is one word or none.
-    # shellcheck disable=SC2086
+# Compiles for WebAssembly whatever the arguments name to cargo, in the current folder. Own target folder: the two ways
+# must not undo each other's or the server's work.
+cargo_wasm() {
     (
-        cd "$folder" && CARGO_TARGET_DIR=$CARGO_TARGET_DIR/wasm && unset CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS &&
-            if [ "$WASM_BY" = rustup ]; then
-                RUSTFLAGS= cargo build -q $locked --release --target wasm32-unknown-unknown
-            else
-                RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Clinker=$(wasm_linker)" /usr/bin/cargo build -q \
-                    $locked --release -Z build-std=std,panic_abort --target wasm32-unknown-unknown
-            fi
-    ) || die "$1 did not build; what the compiler said is above"
-    [ -f "$WASM" ] || die "$1 built, but made no $WASM: its package has to be named as its folder, crate-type cdylib"
+        CARGO_TARGET_DIR=$CARGO_TARGET_DIR/wasm && unset CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS
+        if [ "$WASM_BY" = rustup ]; then
+            RUSTFLAGS= cargo build -q --release --target wasm32-unknown-unknown "$@"
+        else
+            RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Clinker=$(wasm_linker)" /usr/bin/cargo build -q \
+                --release -Z build-std=std,panic_abort --target wasm32-unknown-unknown "$@"
+        fi
+    )
 }
 
 build_plugins() {
+    names=
+    for manifest in "$ROOT"/plugins/*/Cargo.toml; do
+        # One with a workspace of its own is somebody's own plugin (plugins/build.sh).
+        grep -q '^\[workspace\]' "$manifest" || names="$names -p $(basename "$(dirname "$manifest")")"
+    done
+    # $names is a list of words.
+    # shellcheck disable=SC2086
+    (cd "$ROOT" && cargo_wasm --locked $names) || die "the plugins did not build; what the compiler said is above"
     mkdir -p "$PLUGINS"
     for manifest in "$ROOT"/plugins/*/Cargo.toml; do
-        build_plugin "$(dirname "$manifest")"
-        place "$WASM"
+        name=$(basename "$(dirname "$manifest")" | tr - _)
+        grep -q '^\[workspace\]' "$manifest" && continue
+        place "$CARGO_TARGET_DIR/wasm/wasm32-unknown-unknown/release/$name.wasm"
     done
     for text in "$ROOT"/plugins/*/*.wat; do
         if [ -e "$text" ]; then place "$text"; fi

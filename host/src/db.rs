@@ -118,19 +118,38 @@ pub enum ResyncReason {
 /// The next thing of a live stream, to be framed by `http`.
 #[derive(Debug)]
 pub enum LiveOutput {
-    Start { live_id: String, columns: Vec<OutputColumn>, key: Vec<String>, from: Option<String> },
+    Start {
+        live_id: String,
+        columns: Vec<OutputColumn>,
+        key: Vec<String>,
+        from: Option<String>,
+    },
     /// Framed by the [`Encoder`] already.
     Encoded(Bytes),
-    UpToDate { position: String, seq: Seq },
+    UpToDate {
+        position: String,
+        seq: Seq,
+    },
     Resync(ResyncReason),
     /// The pipeline failed; the stream waits for another version of the plugin.
-    PluginError { plugin: String, version: u32, cause: String, message: String, seq: Seq },
+    PluginError {
+        plugin: String,
+        version: u32,
+        cause: String,
+        message: String,
+        seq: Seq,
+    },
     /// The stream waits (for another version of a failed plugin): a sign of life without a position.
     Waiting,
     /// A row could not be evaluated: the stream ends.
-    Failed { message: String },
+    Failed {
+        message: String,
+    },
     /// The stream ends, and why.
-    Closed { code: &'static str, message: String },
+    Closed {
+        code: &'static str,
+        message: String,
+    },
 }
 
 /// What a plugin upload answers.

@@ -62,13 +62,7 @@ impl Pipelines for WorkerPipelines {
         Ok(id)
     }
 
-    fn run(
-        &mut self,
-        id: u64,
-        commit: Option<Seq>,
-        base: &[u8],
-        places: &[ImageAt],
-    ) -> Result<Piped, PipelineFault> {
+    fn run(&mut self, id: u64, commit: Option<Seq>, base: &[u8], places: &[ImageAt]) -> Result<Piped, PipelineFault> {
         let rows = Rows { commit, base, places };
         let stages = self.stages.get(&id).map_or(&[][..], Vec::as_slice);
         let piped = self.worker.run(PipelineId(id), rows).map_err(|error| fault(error, stages))?;

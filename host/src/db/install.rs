@@ -15,7 +15,13 @@ const TRIES: u32 = 8;
 
 impl Db {
     /// Checks the module, tries an instance of it, and makes it the active version. Nothing changes when it is refused.
-    pub async fn install(&self, who: &Identity, namespace: &str, name: &str, body: Bytes) -> Result<Installed, DbError> {
+    pub async fn install(
+        &self,
+        who: &Identity,
+        namespace: &str,
+        name: &str,
+        body: Bytes,
+    ) -> Result<Installed, DbError> {
         self.check_open()?;
         may_install(who)?;
         check_name(name)?;
@@ -136,7 +142,5 @@ fn check_name(name: &str) -> Result<(), DbError> {
     if fits {
         return Ok(());
     }
-    Err(DbError::BadRequest(format!(
-        "\"{name}\" cannot name a plugin: 1 to 64 of a-z, 0-9, _ and - are allowed"
-    )))
+    Err(DbError::BadRequest(format!("\"{name}\" cannot name a plugin: 1 to 64 of a-z, 0-9, _ and - are allowed")))
 }

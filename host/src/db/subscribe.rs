@@ -96,7 +96,9 @@ impl Db {
                 false => db.inner.plugins.check(table.namespace, &stages, &table.schema())?,
             };
             let columns = match &output {
-                Some(schema) => schema.columns.iter().map(|c| OutputColumn { name: c.name.clone(), ty: c.ty }).collect(),
+                Some(schema) => {
+                    schema.columns.iter().map(|c| OutputColumn { name: c.name.clone(), ty: c.ty }).collect()
+                }
                 None => plan.columns.clone(),
             };
             let fingerprint = Fingerprint::new(&plan, &stages, request.old);
@@ -129,10 +131,12 @@ impl Db {
             return Ok((if request.snapshot { From::Snapshot } else { From::Now }, None));
         };
         let position: Position = text.parse().map_err(|_| {
-            DbError::BadRequest("the position (Last-Event-ID) is not one that this server gave; start without it".into())
+            DbError::BadRequest(
+                "the position (Last-Event-ID) is not one that this server gave; start without it".into(),
+            )
         })?;
         let resync = |reason| Ok((From::Snapshot, Some(reason)));
-        if position.epoch != self.inner.store.epoch() {
+        if position.epoch != spec.epoch.0 {
             return resync(ResyncReason::Epoch);
         }
         let mut theirs = position.fingerprint.split('.');
@@ -261,7 +265,13 @@ impl LiveStream {
         match reason {
             EndReason::PluginChanged { seq, .. } => self.state = State::Rejoin(Rejoin::Plugin(seq)),
             EndReason::Pipeline { fault, seq } => {
-                tracing::warn!(plugin = fault.plugin, version = fault.version, cause = fault.cause, seq = seq.0, "a plugin failed; its live stream waits");
+                tracing::warn!(
+                    plugin = fault.plugin,
+                    version = fault.version,
+                    cause = fault.cause,
+                    seq = seq.0,
+                    "a plugin failed; its live stream waits"
+                );
                 // Subscribed before the event is told, so that an upload right after it is not missed.
                 self.state = State::AwaitPlugin(self.db.inner.catalog_version.subscribe());
                 self.queue.push_back(LiveOutput::PluginError {
@@ -277,10 +287,9 @@ impl LiveStream {
                 code: "table_dropped",
                 message: format!("table \"{}\" was dropped", self.compiled.spec.table.name),
             }),
-            EndReason::PluginDropped { name } => self.end(LiveOutput::Closed {
-                code: "plugin_dropped",
-                message: format!("plugin \"{name}\" was deleted"),
-            }),
+            EndReason::PluginDropped { name } => self
+                .end(LiveOutput::Closed { code: "plugin_dropped", message: format!("plugin \"{name}\" was deleted") }),
+            EndReason::Store { message } => self.end(LiveOutput::Failed { message }),
             EndReason::Shutdown => self.end(LiveOutput::Closed {
                 code: "shutdown",
                 message: "the server is shutting down; connect again with the last id".into(),
@@ -295,7 +304,7 @@ impl LiveStream {
 
     fn position(&self, seq: Seq) -> String {
         let spec = &self.compiled.spec;
-        Position { epoch: spec.epoch, seq: seq.0, fingerprint: spec.fingerprint.clone() }.to_string()
+        Position { epoch: spec.epoch.0, seq: seq.0, fingerprint: spec.fingerprint.clone() }.to_string()
     }
 }
 
@@ -391,7 +400,11 @@ impl Fingerprint {
                 pipeline.update(part.as_bytes());
             }
         }
-        Fingerprint { plan: query.finalize().into(), schema: schema.finalize().into(), pipeline: pipeline.finalize().into() }
+        Fingerprint {
+            plan: query.finalize().into(),
+            schema: schema.finalize().into(),
+            pipeline: pipeline.finalize().into(),
+        }
     }
 
     fn text(&self) -> String {
