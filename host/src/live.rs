@@ -39,6 +39,8 @@ mod job;
 mod log;
 pub mod subscription;
 mod tail;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
