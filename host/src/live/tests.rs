@@ -543,6 +543,36 @@ async fn a_short_log_expires_but_never_leaves_a_hole() {
     }
 }
 
+/// The one race that matters: a commit between looking at the tail and going to sleep. A busy writer, and readers that
+/// look all the time, each on a thread of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn nothing_is_lost_between_looking_and_waiting() {
+    let mut world = World::new(options(), 1_000_000).await;
+    let mut readers = tokio::task::JoinSet::new();
+    for least in [0, 0, 1] {
+        let mut subscription = world.live.subscribe(world.spec(least, false), From::Now).await.unwrap();
+        readers.spawn(async move {
+            let mut inserts = 0;
+            loop {
+                match subscription.next().await {
+                    Delivery::Events { bytes, .. } => inserts += bytes.iter().filter(|byte| **byte == b'\n').count(),
+                    Delivery::UpToDate(_) => {}
+                    Delivery::End(EndReason::TableDropped) => return inserts,
+                    delivery => panic!("{delivery:?}"),
+                }
+            }
+        });
+    }
+    for id in 0..400 {
+        world.put(id, 5).await;
+    }
+    world.ddl(CatalogWrite::DropTable(world.table.id)).await;
+    while let Some(inserts) = readers.join_next().await {
+        assert_eq!(inserts.unwrap(), 400);
+    }
+    world.finish();
+}
+
 #[tokio::test]
 async fn equal_queries_are_evaluated_once() {
     let mut world = World::new(options(), 1000).await;
