@@ -543,8 +543,7 @@ async fn a_short_log_expires_but_never_leaves_a_hole() {
     }
 }
 
-/// The one race that matters: a commit between looking at the tail and going to sleep. A busy writer, and readers that
-/// look all the time, each on a thread of its own.
+/// A busy writer, and readers that look at the tail and go to sleep all the time, each on a thread of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn nothing_is_lost_between_looking_and_waiting() {
     let mut world = World::new(options(), 1_000_000).await;
