@@ -37,6 +37,7 @@ pub mod event;
 mod group;
 mod job;
 mod log;
+pub mod position;
 pub mod subscription;
 mod tail;
 #[cfg(test)]
@@ -145,6 +146,7 @@ pub struct GroupSpec {
     /// The output schema of the pipeline's last transform.
     pub output: Option<Schema>,
     pub old: OldMode,
+    /// The history that positions of this group belong to.
     /// Suffix of a position after `epoch` and `seq`: plan, schema version, pipeline.
     pub fingerprint: String,
     pub epoch: Epoch,

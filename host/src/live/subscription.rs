@@ -31,9 +31,10 @@ pub enum EndReason {
         seq: Seq,
     },
     TableDropped,
-    /// A plugin of the pipeline has another active version from this seq on.
+    /// A plugin of the pipeline has another active version; `seq` as above.
     PluginChanged {
         name: String,
+        seq: Seq,
     },
     PluginDropped {
         name: String,
@@ -52,6 +53,7 @@ impl EndReason {
         match self {
             EndReason::Pipeline { fault, .. } => EndReason::Pipeline { fault, seq: cursor },
             EndReason::Program { message, .. } => EndReason::Program { message, seq: cursor },
+            EndReason::PluginChanged { name, .. } => EndReason::PluginChanged { name, seq: cursor },
             other => other,
         }
     }

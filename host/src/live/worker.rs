@@ -435,7 +435,7 @@ impl Worker {
                 }
             }
             CatalogEvent::PluginActivated { name, version } => {
-                let end = GroupEnd::Reason(EndReason::PluginChanged { name: name.clone() });
+                let end = GroupEnd::Reason(EndReason::PluginChanged { name: name.clone(), seq: self.processed });
                 // A group opened with this very version was planned after the activation, by a faster thread.
                 self.end_where(&end, |spec| {
                     let stages = spec.stages.iter().filter(|_| spec.table.namespace == namespace);
