@@ -1,6 +1,7 @@
 //! Logs (text or JSON through `tracing`) and the metric registry. Knows no domain type.
 
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 
 /// All metrics of one server; no globals, so many servers fit in one test process. Names in `/metrics` start with `tidegate_`.
@@ -18,6 +19,8 @@ pub struct Metrics {
     pub plugin_nanos: Counter,
     pub plugin_failures: Counter,
     pub plugin_instances: Gauge,
+    /// Counters that plugins keep themselves, by plugin and name.
+    pub plugin_metrics: Family<Vec<(&'static str, String)>, Counter<f64>>,
     pub subscriptions: Gauge,
     pub groups: Gauge,
     /// Bytes of frames the rings hold now.
