@@ -148,3 +148,6 @@ pub struct Opened {
     /// The output columns of the last transform; `None` when all stages are filters.
     pub output: Option<Schema>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -95,25 +95,18 @@ impl Engine {
         if let Some(module) = self.modules().get(&checked.sha256) {
             return Ok(module);
         }
-        let (send, receive) = mpsc::sync_channel(1);
-        let (engine, linker, wasm) = (self.wasm.clone(), self.linker.clone(), checked.wasm.clone());
-        let job = move || {
-            let pre = Module::new(&engine, &wasm).and_then(|module| linker.instantiate_pre(&module));
-            drop(permit);
-            // The caller may have given up.
-            let _ = send.send(pre);
+        let receive = self.start_compiler(checked, permit)?;
+        let too_long = || {
+            PluginError::Refused(format!(
+                "the module takes longer than {} s to compile: make it smaller, or raise plugins.compile_time",
+                self.compile_time.as_secs_f32()
+            ))
         };
-        let thread = thread::Builder::new().name("plugin-compile".to_owned()).stack_size(COMPILER_STACK_BYTES);
-        thread.spawn(job).map_err(|error| PluginError::Host(format!("no thread to compile on: {error}")))?;
         let pre = match receive.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(_) if Instant::now() > deadline => return Err(too_long()),
             Ok(Ok(pre)) => pre,
             Ok(Err(error)) => return Err(PluginError::Refused(format!("the module does not compile: {error:#}"))),
-            Err(RecvTimeoutError::Timeout) => {
-                return Err(PluginError::Refused(format!(
-                    "the module takes longer than {} s to compile: make it smaller, or raise plugins.compile_time",
-                    self.compile_time.as_secs()
-                )));
-            }
+            Err(RecvTimeoutError::Timeout) => return Err(too_long()),
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(PluginError::Refused("the compiler failed on the module".to_owned()));
             }
@@ -128,10 +121,26 @@ impl Engine {
         Ok(module)
     }
 
+    fn start_compiler(&self, checked: &Checked, permit: Permit) -> Result<Receiver<CompileResult>, PluginError> {
+        let (send, receive) = mpsc::sync_channel(1);
+        let (engine, linker, wasm) = (self.wasm.clone(), self.linker.clone(), checked.wasm.clone());
+        let job = move || {
+            let pre = Module::new(&engine, &wasm).and_then(|module| linker.instantiate_pre(&module));
+            drop(permit);
+            // The caller may have given up.
+            let _ = send.send(pre);
+        };
+        let thread = thread::Builder::new().name("plugin-compile".to_owned()).stack_size(COMPILER_STACK_BYTES);
+        thread.spawn(job).map_err(|error| PluginError::Host(format!("no thread to compile on: {error}")))?;
+        Ok(receive)
+    }
+
     fn modules(&self) -> MutexGuard<'_, Modules> {
         self.modules.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+type CompileResult = wasmtime::Result<InstancePre<Guest>>;
 
 fn config(options: &PluginOptions) -> Config {
     let mut config = Config::new();

@@ -121,6 +121,17 @@ impl Plugins {
         Plugins::with_mapping(options, source, metrics, engine, mapping)
     }
 
+    #[cfg(test)]
+    pub fn mapped(
+        options: PluginOptions,
+        source: Box<dyn ModuleSource>,
+        metrics: Arc<Metrics>,
+        mapping: Mapping,
+    ) -> Result<Plugins, PluginError> {
+        let engine = Engine::new(&options)?;
+        Plugins::with_mapping(options, source, metrics, engine, mapping)
+    }
+
     fn with_mapping(
         mut options: PluginOptions,
         source: Box<dyn ModuleSource>,

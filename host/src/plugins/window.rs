@@ -490,3 +490,101 @@ fn map<T>(
     unsafe { store.set_signal_handler(move |signal, info, _| handler.admit(signal, (*info).si_addr() as usize)) };
     Ok(strike)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Publish(u32),
+        Lease(usize),
+        Release(usize),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => (0u32..1500).prop_map(Step::Publish),
+            1 => (0usize..8).prop_map(Step::Lease),
+            1 => (0usize..8).prop_map(Step::Release),
+        ]
+    }
+
+    proptest! {
+        /// Against bytes: what is leased never changes, what is held is never overlapped, newest frames are there.
+        #[test]
+        fn the_book_never_overwrites_a_lease(steps in proptest::collection::vec(step(), 1..200)) {
+            const CAPACITY: u32 = 4096;
+            let mut book = Book::new(CAPACITY);
+            let mut bytes = vec![0u64; CAPACITY as usize];
+            let mut leased: Vec<(u64, u32, u32)> = Vec::new();
+            let mut seq = 0;
+            for step in steps {
+                match step {
+                    Step::Publish(len) => {
+                        seq += 1;
+                        if let Some(at) = book.reserve(Seq(seq), len) {
+                            prop_assert!(book.reserve(Seq(seq + 1), 1).is_none(), "one writer at a time");
+                            bytes[at as usize..(at + len) as usize].fill(seq);
+                            book.fill(Seq(seq), at, len);
+                        } else {
+                            prop_assert!(len == 0 || !leased.is_empty(), "only leases are in the way");
+                        }
+                    }
+                    Step::Lease(back) => {
+                        if let Some(at) = book.entries.len().checked_sub(back + 1) {
+                            let seq = book.entries[at].seq;
+                            let (offset, len) = book.lease(seq).unwrap();
+                            leased.push((seq.0, offset, len));
+                        }
+                    }
+                    Step::Release(i) if i < leased.len() => {
+                        let (seq, ..) = leased.swap_remove(i);
+                        book.release(Seq(seq));
+                    }
+                    Step::Release(_) => {}
+                }
+                for entry in &book.entries {
+                    let held = &bytes[entry.offset as usize..(entry.offset + entry.len) as usize];
+                    prop_assert!(held.iter().all(|byte| *byte == entry.seq.0), "frame {} is whole", entry.seq.0);
+                }
+                for (seq, offset, len) in &leased {
+                    prop_assert_eq!(book.entry(Seq(*seq)).map(|entry| (entry.offset, entry.len)), Some((*offset, *len)));
+                }
+                prop_assert_eq!(book.held, book.entries.iter().map(|entry| u64::from(entry.len)).sum::<u64>());
+            }
+        }
+    }
+
+    #[test]
+    fn a_ring_remembers_the_newest_frames() {
+        let ring = Arc::new(Ring::new(WINDOW_ALIGN).unwrap());
+        let mut held = 0;
+        for seq in 1..=100u64 {
+            held += ring.publish(Seq(seq * 2), &[seq as u8; 5000]);
+            assert_eq!(held, ring.held() as i64);
+        }
+        assert!(ring.lease(Seq(199)).is_none() && ring.lease(Seq(2)).is_none());
+        let lease = ring.lease(Seq(180)).unwrap();
+        assert_eq!(ring.publish(Seq(180), b"older"), 0, "seqs only rise");
+        assert_eq!(ring.publish(Seq(999), &vec![1; 1 << 17]), 0, "larger than the ring");
+        // The lease is in the way sooner or later; then commits leave the ring alone, and go on when it ends.
+        let refused = (201..230u64)
+            .filter(|seq| ring.publish(Seq(*seq), &[7; 5000]) <= 0 && ring.lease(Seq(*seq)).is_none())
+            .count();
+        assert!(refused > 0);
+        assert!(ring.lease(Seq(180)).is_some());
+        drop(lease);
+        ring.publish(Seq(300), &[7; 5000]);
+        assert!(ring.lease(Seq(300)).is_some());
+    }
+
+    #[test]
+    fn regions_are_sealed() {
+        let ring = Ring::new(WINDOW_ALIGN).unwrap();
+        let fd = ring.region.fd.as_ref().unwrap();
+        assert!(rustix::fs::ftruncate(fd, 0).is_err());
+        assert!(rustix::fs::ftruncate(fd, 1 << 20).is_err());
+    }
+}
