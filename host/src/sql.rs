@@ -103,8 +103,11 @@ pub enum Param {
 /// Uncommitted rows of a running transaction: new image, or `None` for a deleted row; by encoded key.
 #[derive(Clone, Debug, Default)]
 pub struct Overlay {
-    pub rows: BTreeMap<(TableId, Scope), BTreeMap<Vec<u8>, Option<Vec<u8>>>>,
+    pub rows: BTreeMap<(TableId, Scope), OverlayRows>,
 }
+
+/// By encoded key.
+pub type OverlayRows = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
 /// A parsed, classified statement. Construct with [`session::Sql::parse`].
 #[derive(Debug, Clone)]

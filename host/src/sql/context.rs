@@ -19,8 +19,8 @@ use datafusion::logical_expr::planner::{ContextProvider, ExprPlanner};
 use datafusion::logical_expr::simplify::{ExprSimplifyResult, SimplifyContext};
 use datafusion::logical_expr::utils::merge_schema;
 use datafusion::logical_expr::{
-    AggregateUDF, Expr, HigherOrderUDF, LogicalPlan, LogicalPlanBuilder, ScalarUDF, TableSource, Values, Volatility,
-    WindowUDF,
+    AggregateUDF, Expr, HigherOrderUDF, LogicalPlan, LogicalPlanBuilder, Operator, ScalarUDF, TableSource, Values,
+    Volatility, WindowUDF,
 };
 use datafusion::sql::planner::{ParserOptions, PlannerContext, SqlToRel};
 use datafusion::sql::sqlparser::ast;
@@ -204,10 +204,10 @@ fn canonical_uuids(plan: LogicalPlan) -> Result<LogicalPlan> {
 fn canonical_comparison(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
     let is_uuid = |expr: &Expr| {
         matches!(expr, Expr::Column(column)
-            if schema.field_from_column(column).is_ok_and(|field| output_type(field) == Type::Uuid))
+            if schema.qualified_field_from_column(column).is_ok_and(|(_, field)| output_type(field) == Type::Uuid))
     };
     Ok(match expr {
-        Expr::BinaryExpr(mut comparison) if comparison.op.is_comparison_operator() => {
+        Expr::BinaryExpr(mut comparison) if is_comparison(comparison.op) => {
             if is_uuid(&comparison.left) {
                 canonical(&mut comparison.right);
             } else if is_uuid(&comparison.right) {
@@ -226,6 +226,11 @@ fn canonical_comparison(expr: Expr, schema: &DFSchema) -> Result<Transformed<Exp
         }
         expr => Transformed::no(expr),
     })
+}
+
+fn is_comparison(op: Operator) -> bool {
+    use Operator::{Eq, Gt, GtEq, IsDistinctFrom, IsNotDistinctFrom, Lt, LtEq, NotEq};
+    matches!(op, Eq | NotEq | Lt | LtEq | Gt | GtEq | IsDistinctFrom | IsNotDistinctFrom)
 }
 
 /// What is no UUID stays as it is, and equals none.
