@@ -1,6 +1,7 @@
 //! DataFusion: the token gate, planning, streaming scans, DML as change sets, compiled live predicates.
 
 pub mod arrow;
+pub mod concat;
 pub mod context;
 pub mod ddl;
 pub mod dml;

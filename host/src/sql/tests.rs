@@ -495,11 +495,15 @@ async fn limits_hold() {
         "SELECT repeat('x', 2147483647)",
         "SELECT length(lpad('x', 2147483647))",
         "SELECT repeat(repeat('x', 1000000), 1000000)",
+        &format!("SELECT {}", vec!["repeat('x', 1000000)"; 300].join(" || ")),
+        &format!("SELECT concat({})", vec!["repeat('x', 1000000)"; 300].join(", ")),
         "SELECT replace(repeat('a', 1000000), 'a', repeat('b', 1000000))",
     ] {
         assert!(matches!(bench.run_as("alice", text, &[]).await, Err(SqlError::Limit(_))), "{text}");
     }
     assert_eq!(bench.run("SELECT repeat('ab', 3), lpad('7', 3, '0')").await, "ababab|007");
+    let joined = "SELECT 'a' || 1 || NULL, 'a' || x || 'c', [1] || 2 FROM (VALUES ('b'), ('d')) AS t(x)";
+    assert_eq!(bench.run(joined).await, "NULL|abc|[1,2] NULL|adc|[1,2]");
     // A million rows from nothing: the memory pool or the deadline ends what is heavy.
     let ten = "(VALUES (0),(1),(2),(3),(4),(5),(6),(7),(8),(9))";
     let product: Vec<String> = (0..8).map(|at| format!("{ten} AS t{at}(c{at})")).collect();
