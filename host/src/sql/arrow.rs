@@ -543,3 +543,76 @@ pub(crate) fn unhex(hex: &str) -> Option<Vec<u8>> {
     let digits = digits.filter(|digits| digits.len() % 2 == 0)?;
     Some(digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use wire::ImageBuilder;
+
+    use super::*;
+
+    fn any_cell() -> impl Strategy<Value = (Type, Value)> {
+        let int = |ty: Type, value: i64| (ty, Value::Int(value));
+        prop_oneof![
+            any::<bool>().prop_map(|v| (Type::Boolean, Value::Bool(v))),
+            any::<i16>().prop_map(move |v| int(Type::SmallInt, v.into())),
+            any::<i32>().prop_map(move |v| int(Type::Int, v.into())),
+            any::<i64>().prop_map(move |v| int(Type::BigInt, v)),
+            any::<f32>().prop_map(|v| (Type::Real, Value::Float(v.into()))),
+            any::<f64>().prop_map(|v| (Type::Double, Value::Float(v))),
+            any::<i64>().prop_map(|v| (Type::Decimal { precision: 38, scale: 3 }, Value::Decimal(v.into()))),
+            any::<String>().prop_map(|v| (Type::Text, Value::Text(v))),
+            any::<Vec<u8>>().prop_map(|v| (Type::Bytea, Value::Bytes(v))),
+            any::<i32>().prop_map(move |v| int(Type::Date, v.into())),
+            (0..86_400_000_000i64).prop_map(move |v| int(Type::Time, v)),
+            any::<i64>().prop_map(move |v| int(Type::Timestamp, v)),
+            any::<[u8; 16]>().prop_map(|v| (Type::Uuid, Value::Uuid(v))),
+            any::<String>().prop_map(|v| (Type::Json, Value::Text(v))),
+            Just((Type::Uuid, Value::Null)),
+            Just((Type::BigInt, Value::Null)),
+        ]
+    }
+
+    fn schema_of(row: &[(Type, Value)]) -> Schema {
+        let column = |(at, (ty, _)): (usize, &(Type, Value))| ColumnDecl {
+            id: at as u16,
+            name: format!("c{at}"),
+            ty: *ty,
+            nullable: true,
+            key: false,
+        };
+        Schema { columns: row.iter().enumerate().map(column).collect() }
+    }
+
+    proptest! {
+        #[test]
+        fn images_come_back_from_arrow(row in proptest::collection::vec(any_cell(), 0..30)) {
+            let mut image = ImageBuilder::new(row.len() as u16);
+            for (at, (_, value)) in row.iter().enumerate() {
+                image.set(at as u16, value);
+            }
+            let bytes = image.finish();
+            let (image, ..) = ImageRef::parse(&bytes).unwrap();
+            let batch = to_batch(&schema_of(&row), &[image, image]).unwrap();
+            prop_assert_eq!(batch.num_rows(), 2);
+            for (at, (ty, value)) in row.iter().enumerate() {
+                prop_assert_eq!(batch.column(at).data_type(), &arrow_type(*ty));
+                prop_assert_eq!(output_type(batch.schema().field(at)), *ty);
+                let back = value_at(batch.column(at), 1, *ty);
+                let same_nan = matches!((&back, value), (Value::Float(a), Value::Float(b)) if a.is_nan() && b.is_nan());
+                prop_assert!(same_nan || back == *value, "{:?} became {:?}", value, back);
+            }
+        }
+    }
+
+    #[test]
+    fn a_cell_of_another_type_is_damage_not_null() {
+        let row = [(Type::Int, Value::Int(i64::MAX))];
+        let mut image = ImageBuilder::new(1);
+        image.set(0, &row[0].1);
+        let bytes = image.finish();
+        let (image, ..) = ImageRef::parse(&bytes).unwrap();
+        let error = to_batch(&schema_of(&row), &[image]).unwrap_err();
+        assert!(matches!(error, SqlError::Store(StoreError::Corrupt(_))), "{error}");
+    }
+}

@@ -16,6 +16,8 @@ use datafusion::sql::sqlparser::ast::BinaryOperator;
 
 use super::SqlError;
 use super::arrow::string_at;
+use super::functions::MAX_FOLDED;
+use super::planner::is_folding;
 
 /// The most one row's value may have, and all values of a batch.
 const MAX_VALUE: usize = 16 * 1024 * 1024;
@@ -101,6 +103,7 @@ fn one_or_all(value: &ColumnarValue) -> Result<ArrayRef> {
 fn concat(left: &ArrayRef, right: &ArrayRef, rows: usize) -> Result<ArrayRef> {
     let cell = |array: &ArrayRef, row: usize| if array.len() == 1 { 0 } else { row };
     let mut builder = StringBuilder::with_capacity(rows, rows * 16);
+    let most = if is_folding() { MAX_FOLDED } else { MAX_VALUE };
     let (mut joined, mut total) = (String::new(), 0);
     for row in 0..rows {
         let (at_left, at_right) = (cell(left, row), cell(right, row));
@@ -111,8 +114,8 @@ fn concat(left: &ArrayRef, right: &ArrayRef, rows: usize) -> Result<ArrayRef> {
             continue;
         }
         total += first.len() + second.len();
-        if first.len() + second.len() > MAX_VALUE || total > MAX_BATCH {
-            let message = format!("|| would make {total} bytes; a value may have {MAX_VALUE}");
+        if first.len() + second.len() > most || total > MAX_BATCH {
+            let message = format!("|| would make {total} bytes; a value may have {most}");
             return Err(SqlError::Limit(message).into_datafusion());
         }
         joined.clear();

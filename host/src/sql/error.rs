@@ -57,7 +57,9 @@ fn parser_offset(text: &str, message: &str) -> Option<usize> {
 pub(crate) fn from_parser(error: ParserError, text: &str) -> SqlError {
     match error {
         ParserError::ParserError(message) | ParserError::TokenizerError(message) => {
-            let position = parser_offset(text, &message);
+            // At the end of the text it names no place.
+            let end = message.contains("found: EOF").then_some(text.len());
+            let position = parser_offset(text, &message).or(end);
             SqlError::Invalid { code: "syntax", message, position }
         }
         ParserError::RecursionLimitExceeded => SqlError::Limit("the statement is nested too deeply".to_owned()),
@@ -145,6 +147,8 @@ pub(crate) fn from_arrow(error: ::arrow::error::ArrowError) -> SqlError {
         ArrowError::ComputeError(message) | ArrowError::InvalidArgumentError(message) => {
             SqlError::invalid("evaluation", message)
         }
+        // The spill limit comes wrapped as an I/O error of the spill file's writer.
+        ArrowError::IoError(message, _) if message.contains("allowable limit") => SqlError::Limit(exhausted(&message)),
         ArrowError::ExternalError(cause) => match cause.downcast::<DataFusionError>() {
             Ok(cause) => from_datafusion(*cause, ""),
             Err(cause) => SqlError::Internal(cause.to_string()),

@@ -20,10 +20,13 @@ use datafusion::logical_expr::{
 use super::SqlError;
 use super::arrow::string_at;
 use super::concat::ConcatPlanner;
+use super::planner::is_folding;
 
 /// The most one call may make, for one row and for all rows of a batch.
 const MAX_VALUE: usize = 1024 * 1024;
 const MAX_BATCH: usize = 16 * 1024 * 1024;
+/// The most a constant made while planning: a larger one is left to the execution.
+pub(crate) const MAX_FOLDED: usize = 4 * 1024;
 
 /// Not there, and what to do instead.
 const REFUSED: &[(&str, &str)] = &[
@@ -118,6 +121,7 @@ impl Capped {
                 Growth::Replace | Growth::Sum => (MAX_BATCH, 4 * MAX_BATCH),
                 Growth::Repeat | Growth::Pad | Growth::Encode => (MAX_VALUE, MAX_BATCH),
             };
+            let most = if is_folding() { MAX_FOLDED } else { most };
             if size > most || total > most_together {
                 return Err(SqlError::Limit(format!(
                     "{}() would make {} bytes; a value may have {most}",

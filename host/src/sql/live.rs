@@ -16,14 +16,15 @@ use datafusion::logical_expr::utils::expr_to_columns;
 use datafusion::logical_expr::{Expr, LogicalPlan, physical_planning_context::PhysicalPlanningContext};
 use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::physical_expr::{PhysicalExpr, create_physical_expr};
-use datafusion::sql::sqlparser::ast::{self, GroupByExpr, Query, SetExpr, TableFactor};
+use datafusion::sql::sqlparser::ast::{self, GroupByExpr, Query, SelectItem, SetExpr, TableFactor};
 use sha2::{Digest, Sha256};
 use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema, batch_of, output_array, output_schema, output_type};
 use super::context::{bind, find_table, impure_function};
-use super::ddl::table_name;
+use super::ddl::{fold, table_name};
 use super::error::from_datafusion;
+use super::planner::folding;
 use super::provider::scope_of;
 use super::range::{hull, key_ranges};
 use super::session::Engine;
@@ -157,6 +158,7 @@ fn only_table(query: &Query, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
         (select.from.len() > 1 || select.from.iter().any(|from| !from.joins.is_empty()), "a join"),
         (select.from.is_empty(), "SELECT without FROM"),
     ])?;
+    unique(select.projection.iter().filter_map(item_name))?;
     match select.from.first().map(|from| &from.relation) {
         Some(TableFactor::Table { name, .. }) => {
             let (namespace, name) = table_name(name)?;
@@ -201,14 +203,14 @@ impl Parts {
 
     fn compile(self, engine: &Engine, table: Arc<Table>, env: &RequestEnv) -> Result<LivePlan, DataFusionError> {
         let names: Vec<String> = self.projection.iter().map(|expr| expr.qualified_name().1).collect();
-        unique(&names).map_err(SqlError::into_datafusion)?;
+        unique(names.iter().cloned()).map_err(SqlError::into_datafusion)?;
         let schema = Arc::new(DFSchema::try_from(arrow_schema(&table.schema()))?);
         let context = SimplifyContext::builder()
             .with_schema(schema.clone())
             .with_config_options(engine.state.config_options().clone())
             .build();
         let simplifier = ExprSimplifier::new(context);
-        let simplify = |expr: Expr| simplifier.simplify(unqualified(expr.unalias_nested().data)?);
+        let simplify = |expr: Expr| folding(|| simplifier.simplify(unqualified(expr.unalias_nested().data)?));
         let predicate = self.predicate.map(simplify).transpose()?;
         let projection = self.projection.into_iter().map(simplify).collect::<Result<Vec<_>, _>>()?;
         let compiled = Compiled::new(&table, &projection)?;
@@ -238,10 +240,20 @@ fn shape(plan: &LogicalPlan) -> SqlError {
     SqlError::unsupported(format!("{what} in a live query"), None)
 }
 
+/// The name that a SELECT item says for its column, where it says one.
+fn item_name(item: &SelectItem) -> Option<String> {
+    match item {
+        SelectItem::ExprWithAlias { alias, .. } => Some(fold(alias)),
+        SelectItem::UnnamedExpr(ast::Expr::Identifier(ident)) => Some(fold(ident)),
+        SelectItem::UnnamedExpr(ast::Expr::CompoundIdentifier(parts)) => parts.last().map(fold),
+        _ => None,
+    }
+}
+
 /// Events are JSON objects: one member a name.
-fn unique(names: &[String]) -> Result<(), SqlError> {
+fn unique(names: impl Iterator<Item = String>) -> Result<(), SqlError> {
     let mut seen = HashSet::new();
-    match names.iter().find(|name| !seen.insert(name.as_str())) {
+    match names.into_iter().find(|name| !seen.insert(name.clone())) {
         Some(name) => {
             let message = format!("a live query's columns need different names, {name:?} is there twice: use AS");
             Err(SqlError::invalid("duplicate_column", message))

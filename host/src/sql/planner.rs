@@ -3,6 +3,7 @@
 //! Planning can be neither awaited nor cancelled, and its recursion follows the statement's shape. So it runs on a few
 //! threads of its own: a statement that plans for ever holds one of them, never an async worker.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,6 +16,30 @@ use super::SqlError;
 const STACK_BYTES: usize = 32 * 1024 * 1024;
 /// Statements that may wait for a planning thread.
 const QUEUE: usize = 64;
+
+thread_local! {
+    static FOLDING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a logical plan is being optimized on this thread: then functions run to be folded into constants, which
+/// the optimizer copies and prints over and over. Large ones are better made when the query runs.
+pub(crate) fn is_folding() -> bool {
+    FOLDING.get()
+}
+
+/// Runs `optimize` with [`is_folding`] set.
+pub(crate) fn folding<T>(optimize: impl FnOnce() -> T) -> T {
+    /// Cleared also when the optimizer panics: the thread goes on.
+    struct Clear;
+    impl Drop for Clear {
+        fn drop(&mut self) {
+            FOLDING.set(false);
+        }
+    }
+    FOLDING.set(true);
+    let _clear = Clear;
+    optimize()
+}
 
 type Job = Box<dyn FnOnce() + Send>;
 

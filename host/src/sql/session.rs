@@ -22,7 +22,7 @@ use futures::StreamExt;
 
 use super::context::{Names, bind};
 use super::error::from_datafusion;
-use super::planner::{Planner, on_large_stack};
+use super::planner::{Planner, folding, on_large_stack};
 use super::provider::Providers;
 use super::{ChangeSet, DdlPlan, RequestEnv, RowStream, SqlError, SqlOptions, Statement};
 use super::{arrow, ddl, dml, functions, live, statement};
@@ -175,7 +175,7 @@ impl Engine {
             }
             plan => {
                 let analyzed = self.analyze(plan)?;
-                self.state.optimizer().optimize(analyzed, &*self.state, |_, _| {})
+                folding(|| self.state.optimizer().optimize(analyzed, &*self.state, |_, _| {}))
             }
         }
     }
