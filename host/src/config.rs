@@ -1,7 +1,15 @@
 //! Settings: flags > environment (`TIDEGATE_`, nested by `__`) > TOML file > defaults. Unknown keys are refused.
+//!
+//! Two types: the raw settings as somebody wrote them (`config/raw.rs`, everything optional) and the checked
+//! [`Config`], which the rest of the server is given by value. Nothing else reads settings from files or the
+//! environment.
 
+mod raw;
+
+use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::live::LiveOptions;
 use crate::plugins::PluginOptions;
@@ -28,12 +36,14 @@ pub struct HttpOptions {
     pub bind: SocketAddr,
     pub body_bytes: usize,
     pub plugin_body_bytes: usize,
+    /// Bytes of request bodies held in memory at the same time, over all connections.
+    pub body_total_bytes: usize,
     pub max_connections: usize,
-    pub header_timeout: std::time::Duration,
+    pub header_timeout: Duration,
     /// A subscriber that takes nothing for this long is disconnected.
-    pub stall_limit: std::time::Duration,
+    pub stall_limit: Duration,
     pub insecure_http: bool,
-    pub ticket_ttl: std::time::Duration,
+    pub ticket_ttl: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,3 +66,114 @@ pub struct Config {
     pub live: LiveOptions,
     pub plugins: PluginOptions,
 }
+
+/// What the command line says; wins over everything.
+#[derive(Clone, Debug, Default)]
+pub struct Flags {
+    pub config: Option<PathBuf>,
+    pub data_dir: Option<PathBuf>,
+    pub bind: Option<SocketAddr>,
+    pub insecure_http: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read the settings: {0}")]
+    Read(String),
+    #[error("unknown setting `{key}` in {origin}{}", near.as_deref().map(|n| format!("; did you mean `{n}`?")).unwrap_or_default())]
+    Unknown { key: String, origin: String, near: Option<String> },
+    #[error("setting `{key}`: {message}")]
+    Invalid { key: String, message: String },
+}
+
+fn invalid(key: &str, message: impl Into<String>) -> ConfigError {
+    ConfigError::Invalid { key: key.to_owned(), message: message.into() }
+}
+
+/// Shorter admin tokens are refused: they could be guessed over the network.
+const ADMIN_TOKEN_MIN: usize = 32;
+/// The floor for the tokens of the file; 32 and more are recommended.
+const TOKEN_MIN: usize = 16;
+/// Longer user ids would bloat every key of a user table.
+const USER_MAX: usize = 256;
+/// Appear in documentation; a server must not run with them.
+const SAMPLE_TOKENS: [&str; 5] = ["changeme", "change-me", "replace-me", "replace_me", "example-token"];
+
+impl Config {
+    /// Reads and checks everything; `environment` is the process environment (a parameter, so that tests bring theirs).
+    pub fn load(
+        flags: &Flags,
+        environment: impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)>,
+    ) -> Result<Config, ConfigError> {
+        let raw = raw::load(flags.config.as_deref(), environment)?;
+        let mut config = raw.check(flags.data_dir.as_deref())?;
+        if let Some(bind) = flags.bind {
+            config.http.bind = bind;
+        }
+        config.http.insecure_http |= flags.insecure_http;
+        config.check_exposure()?;
+        Ok(config)
+    }
+
+    /// The defaults, over a data directory.
+    pub fn new(data_dir: &Path) -> Config {
+        raw::Raw::default().check(Some(data_dir)).expect("the defaults are within their limits")
+    }
+
+    fn check_exposure(&self) -> Result<(), ConfigError> {
+        let address = self.http.bind.ip();
+        if address.is_loopback() || self.http.insecure_http {
+            return Ok(());
+        }
+        let message = format!(
+            "{address} can be reached from other machines, and this build speaks plain HTTP: tokens and rows would \
+             travel readable. Bind to 127.0.0.1 behind a proxy that speaks TLS, or accept the risk with --insecure-http"
+        );
+        Err(invalid("server.bind", message))
+    }
+}
+
+/// Checks one `[[tokens]]` list: lengths, samples, duplicates. Messages name the entry, never the token.
+fn check_tokens(tokens: &[Token], admin: Option<&str>) -> Result<(), ConfigError> {
+    let mut seen = HashSet::new();
+    if let Some(admin) = admin {
+        check_token("admin_token", admin, ADMIN_TOKEN_MIN)?;
+        seen.insert(admin);
+    }
+    for (index, entry) in tokens.iter().enumerate() {
+        check_token(&format!("tokens[{index}].token"), &entry.token, TOKEN_MIN)?;
+        let user = format!("tokens[{index}].user");
+        if entry.user.is_empty() || entry.user.len() > USER_MAX {
+            return Err(invalid(&user, format!("a user id has 1 to {USER_MAX} bytes")));
+        }
+        if !seen.insert(entry.token.as_str()) {
+            return Err(invalid(&format!("tokens[{index}].token"), "is used twice; every token names one user"));
+        }
+    }
+    Ok(())
+}
+
+fn check_token(key: &str, token: &str, min: usize) -> Result<(), ConfigError> {
+    let lower = token.to_ascii_lowercase();
+    if SAMPLE_TOKENS.iter().any(|sample| lower.contains(sample)) {
+        return Err(invalid(key, "is a sample from the documentation; make your own, say with `openssl rand -hex 32`"));
+    }
+    if token.len() < min {
+        let message = format!(
+            "has {} characters, at least {min} are needed; `openssl rand -hex 32` makes a good one",
+            token.len()
+        );
+        return Err(invalid(key, message));
+    }
+    if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(invalid(key, "may only have visible ASCII characters, because it travels in a header"));
+    }
+    let first = token.bytes().next();
+    if token.bytes().all(|byte| Some(byte) == first) {
+        return Err(invalid(key, "is one character repeated; make a random one, say with `openssl rand -hex 32`"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

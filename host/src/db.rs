@@ -1,20 +1,34 @@
 //! The one place that joins store, sql, plugins and live: execute, subscribe, install a plugin.
+//!
+//! Plain owned values in and out; no status codes, no bytes on disk, no guest memory. The order of a write is decided
+//! in [`write`] and nowhere else; what a live stream does across resync, plugin failures and table drops in
+//! [`subscribe`]; what an upload goes through in [`install`].
 
-pub mod install;
-pub mod subscribe;
-pub mod write;
+mod adapters;
+mod install;
+mod subscribe;
+mod write;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use tokio::sync::{RwLock, watch};
 
-use crate::catalog::Plugin;
+use crate::catalog::{DEFAULT_NAMESPACE, Plugin};
 use crate::config::{Config, Role};
-use crate::live::{Encoder, OldMode};
+use crate::live::{Encoder, Live, OldMode, Pipelines};
 use crate::plugins::PluginError;
-use crate::sql::{OutputColumn, Param, RowStream, SqlError};
-use crate::store::{CommitError, Seq, StoreError};
+use crate::plugins::registry::Plugins;
+use crate::sql::session::Sql;
+use crate::sql::{OutputColumn, Overlay, Param, RequestEnv, RowStream, SqlError, StatementKind};
+use crate::store::snapshot::Snapshot;
+use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
+
+pub use subscribe::LiveStream;
 
 /// Who asks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +50,9 @@ pub enum DbError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Plugin(#[from] PluginError),
+    /// The plugin or version is in use or stands in the way: nothing was changed.
+    #[error("{0}")]
+    InUse(String),
     #[error("{0}")]
     NotFound(String),
     #[error("{0}")]
@@ -46,6 +63,9 @@ pub enum DbError {
     TooMany(String),
     #[error("the server is shutting down")]
     Closed,
+    /// Our own bug: the details go to the log.
+    #[error("internal error: {0}")]
+    Internal(String),
 }
 
 pub struct SqlRequest {
@@ -96,6 +116,7 @@ pub enum ResyncReason {
 }
 
 /// The next thing of a live stream, to be framed by `http`.
+#[derive(Debug)]
 pub enum LiveOutput {
     Start {
         live_id: String,
@@ -118,30 +139,21 @@ pub enum LiveOutput {
         message: String,
         seq: Seq,
     },
+    /// The stream waits (for another version of a failed plugin): a sign of life without a position.
+    Waiting,
     /// A row could not be evaluated: the stream ends.
     Failed {
         message: String,
     },
-    /// The stream ends, and why; `retry` says whether a reconnect makes sense.
+    /// The stream ends, and why.
     Closed {
         code: &'static str,
         message: String,
     },
 }
 
-/// A running live query.
-pub struct LiveStream {
-    // filled by db's author
-}
-
-impl LiveStream {
-    /// `None` after the stream's end. Cancel-safe.
-    pub async fn next(&mut self) -> Option<LiveOutput> {
-        todo!()
-    }
-}
-
 /// What a plugin upload answers.
+#[derive(Debug)]
 pub struct Installed {
     pub plugin: Arc<Plugin>,
     pub seq: Seq,
@@ -152,52 +164,181 @@ pub struct Installed {
 /// The database; clones share it.
 #[derive(Clone)]
 pub struct Db {
-    // filled by db's author
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    sql: Arc<Sql>,
+    plugins: Arc<Plugins>,
+    live: Live,
+    metrics: Arc<Metrics>,
+    heartbeat: std::time::Duration,
+    /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
+    turn: RwLock<()>,
+    /// The catalog's version, sent after every catalog commit: wakes streams that wait for a plugin.
+    catalog_version: watch::Sender<u64>,
+    /// Live streams per plugin (namespace, name): a plugin in use is not deleted.
+    plugin_uses: Mutex<HashMap<(String, String), usize>>,
+    closing: AtomicBool,
 }
 
 impl Db {
-    pub fn open(_config: &Config, _encoder: Arc<dyn Encoder>, _metrics: Arc<Metrics>) -> Result<Db, DbError> {
-        todo!()
+    /// Opens the store, recovers, starts the committer and the live workers. Blocks.
+    pub fn open(config: &Config, encoder: Arc<dyn Encoder>, metrics: Arc<Metrics>) -> Result<Db, DbError> {
+        let store = Store::open(&config.store)?;
+        let sql = Arc::new(Sql::new(config.sql.clone())?);
+        metrics.session_contexts.inc_by(sql.contexts_created());
+        let source = Box::new(adapters::StoredModules(store.clone()));
+        let plugins = Arc::new(Plugins::new(config.plugins.clone(), source, metrics.clone())?);
+        let pipelines = (0..config.live.workers)
+            .map(|index| Box::new(adapters::WorkerPipelines::new(plugins.worker(index))) as Box<dyn Pipelines>)
+            .collect();
+        let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
+        let (catalog_version, _) = watch::channel(store.catalog().version);
+
+        let inner = Arc::new(Inner {
+            store: store.clone(),
+            sql,
+            plugins,
+            live,
+            metrics,
+            heartbeat: config.live.heartbeat,
+            turn: RwLock::new(()),
+            catalog_version,
+            plugin_uses: Mutex::default(),
+            closing: AtomicBool::new(false),
+        });
+        // Weak, because the committer thread (which owns the hook) is itself owned through `inner.store`.
+        let weak = Arc::downgrade(&inner);
+        store.start(Box::new(move |commit| {
+            if let Some(inner) = weak.upgrade() {
+                inner.publish(commit);
+            }
+        }));
+        Ok(Db { inner })
     }
 
-    pub async fn execute(&self, _who: &Identity, _request: SqlRequest) -> Result<SqlAnswer, DbError> {
-        todo!()
-    }
-
-    pub async fn subscribe(&self, _who: &Identity, _request: LiveRequest) -> Result<LiveStream, DbError> {
-        todo!()
-    }
-
-    pub async fn install(
-        &self,
-        _who: &Identity,
-        _namespace: &str,
-        _name: &str,
-        _body: Bytes,
-    ) -> Result<Installed, DbError> {
-        todo!()
-    }
-
-    /// All versions of all plugins the caller may see.
-    pub fn plugins(&self, _who: &Identity, _namespace: Option<&str>) -> Result<Vec<Arc<Plugin>>, DbError> {
-        todo!()
-    }
-
-    pub async fn uninstall(&self, _who: &Identity, _namespace: &str, _name: &str) -> Result<Seq, DbError> {
-        todo!()
+    /// Runs one request: queries at one snapshot, or DML as one transaction, or DDL as one commit.
+    pub async fn execute(&self, who: &Identity, request: SqlRequest) -> Result<SqlAnswer, DbError> {
+        self.check_open()?;
+        let statements = self.parse(&request.sql).await?;
+        let kind = write::one_kind(&statements)?;
+        if request.read_only && kind != StatementKind::Query {
+            return Err(DbError::BadRequest("GET only reads; send INSERT, UPDATE, DELETE and DDL by POST".into()));
+        }
+        match kind {
+            StatementKind::Query => self.query(who, &statements, request).await,
+            StatementKind::Dml => write::dml(self, who, &statements, request).await,
+            StatementKind::Ddl => write::ddl(self, who, &statements, request).await,
+        }
     }
 
     pub fn ready(&self) -> bool {
-        todo!()
+        !self.inner.closing.load(Ordering::Acquire) && !self.inner.store.failed()
+    }
+
+    /// Whether the store took a failed write: the process should end and recover at its next start.
+    pub fn failed(&self) -> bool {
+        self.inner.store.failed()
     }
 
     /// Brings gauges up to date before `/metrics` is printed.
     pub fn refresh_metrics(&self) {
-        todo!()
+        let (subscriptions, groups) = self.inner.live.counts();
+        self.inner.metrics.subscriptions.set(subscriptions as i64);
+        self.inner.metrics.groups.set(groups as i64);
     }
 
-    /// Ends streams, finishes writes, closes the store.
-    pub async fn close(&self) {
-        todo!()
+    /// From now on [`Db::ready`] is false, new requests are refused and live streams say why they end. Requests that
+    /// run already still finish.
+    pub fn start_closing(&self) {
+        self.inner.closing.store(true, Ordering::Release);
+        self.inner.live.close();
     }
+
+    /// Finishes waiting writes and closes the store. Blocks.
+    pub fn close(&self) {
+        self.start_closing();
+        self.inner.store.close();
+    }
+
+    async fn query(
+        &self,
+        who: &Identity,
+        statements: &[crate::sql::Statement],
+        request: SqlRequest,
+    ) -> Result<SqlAnswer, DbError> {
+        let env = self.env(who, self.inner.store.snapshot(), request.namespace, request.params)?;
+        let seq = env.snapshot.seq();
+        let mut results = Vec::with_capacity(statements.len());
+        for statement in statements {
+            self.inner.metrics.queries.inc();
+            results.push(StatementResult::Rows(self.inner.sql.query(statement, env.clone()).await?));
+        }
+        Ok(SqlAnswer { results, seq })
+    }
+
+    /// Parsing is bounded by the gate, but needs a large stack and some time: not on the async threads.
+    async fn parse(&self, text: &str) -> Result<Vec<crate::sql::Statement>, DbError> {
+        let (sql, text) = (self.inner.sql.clone(), text.to_owned());
+        Ok(blocking(move || sql.parse(&text)).await??)
+    }
+
+    fn env(
+        &self,
+        who: &Identity,
+        snapshot: Snapshot,
+        namespace: Option<String>,
+        params: Vec<Param>,
+    ) -> Result<RequestEnv, DbError> {
+        let catalog = snapshot.catalog().clone();
+        let namespace = namespace.unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned());
+        if catalog.namespace(&namespace).is_none() {
+            return Err(unknown_namespace(&namespace));
+        }
+        Ok(RequestEnv {
+            catalog,
+            snapshot,
+            namespace,
+            user: who.user.clone(),
+            params: Arc::new(params),
+            overlay: Arc::new(Overlay::default()),
+            now: now_micros(),
+        })
+    }
+
+    fn check_open(&self) -> Result<(), DbError> {
+        if self.inner.closing.load(Ordering::Acquire) { Err(DbError::Closed) } else { Ok(()) }
+    }
+}
+
+impl Inner {
+    /// The commit hook: a durable commit becomes visible to live queries. On the commit thread, so only bookkeeping
+    /// and at most one copy of the shared section into the namespace's ring.
+    fn publish(&self, commit: &Arc<Commit>) {
+        self.metrics.commits.inc();
+        self.metrics.commit_bytes.inc_by(commit.frame.len() as u64);
+        // Ring before tail: a worker that sees the commit finds its bytes in the window.
+        if self.plugins.has_ring(commit.namespace) {
+            adapters::publish_section(&self.plugins, commit);
+        }
+        self.live.published(commit);
+        if let Some(catalog) = &commit.catalog {
+            self.catalog_version.send_replace(catalog.version);
+        }
+    }
+}
+
+fn unknown_namespace(name: &str) -> DbError {
+    DbError::NotFound(format!("namespace \"{name}\" does not exist; create it with CREATE NAMESPACE {name}"))
+}
+
+fn now_micros() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as i64)
+}
+
+/// Runs blocking work off the async threads. A panic there is our own bug and ends this request only.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DbError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| DbError::Internal(error.to_string()))
 }

@@ -3,14 +3,50 @@
 //! Knows neither SQL text nor wasm nor SSE: what it needs from above it asks through three small traits, which `db`
 //! supplies: [`Program`] (which rows match, what is shown), [`Pipelines`] (the plugins of one worker), [`Encoder`]
 //! (the bytes a subscriber gets).
+//!
+//! # From a commit to a subscriber
+//!
+//! The commit thread pushes each durable commit to one commit tail in memory and wakes the workers: a lock held for a
+//! queue operation, and one message per worker that has groups and is not awake yet. It never waits for anybody. Every
+//! group belongs to one worker, which evaluates each commit once per group, encodes the events once and appends them to
+//! the group's tail. A subscription is a cursor: it takes what lies after it from its group's tail, else (too far
+//! behind) asks the worker to replay the change log up to the tail, else (behind the log) ends as expired. Both tails
+//! are bounded by bytes; what they let go of is in the log.
+//!
+//! # Why no commit is lost and none comes twice
+//!
+//! A group joins its worker when that worker has processed every commit up to some S0. From then on the events of every
+//! later commit are appended to the group's tail, in order, and the tail knows its floor: the seq up to which it has let
+//! go of events, S0 at first. So for any cursor c at or after the floor, the tail's entries with seq > c are *all* events
+//! after c that the worker has made; for a cursor before the floor, replaying the log over (c, floor] through the same
+//! evaluation gives the very events the tail no longer has, and ends exactly where the tail begins. A cursor only
+//! advances over what was delivered, or over commits whose events, had there been any, would be in the tail: a
+//! subscription reads how far the worker is *before* it looks at the tail.
+//!
+//! Present rows are read after the group has joined, through one store snapshot at N. Commits up to N are in the rows,
+//! commits after N are not; the cursor starts at N, so events of commits up to N that the worker has still to make
+//! (N ≥ S0) are skipped, and everything after N is in the tail or in the log. `After(seq)` is the same with N = seq.
+//! The log answers for what it no longer has: its floor is asked after reading.
+//!
+//! A group whose pipeline (or predicate) fails at a commit appends nothing of that commit, ends there, and leaves the
+//! registry, so that the next subscription makes a fresh group. A dropped table or another plugin version ends the group
+//! at that commit's place in the order.
 
+mod evaluate;
 pub mod event;
-pub mod group;
+mod group;
+mod job;
+mod log;
+pub mod position;
 pub mod subscription;
-pub mod tail;
-pub mod worker;
+mod tail;
+#[cfg(test)]
+mod tests;
+mod worker;
 
-use std::sync::Arc;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arrow::record_batch::RecordBatch;
@@ -20,10 +56,13 @@ use wire::{ImageRef, Schema, Scope};
 
 use crate::catalog::Table;
 use crate::store::keys::KeyRange;
-use crate::store::{Commit, Seq, Store, StoreError};
+use crate::store::{Commit, Epoch, Seq, Store, StoreError};
 
 use event::CommitEvents;
+use group::Registry;
 pub use subscription::{Delivery, EndReason, Subscription};
+use tail::{CommitTail, lock};
+use worker::{Joined, Mailbox, Shared};
 
 #[derive(Clone, Debug)]
 pub struct LiveOptions {
@@ -109,6 +148,8 @@ pub struct GroupSpec {
     pub old: OldMode,
     /// Suffix of a position after `epoch` and `seq`: plan, schema version, pipeline.
     pub fingerprint: String,
+    /// The history that positions of this group belong to.
+    pub epoch: Epoch,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,42 +177,118 @@ pub enum SubscribeError {
     Closed,
 }
 
-/// Handle to the live side; clones share it.
+/// Handle to the live side; clones share it. When the last one goes, the workers stop.
 #[derive(Clone)]
 pub struct Live {
-    // filled by the live module's author
+    workers: Arc<Workers>,
 }
 
+struct Workers {
+    shared: Arc<Shared>,
+    mailboxes: Vec<Arc<Mailbox>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// Stack of a worker: plugins run on it (their own limit is far lower), and compiled predicates recurse on it. Pages
+/// are only taken when touched.
+const WORKER_STACK_BYTES: usize = 8 << 20;
+
 impl Live {
-    /// Starts one thread per entry of `pipelines`.
+    /// Starts one thread per entry of `pipelines`. To be called before the store's commit hook can be.
     pub fn start(
-        _store: Store,
-        _pipelines: Vec<Box<dyn Pipelines>>,
-        _encoder: Arc<dyn Encoder>,
-        _options: LiveOptions,
-        _metrics: Arc<crate::telemetry::Metrics>,
+        store: Store,
+        pipelines: Vec<Box<dyn Pipelines>>,
+        encoder: Arc<dyn Encoder>,
+        options: LiveOptions,
+        metrics: Arc<crate::telemetry::Metrics>,
     ) -> Live {
-        todo!()
+        assert!(!pipelines.is_empty(), "live queries need a worker");
+        let registry = Registry::new(options.group_tail_bytes, options.max_subscriptions, Arc::clone(&metrics));
+        let commits = CommitTail::new(options.commit_tail_bytes, store.applied());
+        let shared = Arc::new(Shared { store, commits, registry: Arc::new(registry), encoder, options, metrics });
+        let (mut mailboxes, mut threads) = (Vec::new(), Vec::new());
+        for (index, pipelines) in pipelines.into_iter().enumerate() {
+            let (mailbox, events) = Mailbox::new();
+            let (of_worker, shared) = (Arc::clone(&mailbox), Arc::clone(&shared));
+            let thread = std::thread::Builder::new()
+                .name(format!("live-{index}"))
+                .stack_size(WORKER_STACK_BYTES)
+                .spawn(move || worker::run(shared, of_worker, events, pipelines))
+                .expect("the system gives a thread at start-up");
+            mailboxes.push(mailbox);
+            threads.push(thread);
+        }
+        Live { workers: Arc::new(Workers { shared, mailboxes, threads: Mutex::new(threads) }) }
     }
 
     /// Called by the commit hook for every durable commit, in order; never blocks on workers or subscribers.
-    pub fn published(&self, _commit: &Arc<Commit>) {
-        todo!()
+    pub fn published(&self, commit: &Arc<Commit>) {
+        self.workers.shared.commits.push(commit);
+        self.workers.mailboxes.iter().for_each(|mailbox| mailbox.wake());
     }
 
-    /// Joins (or makes) the group.
-    pub async fn subscribe(&self, _spec: Arc<GroupSpec>, _from: From) -> Result<Subscription, SubscribeError> {
-        todo!()
+    /// Joins (or makes) the group. What the caller planned against (active plugin versions) is to be looked up again
+    /// afterwards: a change before the group joined does not end it.
+    pub async fn subscribe(&self, spec: Arc<GroupSpec>, from: From) -> Result<Subscription, SubscribeError> {
+        let shared = &self.workers.shared;
+        let now = shared.store.applied();
+        if let From::After(seq) = from
+            && (seq < shared.store.log_floor() || seq > now)
+        {
+            return Err(SubscribeError::Expired);
+        }
+        let worker = self.worker_of(&spec.key);
+        loop {
+            // The seat is taken before anything is awaited: a dropped call leaves the group again.
+            let seat = shared.registry.enter(&spec, worker)?;
+            match worker.join(Arc::clone(&seat.group)).await {
+                Some(Joined::Ready) => {
+                    let heartbeat = shared.options.heartbeat;
+                    return Ok(match from {
+                        From::Snapshot => Subscription::snapshot(seat, heartbeat),
+                        From::After(seq) => Subscription::after(seat, seq, heartbeat),
+                        From::Now => Subscription::after(seat, now, heartbeat),
+                    });
+                }
+                Some(Joined::Ended) => {}
+                Some(Joined::Fault(fault)) => return Err(fault.into()),
+                None => return Err(SubscribeError::Closed),
+            }
+        }
     }
 
     /// Number of open subscriptions, groups.
     pub fn counts(&self) -> (usize, usize) {
-        todo!()
+        self.workers.shared.registry.counts()
     }
 
     /// Ends all subscriptions with [`EndReason::Shutdown`] and stops the workers.
     pub fn close(&self) {
-        todo!()
+        self.workers.close();
+    }
+
+    fn worker_of(&self, key: &[u8]) -> &Arc<Mailbox> {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        let mailboxes = &self.workers.mailboxes;
+        &mailboxes[(hasher.finish() % mailboxes.len() as u64) as usize]
+    }
+}
+
+impl Workers {
+    fn close(&self) {
+        self.shared.registry.close();
+        self.mailboxes.iter().for_each(|mailbox| mailbox.close());
+        for thread in lock(&self.threads).drain(..) {
+            // A worker that panicked has said so and has ended its groups.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

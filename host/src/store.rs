@@ -1,17 +1,41 @@
 //! RocksDB: column families, key and row bytes, the committer, the change log, snapshots.
+//!
+//! What is written goes through [`Store::commit`] to one thread ([`commit`]) and becomes one atomic, synced batch; what
+//! is read goes through a [`snapshot::Snapshot`]. The data directory holds `db`, the RocksDB database, and `high-water`
+//! (see [`high_water`]). What a row means, who may see it and who listens is for the layers above.
 
 pub mod commit;
+mod ddl;
+#[cfg(test)]
+mod fixtures;
+mod high_water;
 pub mod keys;
+mod meta;
+mod open;
+mod recent;
 pub mod rows;
 pub mod snapshot;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
+use rocksdb::{Cache, ColumnFamily, DB, WriteOptions};
 use wire::Scope;
 
-use crate::catalog::{Catalog, NamespaceId, Plugin, Table, TableId};
+use crate::catalog::{Catalog, NamespaceId, Plugin, Table, TableId, TableKind};
+
+const USER_FAMILY: &str = "user_tables";
+const SHARED_FAMILY: &str = "shared_tables";
+const STREAM_FAMILY: &str = "stream_tables";
+const DEFAULT_FAMILY: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
+/// Families whose keys have the first three parts of a row key.
+const ROW_FAMILIES: [&str; 3] = [USER_FAMILY, SHARED_FAMILY, STREAM_FAMILY];
+const FAMILIES: [&str; 4] = [USER_FAMILY, SHARED_FAMILY, STREAM_FAMILY, DEFAULT_FAMILY];
 
 /// A commit's place in the one order. Strictly rises; gaps are allowed; nobody computes seq + 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -57,6 +81,20 @@ pub enum CatalogWrite {
     DropPlugin { namespace: String, name: String },
 }
 
+impl CatalogWrite {
+    /// Makes the write's change to a catalog in memory.
+    pub fn apply(&self, catalog: &mut Catalog) {
+        match self {
+            CatalogWrite::PutNamespace { id, name } => catalog.put_namespace(*id, name),
+            CatalogWrite::DropNamespace { name } => catalog.drop_namespace(name),
+            CatalogWrite::PutTable(table) => catalog.put_table(table.clone()),
+            CatalogWrite::DropTable(id) => catalog.drop_table(*id),
+            CatalogWrite::PutPlugin { plugin, .. } => catalog.put_plugin(plugin.clone()),
+            CatalogWrite::DropPlugin { namespace, name } => catalog.drop_plugin(namespace, name),
+        }
+    }
+}
+
 /// What is to be written, all or nothing, as one commit.
 #[derive(Clone, Debug)]
 pub struct Transaction {
@@ -90,6 +128,9 @@ pub enum StoreError {
     Corrupt(String),
     #[error("the store failed and takes no writes until restart: {0}")]
     Failed(String),
+    /// The change log no longer holds all commits after this position.
+    #[error("the change log begins after seq {}, so what followed seq {} is gone; read the present rows instead", .floor.0, .position.0)]
+    Expired { position: Seq, floor: Seq },
     #[error(transparent)]
     Io(#[from] std::io::Error),
 }
@@ -101,6 +142,9 @@ pub enum CommitError {
     Stale,
     #[error("the commit has {size} bytes, more than max_commit_bytes = {limit}; split it")]
     TooLarge { size: usize, limit: usize },
+    /// The transaction contradicts itself or the catalog: a bug of whoever made it. Nothing was written.
+    #[error("the transaction is malformed: {0}")]
+    Invalid(String),
     /// Too many transactions wait: try again later.
     #[error("too many writes are waiting; try again")]
     Busy,
@@ -111,73 +155,204 @@ pub enum CommitError {
 /// Called on the commit thread for every durable commit, in seq order, before it is acknowledged. Must not block.
 pub type CommitHook = Box<dyn Fn(&Arc<Commit>) + Send + Sync>;
 
-/// Handle to the open store; clones share it.
+/// Handle to the open store; clones share it. When the last one is dropped, the committer finishes what waits and ends.
 #[derive(Clone)]
 pub struct Store {
-    // filled by the store module's author
+    inner: Arc<Inner>,
+    queue: Arc<commit::Queue>,
+}
+
+/// What readers, the committer and the handle share.
+struct Inner {
+    db: Arc<DB>,
+    cache: Cache,
+    path: PathBuf,
+    epoch: Epoch,
+    max_commit_bytes: usize,
+    log_commits: u64,
+    applied: AtomicU64,
+    log_floor: AtomicU64,
+    /// As of the newest durable commit.
+    catalog: ArcSwap<Catalog>,
+    /// The two newest, in this order; the second may be that of a commit still being written. Snapshots find theirs here.
+    catalogs: ArcSwap<[Arc<Catalog>; 2]>,
+    failure: OnceLock<String>,
 }
 
 impl Store {
     /// Opens or creates the store, recovers, loads the catalog. A second process on the directory is refused.
-    pub fn open(_options: &StoreOptions) -> Result<Store, StoreError> {
-        todo!()
+    pub fn open(options: &StoreOptions) -> Result<Store, StoreError> {
+        let opened = open::open(options)?;
+        let catalog = Arc::new(opened.catalog);
+        let inner = Arc::new(Inner {
+            db: Arc::new(opened.db),
+            cache: opened.cache,
+            path: options.path.clone(),
+            epoch: opened.epoch,
+            max_commit_bytes: options.max_commit_bytes,
+            log_commits: options.log_commits,
+            applied: AtomicU64::new(opened.state.applied.0),
+            log_floor: AtomicU64::new(opened.state.log_floor.0),
+            catalogs: ArcSwap::from_pointee([catalog.clone(), catalog.clone()]),
+            catalog: ArcSwap::new(catalog),
+            failure: OnceLock::new(),
+        });
+        let queue = Arc::new(commit::Queue::new(inner.clone(), opened.logs));
+        Ok(Store { inner, queue })
     }
 
-    /// Starts the committer thread; `hook` sees every commit. Called once.
-    pub fn start(&self, _hook: CommitHook) {
-        todo!()
+    /// Starts the committer thread; `hook` sees every commit. Called once; transactions handed over before wait.
+    pub fn start(&self, hook: CommitHook) {
+        self.queue.start(hook);
     }
 
     pub fn epoch(&self) -> Epoch {
-        todo!()
+        self.inner.epoch
     }
 
     /// The newest durable commit.
     pub fn applied(&self) -> Seq {
-        todo!()
+        self.inner.applied()
     }
 
     /// The catalog as of the newest durable commit.
     pub fn catalog(&self) -> Arc<Catalog> {
-        todo!()
+        self.inner.catalog.load_full()
     }
 
     /// A consistent view: rows, log and catalog at one seq.
     pub fn snapshot(&self) -> snapshot::Snapshot {
-        todo!()
+        snapshot::Snapshot::take(&self.inner)
     }
 
-    /// Hands the transaction to the committer; resolves when it is durable (or refused).
-    pub async fn commit(&self, _transaction: Transaction) -> Result<Seq, CommitError> {
-        todo!()
+    /// Hands the transaction to the committer; resolves when it is durable (or refused). Dropping the future does not
+    /// take the transaction back. One without effect is no commit and answers its base.
+    pub async fn commit(&self, transaction: Transaction) -> Result<Seq, CommitError> {
+        let outcome = self.queue.push(transaction)?;
+        match outcome.await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(self.inner.refusal().into()),
+        }
     }
 
     /// The module bytes of an uploaded plugin.
-    pub fn plugin_wasm(&self, _sha256: &str) -> Result<Option<Bytes>, StoreError> {
-        todo!()
+    pub fn plugin_wasm(&self, sha256: &str) -> Result<Option<Bytes>, StoreError> {
+        self.inner.read(&meta::wasm_key(sha256)).map(|bytes| bytes.map(Bytes::from))
     }
 
-    /// Positions before this seq cannot be resumed: the log no longer has what follows them.
+    /// Positions before this seq cannot be resumed: the log no longer has what follows them. A snapshot taken earlier
+    /// may still serve them, see [`snapshot::Snapshot::log_floor`].
     pub fn log_floor(&self) -> Seq {
-        todo!()
+        self.inner.log_floor()
     }
 
     /// A value of the store's own settings (`default` family), e.g. a secret made once.
-    pub fn meta_get(&self, _key: &str) -> Result<Option<Vec<u8>>, StoreError> {
-        todo!()
+    pub fn meta_get(&self, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        self.inner.read(&meta::setting_key(key))
     }
 
-    pub fn meta_put(&self, _key: &str, _value: &[u8]) -> Result<(), StoreError> {
-        todo!()
+    /// Durable when it returns.
+    pub fn meta_put(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
+        if self.failed() {
+            return Err(self.inner.refusal());
+        }
+        self.inner.db.put_opt(meta::setting_key(key), value, &synced()).map_err(read_error)
     }
 
     /// Bytes RocksDB holds: (write buffers, block cache, table readers).
     pub fn memory(&self) -> (u64, u64, u64) {
-        todo!()
+        let db: &DB = &self.inner.db;
+        match rocksdb::perf::get_memory_usage_stats(Some(&[db]), Some(&[&self.inner.cache])) {
+            Ok(stats) => (stats.mem_table_total, stats.cache_total, stats.mem_table_readers_total),
+            Err(error) => {
+                tracing::warn!(%error, "RocksDB does not say how much memory it holds");
+                (0, 0, 0)
+            }
+        }
     }
 
-    /// Finishes waiting transactions, flushes, stops the committer.
+    /// Whether a write failed: the outcome of commits is not certain any more, nothing more is written, and the process
+    /// should end with an error, so that a restart recovers what is on disk.
+    pub fn failed(&self) -> bool {
+        self.inner.failure.get().is_some()
+    }
+
+    /// Finishes waiting transactions, flushes, stops the committer. Blocks; commits afterwards are refused. The
+    /// directory is released when the last handle and snapshot are gone.
     pub fn close(&self) {
-        todo!()
+        self.queue.close();
+        if self.failed() {
+            return;
+        }
+        if let Err(error) = self.inner.flush() {
+            tracing::error!(%error, "the store could not be flushed; its log is replayed at the next start");
+        }
+    }
+}
+
+impl Inner {
+    fn applied(&self) -> Seq {
+        Seq(self.applied.load(Ordering::Acquire))
+    }
+
+    fn log_floor(&self) -> Seq {
+        Seq(self.log_floor.load(Ordering::Acquire))
+    }
+
+    /// As in memory; for what is on disk at one point, see [`snapshot::Snapshot`].
+    fn state(&self) -> meta::State {
+        let catalog_version = self.catalog.load().version;
+        meta::State { applied: self.applied(), catalog_version, log_floor: self.log_floor() }
+    }
+
+    fn read(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.db.get(key).map_err(read_error)
+    }
+
+    /// From here on nothing is written. The first reason stays.
+    fn fail(&self, reason: String) {
+        tracing::error!(reason, "the store failed and takes no more writes");
+        let _ = self.failure.set(reason);
+    }
+
+    fn refusal(&self) -> StoreError {
+        StoreError::Failed(self.failure.get().cloned().unwrap_or_else(|| "it was closed".to_owned()))
+    }
+
+    fn flush(&self) -> Result<(), StoreError> {
+        for name in FAMILIES {
+            self.db.flush_cf(family(&self.db, name)).map_err(read_error)?;
+        }
+        high_water::write(&self.path, self.epoch, self.applied())?;
+        Ok(())
+    }
+}
+
+fn family<'a>(db: &'a DB, name: &str) -> &'a ColumnFamily {
+    db.cf_handle(name).expect("every family is made when the database is opened")
+}
+
+fn row_family(db: &DB, kind: TableKind) -> &ColumnFamily {
+    match kind {
+        TableKind::Shared => family(db, SHARED_FAMILY),
+        TableKind::User => family(db, USER_FAMILY),
+    }
+}
+
+fn synced() -> WriteOptions {
+    let mut options = WriteOptions::default();
+    options.set_sync(true);
+    options
+}
+
+/// What RocksDB reports, for people.
+fn read_error(error: rocksdb::Error) -> StoreError {
+    let message = error.into_string();
+    if message.contains("No space left on device") {
+        StoreError::DiskFull
+    } else if message.starts_with("Corruption") {
+        StoreError::Corrupt(message)
+    } else {
+        StoreError::Io(std::io::Error::other(message))
     }
 }

@@ -1,8 +1,14 @@
 //! Logs (text or JSON through `tracing`) and the metric registry. Knows no domain type.
 
-use prometheus_client::metrics::counter::Counter;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use tracing_subscriber::EnvFilter;
 
 /// All metrics of one server; no globals, so many servers fit in one test process. Names in `/metrics` start with `tidegate_`.
 #[derive(Default)]
@@ -34,4 +40,127 @@ pub struct Metrics {
     pub session_contexts: Counter,
     pub queries: Counter,
     pub http_requests: Counter,
+    pub http_connections: Gauge,
+    /// Connections turned away because `server.max_connections` were open.
+    pub http_refused: Counter,
+    /// Connections cut because the client took nothing within the stall limit.
+    pub http_stalled: Counter,
+    /// What RocksDB holds, brought up to date before `/metrics` is printed.
+    pub store_write_buffer_bytes: Gauge,
+    pub store_block_cache_bytes: Gauge,
+    pub store_table_reader_bytes: Gauge,
+}
+
+impl Metrics {
+    /// The metrics and the registry that prints them.
+    pub fn new() -> (Arc<Metrics>, Registry) {
+        let metrics = Arc::new(Metrics::default());
+        let mut registry = Registry::with_prefix("tidegate");
+        metrics.register_counters(&mut registry);
+        metrics.register_gauges(&mut registry);
+        registry.register_collector(Box::new(PluginSeconds(metrics.plugin_nanos.clone())));
+        (metrics, registry)
+    }
+
+    fn register_counters(&self, registry: &mut Registry) {
+        for (name, help, counter) in [
+            ("commits", "Durable commits", &self.commits),
+            ("commit_bytes", "Bytes of the frames of durable commits", &self.commit_bytes),
+            ("events", "Live events encoded, once per group", &self.events),
+            ("event_sent_bytes", "Bytes of live events handed to connections", &self.event_bytes_sent),
+            ("plugin_calls", "Calls into plugins", &self.plugin_calls),
+            ("plugin_rows", "Rows handed to plugins", &self.plugin_rows),
+            ("plugin_failures", "Plugin calls that failed", &self.plugin_failures),
+            ("ring_misses", "Frames taken from the change log instead of the ring", &self.ring_misses),
+            ("guest_bytes_copied", "Change bytes copied into guest memory", &self.guest_bytes_copied),
+            ("worker_part_bytes", "Bytes of rows written to a worker part", &self.worker_part_bytes),
+            ("session_contexts", "SQL session contexts created since start", &self.session_contexts),
+            ("queries", "SQL requests", &self.queries),
+            ("http_requests", "HTTP requests", &self.http_requests),
+            ("http_refused", "Connections turned away at the connection limit", &self.http_refused),
+            ("http_stalled", "Connections cut because the client stopped reading", &self.http_stalled),
+        ] {
+            registry.register(name, help, counter.clone());
+        }
+    }
+
+    fn register_gauges(&self, registry: &mut Registry) {
+        for (name, help, gauge) in [
+            ("plugin_instances", "Plugin instances alive", &self.plugin_instances),
+            ("subscriptions", "Open live subscriptions", &self.subscriptions),
+            ("groups", "Groups of equal live queries", &self.groups),
+            ("ring_bytes", "Bytes of frames in the rings", &self.ring_bytes),
+            ("http_connections", "Open HTTP connections", &self.http_connections),
+            ("store_write_buffer_bytes", "Bytes in RocksDB's write buffers", &self.store_write_buffer_bytes),
+            ("store_block_cache_bytes", "Bytes in RocksDB's block cache", &self.store_block_cache_bytes),
+            ("store_table_reader_bytes", "Bytes in RocksDB's table readers", &self.store_table_reader_bytes),
+        ] {
+            registry.register(name, help, gauge.clone());
+        }
+    }
+}
+
+/// Counted in nanoseconds (an integer add on the hot path), shown in seconds.
+#[derive(Debug)]
+struct PluginSeconds(Counter);
+
+impl Collector for PluginSeconds {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let seconds = ConstCounter::new(self.0.get() as f64 / 1e9);
+        let help = "CPU seconds spent in plugins";
+        let metric = encoder.encode_descriptor("plugin_cpu_seconds", help, None, seconds.metric_type())?;
+        seconds.encode(metric)
+    }
+}
+
+/// Everything in the registry, as OpenMetrics text.
+pub fn openmetrics(registry: &Registry) -> Result<String, std::fmt::Error> {
+    let mut out = String::new();
+    prometheus_client::encoding::text::encode(&mut out, registry)?;
+    Ok(out)
+}
+
+/// Starts logging to stderr; once per process. `filter` is in `RUST_LOG` syntax.
+pub fn init(json: bool, filter: &str) -> Result<(), String> {
+    let filter = EnvFilter::try_new(filter).map_err(|error| format!("setting `log.filter`: {error}"))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let done = if json {
+        builder.json().flatten_event(true).try_init()
+    } else {
+        builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init()
+    };
+    done.map_err(|error| format!("logging cannot start: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_the_documented_ones() {
+        let (metrics, registry) = Metrics::new();
+        metrics.commits.inc();
+        metrics.plugin_nanos.inc_by(1_500_000_000);
+        let text = openmetrics(&registry).unwrap();
+        for line in [
+            "tidegate_commits_total 1",
+            "tidegate_events_total 0",
+            "tidegate_plugin_calls_total 0",
+            "tidegate_plugin_rows_total 0",
+            "tidegate_plugin_cpu_seconds_total 1.5",
+            "tidegate_plugin_failures_total 0",
+            "tidegate_plugin_instances 0",
+            "tidegate_subscriptions 0",
+            "tidegate_groups 0",
+            "tidegate_ring_bytes 0",
+            "tidegate_ring_misses_total 0",
+            "tidegate_guest_bytes_copied_total 0",
+            "tidegate_worker_part_bytes_total 0",
+            "tidegate_session_contexts_total 0",
+            "tidegate_http_requests_total 0",
+            "tidegate_queries_total 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
+        }
+    }
 }

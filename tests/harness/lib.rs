@@ -1,1 +1,44 @@
+//! Drives a real server process from outside, as a client would.
+//!
+//! - [`server`]: starts the binary on a free port in a directory of its own; kills, stops, restarts it.
+//! - [`client`]: one user's HTTP calls; follows the server over restarts.
+//! - [`live`]: a subscription: reads events with a bound, reconnects with the last id.
+//! - [`fold`]: what the events say the result is now; refuses events that cannot be.
+//!
+//! Everything here panics when the server does not do its part: these are tests. What the server printed is shown when
+//! a test fails.
 
+pub mod client;
+pub mod fold;
+pub mod live;
+pub mod server;
+
+pub use client::{Client, Failure};
+pub use fold::Fold;
+pub use live::{Event, Live, LiveQuery};
+pub use server::{Options, TestServer};
+
+use std::time::Duration;
+
+/// Longer than anything here takes on a busy machine with two cores; a test that waits so long has failed.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The bytes of a built plugin, `late.wasm` or `long_haul.wat`. `tests/run.sh` builds them and says where they are.
+pub fn plugin(file: &str) -> Vec<u8> {
+    let folder = std::env::var("TIDEGATE_PLUGINS").map(std::path::PathBuf::from).unwrap_or_else(|_| {
+        server::target_dir().parent().expect("the profile's folder lies in the target folder").join("plugins")
+    });
+    let path = folder.join(file);
+    std::fs::read(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}; `sh tests/run.sh` builds the plugins", path.display()))
+}
+
+/// The seed of a random run: `SEED` of the environment, else a new one. Printed, so that a failure can be repeated.
+pub fn seed() -> u64 {
+    let seed = match std::env::var("SEED") {
+        Ok(text) => text.parse().expect("SEED is a number"),
+        Err(_) => rand::random(),
+    };
+    eprintln!("SEED={seed} repeats this run");
+    seed
+}

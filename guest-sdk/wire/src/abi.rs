@@ -62,6 +62,7 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
+    #[inline]
     pub fn new(at: ImageAt, base: u32) -> Self {
         Descriptor {
             present: base + at.present,
@@ -71,6 +72,7 @@ impl Descriptor {
         }
     }
 
+    #[inline]
     pub fn to_bytes(self) -> [u8; DESCRIPTOR_BYTES] {
         let mut out = [0; DESCRIPTOR_BYTES];
         for (chunk, part) in out.chunks_exact_mut(4).zip([self.present, self.slots, self.heap, self.columns]) {
@@ -79,6 +81,7 @@ impl Descriptor {
         out
     }
 
+    #[inline]
     pub fn from_bytes(bytes: [u8; DESCRIPTOR_BYTES]) -> Self {
         let part = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
         Descriptor { present: part(0), slots: part(4), heap: part(8), columns: part(12) }

@@ -195,25 +195,30 @@ impl ImageBuilder {
     }
 
     /// Back to all NULL, keeping the memory.
+    #[inline]
     pub fn clear(&mut self) {
         self.present.fill(0);
         self.slots.fill(0);
         self.heap.clear();
     }
 
+    #[inline]
     pub fn set_bool(&mut self, column: u16, value: bool) {
         self.set_slot(column, u64::from(value));
     }
 
+    #[inline]
     pub fn set_int(&mut self, column: u16, value: i64) {
         self.set_slot(column, value as u64);
     }
 
+    #[inline]
     pub fn set_float(&mut self, column: u16, value: f64) {
         self.set_slot(column, value.to_bits());
     }
 
     /// Text, bytes, decimal (16 bytes, little-endian) and uuid values.
+    #[inline]
     pub fn set_bytes(&mut self, column: u16, value: &[u8]) {
         let start = self.heap.len() as u64;
         self.heap.extend_from_slice(value);
@@ -256,6 +261,7 @@ impl ImageBuilder {
         out
     }
 
+    #[inline]
     fn set_slot(&mut self, column: u16, slot: u64) {
         let i = usize::from(column);
         self.present[i / 8] |= 1 << (i % 8);

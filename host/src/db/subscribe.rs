@@ -1,1 +1,459 @@
-//! db::subscribe
+//! A live stream from request to end: compile, find or make the group, and what follows when the group ends.
+//!
+//! [`LiveStream`] owns the request, because a resync compiles it again: a plugin may have another version, a position
+//! may be older than the log. Between two deliveries the stream is a request and a cursor; rows and encoded events
+//! belong to the group.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+use tokio::sync::watch;
+
+use super::adapters::PlanProgram;
+use super::{Db, DbError, Identity, LiveOutput, LiveRequest, ResyncReason, StageRequest, blocking};
+use crate::catalog::{Catalog, Plugin, TableKind};
+use crate::live::position::Position;
+use crate::live::{Delivery, EndReason, From, GroupSpec, SubscribeError, Subscription};
+use crate::plugins::Stage;
+use crate::sql::{OutputColumn, SqlError};
+use crate::store::{Seq, StoreError};
+
+/// The most stages of one pipeline.
+const MAX_STAGES: usize = 8;
+
+/// A running live query.
+pub struct LiveStream {
+    db: Db,
+    who: Identity,
+    request: LiveRequest,
+    compiled: Compiled,
+    state: State,
+    /// What is to be said before the state is asked again.
+    queue: VecDeque<LiveOutput>,
+    uses: PluginUses,
+}
+
+enum State {
+    Running(Subscription),
+    /// To be compiled and joined again; the next event says why.
+    Rejoin(Rejoin),
+    /// The pipeline failed: until another version of one of its plugins is active.
+    AwaitPlugin(watch::Receiver<u64>),
+    Done,
+}
+
+#[derive(Clone, Copy)]
+enum Rejoin {
+    /// What the client holds is void.
+    Resync(ResyncReason),
+    /// A plugin of the pipeline changed at this position: void only if this stream follows that change.
+    Plugin(Seq),
+}
+
+/// A request compiled against one catalog.
+struct Compiled {
+    spec: Arc<GroupSpec>,
+    columns: Vec<OutputColumn>,
+}
+
+impl Db {
+    /// Opens a live query. Everything that can be wrong with the request is said here, before the stream starts.
+    pub async fn subscribe(&self, who: &Identity, request: LiveRequest) -> Result<LiveStream, DbError> {
+        self.check_open()?;
+        let compiled = self.compile(who, &request).await?;
+        let (from, resync) = self.resolve_position(&request, &compiled.spec)?;
+        let mut stream = LiveStream {
+            db: self.clone(),
+            who: who.clone(),
+            request,
+            uses: PluginUses::new(self, &compiled.spec),
+            compiled,
+            state: State::Done,
+            queue: VecDeque::new(),
+        };
+        stream.join(from, resync).await?;
+        Ok(stream)
+    }
+
+    async fn compile(&self, who: &Identity, request: &LiveRequest) -> Result<Compiled, DbError> {
+        let snapshot = self.inner.store.snapshot();
+        let env = self.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
+        let (db, request) = (self.clone(), request.clone());
+        blocking(move || {
+            let plan = db.inner.sql.live(&request.sql, &env)?;
+            let table = plan.table.clone();
+            if !request.pipeline.is_empty() && table.kind == TableKind::User {
+                return Err(DbError::Sql(SqlError::Unsupported {
+                    what: "a pipeline on a user table".into(),
+                    hint: Some("plugins run on shared tables".into()),
+                    position: None,
+                }));
+            }
+            let stages = resolve_stages(&env.catalog, &env.namespace, &table.namespace_name, &request.pipeline)?;
+            let output = match stages.is_empty() {
+                true => None,
+                false => db.inner.plugins.check(table.namespace, &stages, &table.schema())?,
+            };
+            let columns = match &output {
+                Some(schema) => {
+                    schema.columns.iter().map(|c| OutputColumn { name: c.name.clone(), ty: c.ty }).collect()
+                }
+                None => plan.columns.clone(),
+            };
+            let fingerprint = Fingerprint::new(&plan, &stages, request.old);
+            let key = fingerprint.key();
+            let spec = GroupSpec {
+                live_id: fingerprint.live_id(),
+                epoch: db.inner.store.epoch(),
+                table,
+                scope: plan.scope.clone(),
+                range: plan.range.clone(),
+                program: Arc::new(PlanProgram(plan)),
+                stages,
+                output,
+                old: request.old,
+                fingerprint: fingerprint.text(),
+                key,
+            };
+            Ok(Compiled { spec: Arc::new(spec), columns })
+        })
+        .await?
+    }
+
+    /// Where to start, and what to say first.
+    fn resolve_position(
+        &self,
+        request: &LiveRequest,
+        spec: &GroupSpec,
+    ) -> Result<(From, Option<ResyncReason>), DbError> {
+        let Some(text) = &request.position else {
+            return Ok((if request.snapshot { From::Snapshot } else { From::Now }, None));
+        };
+        let position: Position = text.parse().map_err(|_| {
+            DbError::BadRequest(
+                "the position (Last-Event-ID) is not one that this server gave; start without it".into(),
+            )
+        })?;
+        let resync = |reason| Ok((From::Snapshot, Some(reason)));
+        if position.epoch != spec.epoch.0 {
+            return resync(ResyncReason::Epoch);
+        }
+        let mut theirs = position.fingerprint.split('.');
+        let mut ours = spec.fingerprint.split('.');
+        if theirs.next() != ours.next() {
+            return Err(DbError::BadRequest(
+                "the position (Last-Event-ID) belongs to another live query; start this one without it".into(),
+            ));
+        }
+        if theirs.next() != ours.next() {
+            return resync(ResyncReason::Schema);
+        }
+        if theirs.next() != ours.next() {
+            return resync(ResyncReason::Plugin);
+        }
+        let seq = Seq(position.seq);
+        if seq > self.inner.store.applied() {
+            return resync(ResyncReason::Epoch);
+        }
+        if seq < self.inner.store.log_floor() {
+            return resync(ResyncReason::Expired);
+        }
+        Ok((From::After(seq), None))
+    }
+}
+
+impl LiveStream {
+    /// `None` after the stream's end. Cancel-safe: what is under way is in `state`, not in this future.
+    pub async fn next(&mut self) -> Option<LiveOutput> {
+        loop {
+            if let Some(output) = self.queue.pop_front() {
+                return Some(output);
+            }
+            match &mut self.state {
+                State::Done => return None,
+                State::Running(subscription) => {
+                    let delivery = subscription.next().await;
+                    self.deliver(delivery);
+                }
+                State::Rejoin(rejoin) => {
+                    let rejoin = *rejoin;
+                    if let Err(error) = self.rejoin(rejoin).await {
+                        self.end(closed_by(&error));
+                    }
+                }
+                State::AwaitPlugin(catalog) => {
+                    match tokio::time::timeout(self.db.inner.heartbeat, catalog.changed()).await {
+                        Err(_elapsed) => return Some(LiveOutput::Waiting),
+                        Ok(Err(_closed)) => self.end(closed_by(&DbError::Closed)),
+                        Ok(Ok(())) => self.retry_plugin().await,
+                    }
+                }
+            }
+        }
+    }
+
+    /// Start, where necessary a resync, and then the group's events.
+    async fn join(&mut self, from: From, resync: Option<ResyncReason>) -> Result<(), DbError> {
+        let live = &self.db.inner.live;
+        let (subscription, from, resync) = match live.subscribe(self.compiled.spec.clone(), from).await {
+            Ok(subscription) => (subscription, from, resync),
+            // The log was trimmed between our look at it and the group's.
+            Err(SubscribeError::Expired) => {
+                let subscription = live.subscribe(self.compiled.spec.clone(), From::Snapshot).await;
+                (subscription.map_err(subscribe_error)?, From::Snapshot, Some(ResyncReason::Expired))
+            }
+            Err(error) => return Err(subscribe_error(error)),
+        };
+        let from = match from {
+            From::After(seq) => Some(self.position(seq)),
+            From::Snapshot | From::Now => None,
+        };
+        let spec = &self.compiled.spec;
+        self.queue.push_back(LiveOutput::Start {
+            live_id: spec.live_id.clone(),
+            columns: self.compiled.columns.clone(),
+            key: spec.table.key_schema().columns.into_iter().map(|column| column.name).collect(),
+            from,
+        });
+        self.queue.extend(resync.map(LiveOutput::Resync));
+        self.state = State::Running(subscription);
+        Ok(())
+    }
+
+    async fn rejoin(&mut self, rejoin: Rejoin) -> Result<(), DbError> {
+        let compiled = self.db.compile(&self.who, &self.request).await?;
+        let same = compiled.spec.fingerprint == self.compiled.spec.fingerprint;
+        self.uses = PluginUses::new(&self.db, &compiled.spec);
+        self.compiled = compiled;
+        match rejoin {
+            // Pinned to a version that is still there: the change was none of ours.
+            Rejoin::Plugin(seq) if same => {
+                let subscription = self.db.inner.live.subscribe(self.compiled.spec.clone(), From::After(seq)).await;
+                self.state = State::Running(subscription.map_err(subscribe_error)?);
+                Ok(())
+            }
+            Rejoin::Plugin(_) => self.join(From::Snapshot, Some(ResyncReason::Plugin)).await,
+            Rejoin::Resync(reason) => self.join(From::Snapshot, Some(reason)).await,
+        }
+    }
+
+    /// After a failure: goes on once the pipeline would be another one.
+    async fn retry_plugin(&mut self) {
+        match self.db.compile(&self.who, &self.request).await {
+            Ok(compiled) if compiled.spec.fingerprint != self.compiled.spec.fingerprint => {
+                self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Plugin));
+            }
+            Ok(_) => {}
+            Err(error) => self.end(closed_by(&error)),
+        }
+    }
+
+    fn deliver(&mut self, delivery: Delivery) {
+        match delivery {
+            Delivery::Events { bytes, .. } => self.queue.push_back(LiveOutput::Encoded(bytes)),
+            Delivery::UpToDate(seq) => {
+                let position = self.position(seq);
+                self.queue.push_back(LiveOutput::UpToDate { position, seq });
+            }
+            Delivery::Expired => self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Expired)),
+            Delivery::End(reason) => self.ended(reason),
+        }
+    }
+
+    fn ended(&mut self, reason: EndReason) {
+        match reason {
+            EndReason::PluginChanged { seq, .. } => self.state = State::Rejoin(Rejoin::Plugin(seq)),
+            EndReason::Pipeline { fault, seq } => {
+                tracing::warn!(
+                    plugin = fault.plugin,
+                    version = fault.version,
+                    cause = fault.cause,
+                    seq = seq.0,
+                    "a plugin failed; its live stream waits"
+                );
+                // Subscribed before the event is told, so that an upload right after it is not missed.
+                self.state = State::AwaitPlugin(self.db.inner.catalog_version.subscribe());
+                self.queue.push_back(LiveOutput::PluginError {
+                    plugin: fault.plugin,
+                    version: fault.version,
+                    cause: fault.cause.to_owned(),
+                    message: fault.message,
+                    seq,
+                });
+            }
+            EndReason::Program { message, .. } => self.end(LiveOutput::Failed { message }),
+            EndReason::TableDropped => self.end(LiveOutput::Closed {
+                code: "table_dropped",
+                message: format!("table \"{}\" was dropped", self.compiled.spec.table.name),
+            }),
+            EndReason::PluginDropped { name } => self
+                .end(LiveOutput::Closed { code: "plugin_dropped", message: format!("plugin \"{name}\" was deleted") }),
+            EndReason::Store { message } => self.end(LiveOutput::Failed { message }),
+            EndReason::Shutdown => self.end(LiveOutput::Closed {
+                code: "shutdown",
+                message: "the server is shutting down; connect again with the last id".into(),
+            }),
+        }
+    }
+
+    fn end(&mut self, last: LiveOutput) {
+        self.queue.push_back(last);
+        self.state = State::Done;
+    }
+
+    fn position(&self, seq: Seq) -> String {
+        let spec = &self.compiled.spec;
+        Position { epoch: spec.epoch.0, seq: seq.0, fingerprint: spec.fingerprint.clone() }.to_string()
+    }
+}
+
+fn closed_by(error: &DbError) -> LiveOutput {
+    let code = if matches!(error, DbError::Closed) { "shutdown" } else { "cannot_continue" };
+    LiveOutput::Closed { code, message: error.to_string() }
+}
+
+fn subscribe_error(error: SubscribeError) -> DbError {
+    match error {
+        SubscribeError::TooMany(_) => DbError::TooMany(error.to_string()),
+        SubscribeError::Pipeline(fault) => DbError::BadRequest(fault.to_string()),
+        SubscribeError::Store(error) => DbError::Store(error),
+        SubscribeError::Closed => DbError::Closed,
+        SubscribeError::Expired => DbError::Store(StoreError::Corrupt("a fresh snapshot is older than the log".into())),
+    }
+}
+
+/// `name`, `name@3` or `name@sha256:…` → the version that runs.
+fn resolve_stages(
+    catalog: &Catalog,
+    namespace: &str,
+    table_namespace: &str,
+    pipeline: &[StageRequest],
+) -> Result<Vec<Stage>, DbError> {
+    if pipeline.len() > MAX_STAGES {
+        return Err(DbError::BadRequest(format!("a pipeline has at most {MAX_STAGES} plugins")));
+    }
+    // The ring carries the table's namespace, so that is whose plugins may read it.
+    if !pipeline.is_empty() && namespace != table_namespace {
+        return Err(DbError::BadRequest(format!(
+            "plugins of namespace \"{namespace}\" cannot read tables of \"{table_namespace}\"; set namespace={table_namespace}"
+        )));
+    }
+    pipeline.iter().map(|stage| resolve_stage(catalog, namespace, stage)).collect()
+}
+
+fn resolve_stage(catalog: &Catalog, namespace: &str, stage: &StageRequest) -> Result<Stage, DbError> {
+    let (name, pin) = match stage.plugin.split_once('@') {
+        Some((name, pin)) => (name, Some(pin)),
+        None => (stage.plugin.as_str(), None),
+    };
+    let versions = catalog.namespace(namespace).and_then(|found| found.plugins.get(name));
+    let Some(versions) = versions else {
+        return Err(DbError::NotFound(format!(
+            "namespace \"{namespace}\" has no plugin \"{name}\"; upload it with PUT /v1/plugins/{namespace}/{name}"
+        )));
+    };
+    let wanted: Option<&Arc<Plugin>> = match pin {
+        None => versions.last(),
+        Some(pin) => match pin.strip_prefix("sha256:") {
+            Some(hash) => versions.iter().rev().find(|plugin| plugin.sha256.eq_ignore_ascii_case(hash)),
+            None => {
+                let version: u32 = pin.parse().map_err(|_| {
+                    DbError::BadRequest(format!("\"{}\": after @ comes a version number or sha256:…", stage.plugin))
+                })?;
+                versions.iter().find(|plugin| plugin.version == version)
+            }
+        },
+    };
+    let plugin = wanted.ok_or_else(|| {
+        let known: Vec<String> = versions.iter().map(|plugin| plugin.version.to_string()).collect();
+        DbError::NotFound(format!("plugin \"{}\": no such version; there are {}", stage.plugin, known.join(", ")))
+    })?;
+    Ok(Stage {
+        name: name.to_owned(),
+        version: plugin.version,
+        sha256: plugin.sha256.clone(),
+        params: stage.params.to_string(),
+    })
+}
+
+/// The three parts of a position that must agree before a stream is resumed, each 32 bits of SHA-256.
+struct Fingerprint {
+    plan: [u8; 32],
+    schema: [u8; 32],
+    pipeline: [u8; 32],
+}
+
+impl Fingerprint {
+    fn new(plan: &crate::sql::live::LivePlan, stages: &[Stage], old: crate::live::OldMode) -> Self {
+        let mut query = Sha256::new();
+        query.update(plan.fingerprint.to_le_bytes());
+        query.update(format!("{:?} {old:?}", plan.scope));
+        let mut schema = Sha256::new();
+        schema.update(plan.table.id.0.to_le_bytes());
+        schema.update(plan.table.schema_version.to_le_bytes());
+        let mut pipeline = Sha256::new();
+        for stage in stages {
+            // Length-prefixed, so that no two pipelines spell the same bytes.
+            for part in [&stage.name, &stage.sha256, &stage.params] {
+                pipeline.update((part.len() as u64).to_le_bytes());
+                pipeline.update(part.as_bytes());
+            }
+        }
+        Fingerprint {
+            plan: query.finalize().into(),
+            schema: schema.finalize().into(),
+            pipeline: pipeline.finalize().into(),
+        }
+    }
+
+    fn text(&self) -> String {
+        format!("{}.{}.{}", hex(&self.plan[..4]), hex(&self.schema[..4]), hex(&self.pipeline[..4]))
+    }
+
+    /// Equal only for equal groups: all bits of all parts.
+    fn key(&self) -> Vec<u8> {
+        [self.plan, self.schema, self.pipeline].concat()
+    }
+
+    fn live_id(&self) -> String {
+        hex(&Sha256::digest(self.key())[..8])
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Counts a stream as a user of its plugins for as long as it lives.
+struct PluginUses {
+    db: Db,
+    names: Vec<(String, String)>,
+}
+
+impl PluginUses {
+    fn new(db: &Db, spec: &GroupSpec) -> Self {
+        let namespace = &spec.table.namespace_name;
+        let names: Vec<_> = spec.stages.iter().map(|stage| (namespace.clone(), stage.name.clone())).collect();
+        let mut uses = db.inner.plugin_uses.lock().expect("no panic while counting");
+        for name in &names {
+            *uses.entry(name.clone()).or_default() += 1;
+        }
+        drop(uses);
+        PluginUses { db: db.clone(), names }
+    }
+}
+
+impl Drop for PluginUses {
+    fn drop(&mut self) {
+        let mut uses = self.db.inner.plugin_uses.lock().expect("no panic while counting");
+        for name in &self.names {
+            if let Some(count) = uses.get_mut(name) {
+                *count -= 1;
+                if *count == 0 {
+                    uses.remove(name);
+                }
+            }
+        }
+    }
+}

@@ -1,1 +1,241 @@
-//! Groups: subscriptions with the same plan, parameters, scope and pipeline; evaluated and encoded once.
+//! Groups: subscriptions with the same plan, parameters, scope and pipeline; evaluated and encoded once. Here is what
+//! subscribers and the group's worker share, and the registry that says which groups there are.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
+use wire::Schema;
+
+use super::tail::{EventsAfter, GroupEnd, GroupTail, lock};
+use super::worker::Mailbox;
+use super::{GroupSpec, SubscribeError};
+use crate::store::Seq;
+use crate::telemetry::Metrics;
+
+pub(super) struct Group {
+    /// Never reused; a group made anew under the same key is another one.
+    pub id: u64,
+    pub spec: Arc<GroupSpec>,
+    pub key_schema: Schema,
+    pub worker: Arc<Mailbox>,
+    tail: Mutex<GroupTail>,
+    changed: Notify,
+    budget: Arc<TailBudget>,
+}
+
+impl Group {
+    /// The worker starts to append: everything after `seq` will come by in the tail.
+    pub(super) fn open(&self, seq: Seq) {
+        lock(&self.tail).open(seq);
+    }
+
+    pub(super) fn append(&self, seq: Seq, events: Bytes) {
+        let mut tail = lock(&self.tail);
+        let before = tail.bytes();
+        tail.append(seq, events, self.budget.group);
+        if !self.budget.replace(before, tail.bytes()) {
+            let before = tail.bytes();
+            tail.forget_older(Duration::ZERO);
+            self.budget.replace(before, tail.bytes());
+        }
+        drop(tail);
+        self.changed.notify_waiters();
+    }
+
+    pub(super) fn forget_older(&self, age: Duration) {
+        let mut tail = lock(&self.tail);
+        let before = tail.bytes();
+        tail.forget_older(age);
+        self.budget.replace(before, tail.bytes());
+    }
+
+    pub(super) fn end(&self, end: GroupEnd) {
+        lock(&self.tail).end(end);
+        self.changed.notify_waiters();
+    }
+
+    pub(super) fn ended(&self) -> Option<GroupEnd> {
+        lock(&self.tail).ended().cloned()
+    }
+
+    /// What waits after `cursor`, and how far the worker was at that time.
+    pub(super) fn after(&self, cursor: Seq, limit: usize) -> (EventsAfter, Seq) {
+        // In this order: what the tail does not show up to `processed` has not happened. The other way round, a commit
+        // between the two would be passed over unseen.
+        let processed = self.worker.processed();
+        (lock(&self.tail).after(cursor, limit), processed)
+    }
+
+    /// Resolves when something is appended, or the group ends, after this call (not after the first poll).
+    pub(super) fn changed(&self) -> Notified<'_> {
+        self.changed.notified()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.budget.replace(lock(&self.tail).bytes(), 0);
+    }
+}
+
+/// Bytes that the tails of all groups keep together. Many groups with full tails would else cost as much as there are
+/// groups; over the bound a group keeps nothing and its laggards read the log.
+pub(super) struct TailBudget {
+    group: usize,
+    all: usize,
+    used: AtomicUsize,
+}
+
+/// Full tails that fit in memory at the same time. A tail serves the seconds between a commit and the slowest healthy
+/// reader; far fewer groups than exist are busy in the same seconds.
+const FULL_TAILS: usize = 64;
+
+impl TailBudget {
+    pub(super) fn new(group_tail_bytes: usize) -> Self {
+        let all = group_tail_bytes.saturating_mul(FULL_TAILS);
+        TailBudget { group: group_tail_bytes, all, used: AtomicUsize::new(0) }
+    }
+
+    /// Whether everything fits now.
+    fn replace(&self, before: usize, after: usize) -> bool {
+        let used = self.used.fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+        used.wrapping_add(after).wrapping_sub(before) <= self.all
+    }
+}
+
+/// Which groups there are and how many subscriptions each has.
+pub(super) struct Registry {
+    groups: Mutex<Groups>,
+    budget: Arc<TailBudget>,
+    max_subscriptions: usize,
+    next_id: AtomicU64,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Default)]
+struct Groups {
+    by_key: HashMap<Vec<u8>, (Arc<Group>, usize)>,
+    subscriptions: usize,
+    closed: bool,
+}
+
+impl Registry {
+    pub(super) fn new(group_tail_bytes: usize, max_subscriptions: usize, metrics: Arc<Metrics>) -> Self {
+        Registry {
+            groups: Mutex::default(),
+            budget: Arc::new(TailBudget::new(group_tail_bytes)),
+            max_subscriptions,
+            next_id: AtomicU64::new(1),
+            metrics,
+        }
+    }
+
+    /// Takes a seat in the group of `spec`, made on `worker` if there is none.
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        spec: &Arc<GroupSpec>,
+        worker: &Arc<Mailbox>,
+    ) -> Result<Seat, SubscribeError> {
+        let mut groups = lock(&self.groups);
+        if groups.closed {
+            return Err(SubscribeError::Closed);
+        }
+        if groups.subscriptions >= self.max_subscriptions {
+            return Err(SubscribeError::TooMany(self.max_subscriptions));
+        }
+        groups.subscriptions += 1;
+        self.metrics.subscriptions.inc();
+        let group = match groups.by_key.entry(spec.key.clone()) {
+            Entry::Occupied(mut entry) => {
+                entry.get_mut().1 += 1;
+                Arc::clone(&entry.get().0)
+            }
+            Entry::Vacant(entry) => {
+                self.metrics.groups.inc();
+                Arc::clone(&entry.insert((self.make(spec, worker), 1)).0)
+            }
+        };
+        Ok(Seat { group, registry: Arc::clone(self) })
+    }
+
+    fn make(&self, spec: &Arc<GroupSpec>, worker: &Arc<Mailbox>) -> Arc<Group> {
+        Arc::new(Group {
+            id: self.next_id.fetch_add(1, Ordering::Relaxed),
+            spec: Arc::clone(spec),
+            key_schema: spec.table.key_schema(),
+            worker: Arc::clone(worker),
+            tail: Mutex::new(GroupTail::new()),
+            changed: Notify::new(),
+            budget: Arc::clone(&self.budget),
+        })
+    }
+
+    /// Whether the last subscription of the group left with this one.
+    fn leave(&self, group: &Arc<Group>) -> bool {
+        let mut groups = lock(&self.groups);
+        groups.subscriptions -= 1;
+        self.metrics.subscriptions.dec();
+        let Some((current, seats)) = groups.by_key.get_mut(&group.spec.key) else { return false };
+        if !Arc::ptr_eq(current, group) {
+            return false;
+        }
+        *seats -= 1;
+        let last = *seats == 0;
+        if last {
+            groups.by_key.remove(&group.spec.key);
+            self.metrics.groups.dec();
+        }
+        last
+    }
+
+    /// Ends a group for all its subscriptions. It leaves the registry first, so that whoever sees the end and
+    /// subscribes again gets a fresh group.
+    pub(super) fn end(&self, group: &Arc<Group>, end: GroupEnd) {
+        let mut groups = lock(&self.groups);
+        if groups.by_key.get(&group.spec.key).is_some_and(|(current, _)| Arc::ptr_eq(current, group)) {
+            groups.by_key.remove(&group.spec.key);
+            self.metrics.groups.dec();
+        }
+        drop(groups);
+        group.end(end);
+    }
+
+    /// Ends all groups of a worker that stops.
+    pub(super) fn end_all(&self, worker: &Arc<Mailbox>, end: &GroupEnd) {
+        let all = lock(&self.groups).by_key.values().map(|(group, _)| Arc::clone(group)).collect::<Vec<_>>();
+        for group in all.iter().filter(|group| Arc::ptr_eq(&group.worker, worker)) {
+            self.end(group, end.clone());
+        }
+    }
+
+    /// No more subscriptions.
+    pub(super) fn close(&self) {
+        lock(&self.groups).closed = true;
+    }
+
+    /// Subscriptions, groups.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        let groups = lock(&self.groups);
+        (groups.subscriptions, groups.by_key.len())
+    }
+}
+
+/// One subscription's place in its group; dropping it leaves.
+pub(super) struct Seat {
+    pub group: Arc<Group>,
+    registry: Arc<Registry>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if self.registry.leave(&self.group) {
+            self.group.worker.leave(self.group.id);
+        }
+    }
+}

@@ -1,32 +1,62 @@
 //! One client's cursor into a group.
+//!
+//! A subscription owns no queue: a cursor, its seat in the group, and at most one piece under way. The states: present
+//! rows (if asked for), then whatever lies after the cursor: from the group's tail where that reaches back far enough,
+//! else replayed from the change log until it does.
+
+use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep_until};
 
 use super::PipelineFault;
+use super::group::Seat;
+use super::job::{Piece, SnapshotScan, Work};
+use super::tail::{EventsAfter, GroupEnd};
 use crate::store::Seq;
 
 /// Why a subscription ended.
 #[derive(Clone, Debug)]
 pub enum EndReason {
-    /// The group's pipeline failed at a commit; nothing of that commit was sent. `seq` is the last position before it.
+    /// The pipeline failed at a commit; nothing of that commit was sent. `seq` is the last position before it (0 where
+    /// the snapshot was not complete: nothing is held that could be continued).
     Pipeline {
         fault: PipelineFault,
         seq: Seq,
     },
-    /// A row could not be evaluated.
+    /// A row could not be evaluated; `seq` as above.
     Program {
         message: String,
         seq: Seq,
     },
     TableDropped,
-    /// A plugin of the pipeline has another active version from this seq on.
+    /// A plugin of the pipeline has another active version; `seq` as above.
     PluginChanged {
         name: String,
+        seq: Seq,
     },
     PluginDropped {
         name: String,
     },
+    /// Our side failed: stored data cannot be read, or a worker stopped. Details are in the server's log.
+    Store {
+        message: String,
+    },
     Shutdown,
+}
+
+impl EndReason {
+    /// The same for a subscriber whose cursor is at `cursor`: a laggard continues from there, not from where the group
+    /// was.
+    fn at(self, cursor: Seq) -> Self {
+        match self {
+            EndReason::Pipeline { fault, .. } => EndReason::Pipeline { fault, seq: cursor },
+            EndReason::Program { message, .. } => EndReason::Program { message, seq: cursor },
+            EndReason::PluginChanged { name, .. } => EndReason::PluginChanged { name, seq: cursor },
+            other => other,
+        }
+    }
 }
 
 /// The next thing for the subscriber.
@@ -44,14 +74,173 @@ pub enum Delivery {
     End(EndReason),
 }
 
+/// Bytes of one delivery, when several commits wait. One write of this size keeps a socket busy, and a stalled reader
+/// holds no more than one.
+const DELIVERY_BYTES: usize = 256 << 10;
+
 /// One client's cursor. Dropping it leaves the group.
 pub struct Subscription {
-    // filled by the live module's author
+    seat: Seat,
+    cursor: Seq,
+    state: State,
+    /// The piece under way; kept here so that dropping a `next()` half-way loses nothing.
+    asked: Option<oneshot::Receiver<Piece>>,
+    heartbeat: Duration,
+    next_heartbeat: Instant,
+}
+
+enum State {
+    /// Present rows are being sent; `None` before the first piece.
+    Snapshot(Option<Box<SnapshotScan>>),
+    /// Commits after the cursor; `caught_up` once the subscriber was told so.
+    Commits {
+        caught_up: bool,
+    },
+    Ended(Box<Delivery>),
 }
 
 impl Subscription {
-    /// Waits for the next delivery. Cancel-safe.
+    /// From the present rows on.
+    pub(super) fn snapshot(seat: Seat, heartbeat: Duration) -> Self {
+        Self::new(seat, Seq::default(), State::Snapshot(None), heartbeat)
+    }
+
+    /// Commits after `cursor`.
+    pub(super) fn after(seat: Seat, cursor: Seq, heartbeat: Duration) -> Self {
+        Self::new(seat, cursor, State::Commits { caught_up: false }, heartbeat)
+    }
+
+    fn new(seat: Seat, cursor: Seq, state: State, heartbeat: Duration) -> Self {
+        let heartbeat = heartbeat.max(Duration::from_millis(1));
+        // A random phase: streams that were opened together shall not beat together.
+        let next_heartbeat = Instant::now() + heartbeat.mul_f64(rand::random());
+        Subscription { seat, cursor, state, asked: None, heartbeat, next_heartbeat }
+    }
+
+    /// Waits for the next delivery. Cancel-safe. After the end it gives the end again.
     pub async fn next(&mut self) -> Delivery {
-        todo!()
+        loop {
+            if let Some(answer) = &mut self.asked {
+                let piece = answer.await;
+                self.asked = None;
+                if let Some(delivery) = self.received(piece.ok()) {
+                    return delivery;
+                }
+            }
+            match &mut self.state {
+                State::Ended(delivery) => return Delivery::clone(delivery),
+                State::Snapshot(scan) => {
+                    let work = Work::Snapshot(scan.take());
+                    if let Some(delivery) = self.ask(work) {
+                        return delivery;
+                    }
+                }
+                State::Commits { caught_up } => {
+                    let caught_up = *caught_up;
+                    if let Some(delivery) = self.commits(caught_up).await {
+                        return delivery;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Asks the worker for a piece, unless the group has ended.
+    fn ask(&mut self, work: Work) -> Option<Delivery> {
+        let group = &self.seat.group;
+        match group.ended() {
+            Some(end) => Some(self.end(end, true)),
+            None => {
+                self.asked = Some(group.worker.ask(group.id, work));
+                None
+            }
+        }
+    }
+
+    fn received(&mut self, piece: Option<Piece>) -> Option<Delivery> {
+        match piece {
+            Some(Piece::Rows { bytes, seq, rest }) => {
+                self.state = match rest {
+                    Some(scan) => State::Snapshot(Some(scan)),
+                    None => State::Commits { caught_up: false },
+                };
+                if matches!(self.state, State::Commits { .. }) {
+                    self.cursor = seq;
+                }
+                (!bytes.is_empty()).then_some(Delivery::Events { bytes, seq })
+            }
+            Some(Piece::Commits { bytes, seq }) => {
+                self.cursor = seq;
+                (!bytes.is_empty()).then_some(Delivery::Events { bytes, seq })
+            }
+            Some(Piece::Expired) => Some(self.end(GroupEnd::Expired, true)),
+            Some(Piece::Failed(reason)) => Some(self.end(GroupEnd::Reason(reason), true)),
+            // The worker no longer has the group; where it says no reason, it has stopped.
+            None => {
+                let end = self.seat.group.ended().unwrap_or(GroupEnd::Reason(EndReason::Shutdown));
+                Some(self.end(end, true))
+            }
+        }
+    }
+
+    /// What lies after the cursor; waits while there is nothing. `None`: look again.
+    async fn commits(&mut self, caught_up: bool) -> Option<Delivery> {
+        let group = &self.seat.group;
+        // Before looking: what is appended between looking and waiting wakes all the same.
+        let changed = group.changed();
+        let (waiting, processed) = group.after(self.cursor, DELIVERY_BYTES);
+        match waiting {
+            EventsAfter::Next { bytes, seq } => {
+                self.cursor = seq;
+                return Some(Delivery::Events { bytes, seq });
+            }
+            EventsAfter::Behind { floor } => {
+                drop(changed);
+                return self.ask(Work::Replay { after: self.cursor, until: floor });
+            }
+            EventsAfter::Ended { end, behind } => {
+                drop(changed);
+                return Some(self.end(end, behind));
+            }
+            EventsAfter::Nothing => {}
+        }
+        self.cursor = self.cursor.max(processed);
+        if !caught_up {
+            self.state = State::Commits { caught_up: true };
+            return Some(Delivery::UpToDate(self.cursor));
+        }
+        tokio::select! {
+            () = changed => None,
+            () = sleep_until(self.next_heartbeat) => {
+                // The worker may have passed many commits without events: look again, then say how far it is.
+                let (waiting, processed) = self.seat.group.after(self.cursor, 0);
+                if !matches!(waiting, EventsAfter::Nothing) {
+                    return None;
+                }
+                self.cursor = self.cursor.max(processed);
+                self.beat();
+                Some(Delivery::UpToDate(self.cursor))
+            }
+        }
+    }
+
+    /// The next beat keeps the phase, however late this one was.
+    fn beat(&mut self) {
+        let now = Instant::now();
+        while self.next_heartbeat <= now {
+            self.next_heartbeat += self.heartbeat;
+        }
+    }
+
+    /// The last delivery. `behind`: the group was further than this subscription.
+    fn end(&mut self, end: GroupEnd, behind: bool) -> Delivery {
+        let delivery = match end {
+            GroupEnd::Expired => Delivery::Expired,
+            GroupEnd::Reason(reason) if behind => Delivery::End(reason.at(self.cursor)),
+            GroupEnd::Reason(reason) => Delivery::End(reason),
+        };
+        self.asked = None;
+        self.state = State::Ended(Box::new(delivery.clone()));
+        delivery
     }
 }

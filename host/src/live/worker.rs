@@ -1,1 +1,533 @@
 //! Worker threads: each owns some groups, takes commits in order, evaluates, runs pipelines, encodes.
+//!
+//! One loop over one closed set of events. In every turn the worker takes what its mailbox holds, then the commits that
+//! wait (at most [`TURN_COMMITS`]), then one piece of one job: live commits go before snapshots and replays, and a
+//! flood of either cannot starve the other.
+//!
+//! The commit thread only ever pushes to the commit tail and wakes workers ([`Mailbox::wake`]): a short lock, and at
+//! most one message per worker and nap. A worker behind the commit tail reads the change log for the namespaces it has
+//! groups in; one behind the log itself ends its groups as expired, and their subscribers start afresh.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use wire::frame::SectionView;
+use wire::{CatalogEvent, FrameView, Scope};
+
+use super::evaluate::{Fault, Query, Rows, Source, evaluate};
+use super::group::{Group, Registry};
+use super::job::{Job, JobError, Piece, Replayed, SnapshotScan, Work, replay_piece, snapshot_piece};
+use super::log::{LogError, LogPiece, read_piece};
+use super::subscription::EndReason;
+use super::tail::{CommitTail, CommitsAfter, GroupEnd};
+use super::{Encoder, GroupSpec, LiveOptions, PipelineFault, Pipelines};
+use crate::catalog::{NamespaceId, TableId};
+use crate::store::{Seq, Store};
+use crate::telemetry::Metrics;
+
+/// Commits taken before a job gets its turn.
+const TURN_COMMITS: usize = 64;
+
+/// Messages taken before commits get their turn.
+const TURN_EVENTS: usize = 256;
+
+/// What all workers and subscriptions of one server have in common.
+pub(super) struct Shared {
+    pub store: Store,
+    pub commits: CommitTail,
+    pub registry: Arc<Registry>,
+    pub encoder: Arc<dyn Encoder>,
+    pub options: LiveOptions,
+    pub metrics: Arc<Metrics>,
+}
+
+/// Everything that can happen to a worker.
+pub(super) enum Event {
+    /// The commit tail has grown.
+    Commits,
+    Join {
+        group: Arc<Group>,
+        reply: oneshot::Sender<Joined>,
+    },
+    /// The group's last subscription left.
+    Leave(u64),
+    Job(Job),
+    Close,
+}
+
+pub(super) enum Joined {
+    Ready,
+    /// The group ended meanwhile; a fresh one has to be made.
+    Ended,
+    Fault(PipelineFault),
+}
+
+/// The outside of a worker.
+pub(super) struct Mailbox {
+    events: Sender<Event>,
+    /// A wake-up is in the mailbox already: the mailbox holds one at most.
+    woken: AtomicBool,
+    processed: AtomicU64,
+    groups: AtomicUsize,
+}
+
+impl Mailbox {
+    pub(super) fn new() -> (Arc<Self>, Receiver<Event>) {
+        let (events, receiver) = mpsc::channel();
+        let mailbox = Mailbox {
+            events,
+            woken: AtomicBool::new(false),
+            processed: AtomicU64::new(0),
+            groups: AtomicUsize::new(0),
+        };
+        (Arc::new(mailbox), receiver)
+    }
+
+    /// After a push to the commit tail. A worker without groups sleeps on; it looks at the tail after its first join.
+    pub(super) fn wake(&self) {
+        if self.groups.load(Ordering::Acquire) > 0 && !self.woken.swap(true, Ordering::AcqRel) {
+            self.send(Event::Commits);
+        }
+    }
+
+    pub(super) async fn join(&self, group: Arc<Group>) -> Option<Joined> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Join { group, reply });
+        answer.await.ok()
+    }
+
+    pub(super) fn leave(&self, group: u64) {
+        self.send(Event::Leave(group));
+    }
+
+    pub(super) fn ask(&self, group: u64, work: Work) -> oneshot::Receiver<Piece> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Job(Job { group, work, reply }));
+        answer
+    }
+
+    pub(super) fn close(&self) {
+        self.send(Event::Close);
+    }
+
+    /// Never blocks. To a worker that has stopped it says nothing: whoever waits for a reply sees its sender dropped,
+    /// and the groups have been ended.
+    fn send(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+
+    /// Events of all commits up to here are in the tails of the worker's groups, or were.
+    pub(super) fn processed(&self) -> Seq {
+        Seq(self.processed.load(Ordering::Acquire))
+    }
+}
+
+/// A group on its worker.
+struct Member {
+    group: Arc<Group>,
+    pipeline: Option<u64>,
+    replayed: Option<Replayed>,
+}
+
+/// Which groups a change can concern: for now all on its table and scope.
+#[derive(Default)]
+struct Index {
+    by_table: HashMap<TableId, HashMap<Scope, Vec<u64>>>,
+    namespaces: HashMap<NamespaceId, usize>,
+}
+
+impl Index {
+    fn insert(&mut self, id: u64, spec: &GroupSpec) {
+        self.by_table.entry(spec.table.id).or_default().entry(spec.scope.clone()).or_default().push(id);
+        *self.namespaces.entry(spec.table.namespace).or_default() += 1;
+    }
+
+    fn remove(&mut self, id: u64, spec: &GroupSpec) {
+        if let Some(scopes) = self.by_table.get_mut(&spec.table.id)
+            && let Some(ids) = scopes.get_mut(&spec.scope)
+        {
+            ids.retain(|one| *one != id);
+            if ids.is_empty() {
+                scopes.remove(&spec.scope);
+            }
+            if scopes.is_empty() {
+                self.by_table.remove(&spec.table.id);
+            }
+        }
+        if let Some(count) = self.namespaces.get_mut(&spec.table.namespace) {
+            *count -= 1;
+            if *count == 0 {
+                self.namespaces.remove(&spec.table.namespace);
+            }
+        }
+    }
+
+    fn candidates(&self, table: TableId, scope: &Scope) -> &[u64] {
+        self.by_table.get(&table).and_then(|scopes| scopes.get(scope)).map_or(&[], Vec::as_slice)
+    }
+
+    fn on_table(&self, table: TableId) -> Vec<u64> {
+        self.by_table.get(&table).into_iter().flat_map(HashMap::values).flatten().copied().collect()
+    }
+}
+
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    mailbox: Arc<Mailbox>,
+    events: Receiver<Event>,
+    pipelines: Box<dyn Pipelines>,
+    members: HashMap<u64, Member>,
+    index: Index,
+    jobs: VecDeque<Job>,
+    processed: Seq,
+}
+
+/// The thread of one worker, until it is closed. However it ends, its groups end with it: no subscriber waits for ever.
+pub(super) fn run(shared: Arc<Shared>, mailbox: Arc<Mailbox>, events: Receiver<Event>, pipelines: Box<dyn Pipelines>) {
+    let _ender = GroupEnder { registry: Arc::clone(&shared.registry), mailbox: Arc::clone(&mailbox) };
+    let mut worker = Worker {
+        processed: Seq::default(),
+        shared,
+        mailbox,
+        events,
+        pipelines,
+        members: HashMap::new(),
+        index: Index::default(),
+        jobs: VecDeque::new(),
+    };
+    worker.jump();
+    worker.main_loop();
+}
+
+struct GroupEnder {
+    registry: Arc<Registry>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl Drop for GroupEnder {
+    fn drop(&mut self) {
+        let reason = if std::thread::panicking() {
+            EndReason::Store { message: "a live worker stopped because of a bug; see the server's log".to_owned() }
+        } else {
+            EndReason::Shutdown
+        };
+        self.registry.end_all(&self.mailbox, &GroupEnd::Reason(reason));
+    }
+}
+
+impl Worker {
+    fn main_loop(&mut self) {
+        let heartbeat = self.shared.options.heartbeat;
+        let mut sweep = Instant::now() + heartbeat;
+        loop {
+            for _ in 0..TURN_EVENTS {
+                let taken = match self.events.try_recv() {
+                    Ok(event) => self.take(event),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return,
+                };
+                if taken.is_break() {
+                    return;
+                }
+            }
+            let more_commits = self.follow();
+            if let Some(job) = self.jobs.pop_front() {
+                self.work(job);
+            }
+            if Instant::now() >= sweep {
+                self.members.values().for_each(|member| member.group.forget_older(heartbeat));
+                sweep = Instant::now() + heartbeat;
+            }
+            if more_commits || !self.jobs.is_empty() {
+                continue;
+            }
+            self.members.values_mut().for_each(|member| member.replayed = None);
+            let taken = match self.events.recv_timeout(sweep.saturating_duration_since(Instant::now())) {
+                Ok(event) => self.take(event),
+                Err(RecvTimeoutError::Timeout) => ControlFlow::Continue(()),
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            if taken.is_break() {
+                return;
+            }
+        }
+    }
+
+    fn take(&mut self, event: Event) -> ControlFlow<()> {
+        match event {
+            // Cleared before the tail is read: a commit pushed later finds the flag down and wakes again.
+            Event::Commits => self.mailbox.woken.store(false, Ordering::Release),
+            Event::Join { group, reply } => {
+                let joined = self.join(&group);
+                // Whoever asked may be gone; their seat has sent a `Leave` then.
+                let _ = reply.send(joined);
+            }
+            Event::Leave(id) => drop(self.remove(id)),
+            Event::Job(job) => self.jobs.push_back(job),
+            Event::Close => return ControlFlow::Break(()),
+        }
+        ControlFlow::Continue(())
+    }
+
+    // ---- groups ----
+
+    fn join(&mut self, group: &Arc<Group>) -> Joined {
+        if group.ended().is_some() {
+            return Joined::Ended;
+        }
+        if self.members.contains_key(&group.id) {
+            return Joined::Ready;
+        }
+        if self.members.is_empty() {
+            self.jump();
+        }
+        let spec = &group.spec;
+        let pipeline = match (!spec.stages.is_empty()).then(|| self.pipelines.open(spec)).transpose() {
+            Ok(pipeline) => pipeline,
+            Err(fault) => return Joined::Fault(fault),
+        };
+        group.open(self.processed);
+        self.index.insert(group.id, spec);
+        self.members.insert(group.id, Member { group: Arc::clone(group), pipeline, replayed: None });
+        self.mailbox.groups.store(self.members.len(), Ordering::Release);
+        // A drop before `processed` will not come by any more, so it is looked for; a later one will.
+        if self.shared.store.catalog().table_by_id(spec.table.id).is_none() {
+            self.end(group.id, GroupEnd::Reason(EndReason::TableDropped));
+        }
+        Joined::Ready
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Member> {
+        let member = self.members.remove(&id)?;
+        self.index.remove(id, &member.group.spec);
+        if let Some(pipeline) = member.pipeline {
+            self.pipelines.close(pipeline);
+        }
+        self.mailbox.groups.store(self.members.len(), Ordering::Release);
+        Some(member)
+    }
+
+    fn end(&mut self, id: u64, end: GroupEnd) {
+        if let Some(member) = self.remove(id) {
+            self.shared.registry.end(&member.group, end);
+        }
+    }
+
+    fn end_where(&mut self, end: &GroupEnd, which: impl Fn(&GroupSpec) -> bool) {
+        let chosen = self.members.iter().filter(|(_, member)| which(&member.group.spec));
+        for id in chosen.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.end(id, end.clone());
+        }
+    }
+
+    // ---- commits ----
+
+    /// Takes the next commits; whether there may be more.
+    fn follow(&mut self) -> bool {
+        if self.members.is_empty() {
+            return false;
+        }
+        match self.shared.commits.after(self.processed, TURN_COMMITS) {
+            CommitsAfter::Next(commits) => {
+                for commit in &commits {
+                    self.commit(commit.seq, commit.namespace, &commit.frame);
+                }
+                !commits.is_empty()
+            }
+            CommitsAfter::Behind => self.catch_up(),
+        }
+    }
+
+    /// The next piece of the change log, when the commit tail no longer reaches back to this worker.
+    fn catch_up(&mut self) -> bool {
+        let namespaces = self.index.namespaces.keys().copied();
+        let bytes = self.shared.options.chunk_bytes;
+        match read_piece(&self.shared.store, namespaces, self.processed, None, bytes) {
+            Ok(LogPiece { commits, end }) => {
+                for commit in &commits {
+                    self.commit(commit.seq, commit.namespace, &commit.frame);
+                }
+                self.advance(end);
+            }
+            Err(LogError::Expired) => {
+                tracing::warn!(seq = self.processed.0, "a live worker fell behind the change log; its streams resync");
+                self.end_where(&GroupEnd::Expired, |_| true);
+            }
+            Err(LogError::Store(error)) => {
+                tracing::error!(%error, "a live worker cannot read the change log; its streams end");
+                self.end_where(&GroupEnd::Reason(unreadable()), |_| true);
+            }
+        }
+        true
+    }
+
+    fn commit(&mut self, seq: Seq, namespace: NamespaceId, frame: &[u8]) {
+        if self.index.namespaces.contains_key(&namespace) {
+            match FrameView::parse(frame) {
+                Ok(view) => self.frame(seq, namespace, &view),
+                Err(error) => {
+                    tracing::error!(seq = seq.0, %error, "a commit cannot be read; live queries on its namespace end");
+                    self.end_where(&GroupEnd::Reason(unreadable()), |spec| spec.table.namespace == namespace);
+                }
+            }
+        }
+        self.advance(seq);
+    }
+
+    fn frame(&mut self, seq: Seq, namespace: NamespaceId, view: &FrameView<'_>) {
+        for event in &view.catalog {
+            self.catalog_event(namespace, event);
+        }
+        for section in &view.sections {
+            self.section(seq, section);
+        }
+    }
+
+    fn section(&mut self, seq: Seq, section: &SectionView<'_>) {
+        let source = Source { seq, snapshot: false, base: section.bytes };
+        let mut tables: Vec<TableId> = Vec::new();
+        for table in section.changes.iter().map(|change| TableId(change.header.table)) {
+            if !tables.contains(&table) {
+                tables.push(table);
+            }
+        }
+        for table in tables {
+            let groups = self.index.candidates(table, &section.scope).to_vec();
+            if groups.is_empty() {
+                continue;
+            }
+            let rows = Rows::of_section(section, table);
+            for id in groups {
+                self.deliver(id, source, &rows);
+            }
+        }
+    }
+
+    fn deliver(&mut self, id: u64, source: Source<'_>, rows: &Rows<'_>) {
+        let Some(member) = self.members.get(&id) else { return };
+        match evaluate(&mut member.query(&mut *self.pipelines), source, rows) {
+            Ok(None) => {}
+            Ok(Some(events)) => {
+                self.shared.metrics.events.inc_by(events.events.len() as u64);
+                let mut out = Vec::new();
+                self.shared.encoder.encode(&member.group.spec, &events, &mut out);
+                // The tail outlives this commit: it shall not hold the encoder's spare capacity.
+                out.shrink_to_fit();
+                member.group.append(source.seq, Bytes::from(out));
+            }
+            // Everything up to `processed` is in the tail; nothing of this commit is.
+            Err(fault) => self.end(id, GroupEnd::Reason(reason(fault, self.processed))),
+        }
+    }
+
+    fn catalog_event(&mut self, namespace: NamespaceId, event: &CatalogEvent) {
+        match event {
+            CatalogEvent::TableCreated { .. } => {}
+            CatalogEvent::TableDropped { table } => {
+                for id in self.index.on_table(TableId(*table)) {
+                    self.end(id, GroupEnd::Reason(EndReason::TableDropped));
+                }
+            }
+            CatalogEvent::PluginActivated { name, version } => {
+                let end = GroupEnd::Reason(EndReason::PluginChanged { name: name.clone(), seq: self.processed });
+                // A group opened with this very version was planned after the activation, by a faster thread.
+                self.end_where(&end, |spec| {
+                    let stages = spec.stages.iter().filter(|_| spec.table.namespace == namespace);
+                    stages.clone().any(|stage| stage.name == *name && stage.version != *version)
+                });
+            }
+            CatalogEvent::PluginDropped { name } => {
+                let end = GroupEnd::Reason(EndReason::PluginDropped { name: name.clone() });
+                let catalog = self.shared.store.catalog();
+                // Versions are never reused: one that exists now was uploaded after this drop.
+                let exists = |spec: &GroupSpec, version: u32| {
+                    let versions = catalog.namespace(&spec.table.namespace_name).and_then(|ns| ns.plugins.get(name));
+                    versions.is_some_and(|versions| versions.iter().any(|plugin| plugin.version == version))
+                };
+                self.end_where(&end, |spec| {
+                    let stages = spec.stages.iter().filter(|_| spec.table.namespace == namespace);
+                    stages.clone().any(|stage| stage.name == *name && !exists(spec, stage.version))
+                });
+            }
+        }
+    }
+
+    /// To the present: what happened before concerns nobody here. Read before the catalog is (see `join`).
+    fn jump(&mut self) {
+        self.advance(self.shared.store.applied());
+    }
+
+    fn advance(&mut self, seq: Seq) {
+        self.processed = self.processed.max(seq);
+        self.mailbox.processed.store(self.processed.0, Ordering::Release);
+    }
+
+    // ---- jobs ----
+
+    fn work(&mut self, job: Job) {
+        // A dropped reply is the answer where the group is gone: the subscription finds the end in the group.
+        let Some(member) = self.members.get_mut(&job.group) else { return };
+        if job.reply.is_closed() {
+            return;
+        }
+        let piece = match job.work {
+            Work::Snapshot(scan) => {
+                let mut query = member.query(&mut *self.pipelines);
+                let scan = scan.unwrap_or_else(|| Box::new(SnapshotScan::start(&self.shared.store, query.spec)));
+                snapshot_piece(&self.shared, &mut query, scan)
+            }
+            Work::Replay { after, until } => replay(&self.shared, &mut *self.pipelines, member, after, until),
+        };
+        let piece = piece.unwrap_or_else(|error| match error {
+            JobError::Expired => Piece::Expired,
+            JobError::Fault(fault) => Piece::Failed(reason(fault, Seq::default())),
+            JobError::Store(error) => {
+                tracing::error!(%error, "a live stream cannot be served");
+                Piece::Failed(unreadable())
+            }
+        });
+        // Whoever asked may be gone.
+        let _ = job.reply.send(piece);
+    }
+}
+
+fn replay(
+    shared: &Shared,
+    pipelines: &mut dyn Pipelines,
+    member: &mut Member,
+    after: Seq,
+    until: Seq,
+) -> Result<Piece, JobError> {
+    let kept = member.replayed.as_ref().filter(|kept| kept.after == after && kept.end <= until);
+    if let Some(kept) = kept {
+        return Ok(Piece::Commits { bytes: kept.bytes.clone(), seq: kept.end });
+    }
+    let (bytes, end) = replay_piece(shared, &mut member.query(pipelines), after, until)?;
+    member.replayed = Some(Replayed { after, bytes: bytes.clone(), end });
+    Ok(Piece::Commits { bytes, seq: end })
+}
+
+impl Member {
+    fn query<'a>(&'a self, pipelines: &'a mut dyn Pipelines) -> Query<'a> {
+        let pipeline = self.pipeline.map(|id| (pipelines, id));
+        Query { spec: &self.group.spec, key: &self.group.key_schema, pipeline }
+    }
+}
+
+fn reason(fault: Fault, seq: Seq) -> EndReason {
+    match fault {
+        Fault::Pipeline(fault) => EndReason::Pipeline { fault, seq },
+        Fault::Program(error) => EndReason::Program { message: error.to_string(), seq },
+    }
+}
+
+/// Details are in the log: clients cannot do anything with them.
+fn unreadable() -> EndReason {
+    EndReason::Store { message: "the server cannot read its change log; see the server's log".to_owned() }
+}

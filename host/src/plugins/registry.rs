@@ -197,6 +197,11 @@ impl Plugins {
         }
     }
 
+    /// Whether a pipeline of the namespace was ever opened: only then is [`Plugins::publish`] worth finding a section for.
+    pub fn has_ring(&self, namespace: NamespaceId) -> bool {
+        self.shared.rings.load().contains_key(&namespace)
+    }
+
     /// The commit side: appends a commit's shared section to the namespace's ring, if that namespace has one.
     /// Never waits for a plugin; an occupied slot leaves the ring alone.
     pub fn publish(&self, namespace: NamespaceId, seq: Seq, section: &[u8]) {

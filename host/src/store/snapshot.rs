@@ -1,66 +1,240 @@
 //! Consistent reads: rows and change log through one RocksDB snapshot, streamed.
+//!
+//! A [`Snapshot`] owns its RocksDB snapshot and its scans own a share of it, so all of them can be kept, sent to other
+//! threads and outlive the request that made them. What RocksDB reports while reading fails the read: no scan ends early
+//! in silence.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
+use rocksdb::{DB, DBRawIterator, ReadOptions};
+use self_cell::self_cell;
 use wire::Scope;
 
-use super::keys::KeyRange;
-use super::{Seq, StoreError};
+use super::keys::{KeyRange, row_prefix, successor};
+use super::meta::{self, State};
+use super::{DEFAULT_FAMILY, Inner, Seq, StoreError, family, read_error, row_family, rows};
 use crate::catalog::{Catalog, NamespaceId, Table};
+
+type RocksSnapshot<'a> = rocksdb::Snapshot<'a>;
+type RawIterator<'a> = DBRawIterator<'a>;
+
+self_cell!(
+    struct View {
+        owner: Arc<DB>,
+        #[covariant]
+        dependent: RocksSnapshot,
+    }
+);
+
+self_cell!(
+    /// An iterator and the snapshot it reads through.
+    struct Cursor {
+        owner: Arc<Pinned>,
+        #[covariant]
+        dependent: RawIterator,
+    }
+);
+
+struct Pinned {
+    view: View,
+    seq: Seq,
+    log_floor: Seq,
+    catalog: Arc<Catalog>,
+    /// Why nothing can be read: the snapshot's own place could not be. Every read answers it.
+    failure: Option<String>,
+}
 
 /// A consistent view of the store; cheap to clone, `Send + Sync + 'static`.
 #[derive(Clone)]
 pub struct Snapshot {
-    // filled by the store module's author
+    pinned: Arc<Pinned>,
 }
 
 impl Snapshot {
+    pub(super) fn take(inner: &Inner) -> Snapshot {
+        loop {
+            let view = View::new(inner.db.clone(), |db| db.snapshot());
+            let (state, failure) = match read_state(&view) {
+                Ok(state) => (state, None),
+                Err(error) => (inner.state(), Some(error.to_string())),
+            };
+            // Loaded after the snapshot was taken: the committer announces a catalog before it writes it, so the
+            // snapshot's own is among the announced, unless two more have come since. Then take a newer snapshot.
+            let announced = inner.catalogs.load();
+            let catalog = match &failure {
+                None => announced.iter().find(|catalog| catalog.version == state.catalog_version).cloned(),
+                Some(_) => Some(inner.catalog.load_full()),
+            };
+            if let Some(catalog) = catalog {
+                let (seq, log_floor) = (state.applied, state.log_floor);
+                return Snapshot { pinned: Arc::new(Pinned { view, seq, log_floor, catalog, failure }) };
+            }
+        }
+    }
+
     /// `applied_seq`, read through the snapshot itself.
     pub fn seq(&self) -> Seq {
-        todo!()
+        self.pinned.seq
     }
 
     /// The catalog at this snapshot (the catalog and the RocksDB snapshot are taken together).
     pub fn catalog(&self) -> &Arc<Catalog> {
-        todo!()
+        &self.pinned.catalog
+    }
+
+    /// As [`super::Store::log_floor`], but exactly what [`Snapshot::log`] of this snapshot can serve.
+    pub fn log_floor(&self) -> Seq {
+        self.pinned.log_floor
     }
 
     /// The row's image at `table`'s schema version.
-    pub fn get(&self, _table: &Table, _scope: &Scope, _key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        todo!()
+    pub fn get(&self, table: &Table, scope: &Scope, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.pinned.check()?;
+        let view = &self.pinned.view;
+        let family = row_family(view.borrow_owner(), table.kind);
+        let mut stored_key = row_prefix(table, scope);
+        stored_key.extend_from_slice(key);
+        let stored = view
+            .borrow_dependent()
+            .get_pinned_cf_opt(family, &stored_key, ReadOptions::default())
+            .map_err(read_error)?;
+        let Some(stored) = stored else { return Ok(None) };
+        let mut buffer = Vec::new();
+        let image = rows::open_row(table, &stored, &mut buffer)?;
+        Ok(Some(image.to_vec()))
     }
 
     /// Rows of one table and scope in key order.
-    pub fn scan(&self, _table: &Arc<Table>, _scope: &Scope, _range: KeyRange) -> RowScan {
-        todo!()
+    pub fn scan(&self, table: &Arc<Table>, scope: &Scope, range: KeyRange) -> RowScan {
+        let prefix = row_prefix(table, scope);
+        let (start, end) = range.stored(&prefix);
+        let mut options = ReadOptions::default();
+        // The range never leaves the first three parts of the key: the prefix bloom may answer.
+        options.set_prefix_same_as_start(true);
+        options.set_iterate_upper_bound(end.clone());
+        let cursor =
+            Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
+        let place = if start < end { Place::Before(start) } else { Place::End };
+        RowScan { cursor, place, table: table.clone(), prefix_len: prefix.len(), lifted: Vec::new() }
     }
 
-    /// Commits of one namespace after `after`, in order, as far as this snapshot sees.
-    pub fn log(&self, _namespace: NamespaceId, _after: Seq) -> LogScan {
-        todo!()
+    /// Commits of one namespace after `after`, in order, as far as this snapshot sees. Where the log does not reach
+    /// back to `after` any more, the first read says [`StoreError::Expired`].
+    pub fn log(&self, namespace: NamespaceId, after: Seq) -> LogScan {
+        let mut options = ReadOptions::default();
+        options.set_total_order_seek(true);
+        if let Some(end) = successor(&meta::log_prefix(namespace)) {
+            options.set_iterate_upper_bound(end);
+        }
+        let cursor =
+            Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(family(pinned.db(), DEFAULT_FAMILY), options));
+        let place = match after.0.checked_add(1) {
+            Some(first) => Place::Before(meta::log_key(namespace, Seq(first))),
+            None => Place::End,
+        };
+        LogScan { cursor, place, after }
     }
 }
 
+impl Pinned {
+    fn db(&self) -> &DB {
+        self.view.borrow_owner()
+    }
+
+    fn iterate<'a>(&'a self, family: &rocksdb::ColumnFamily, options: ReadOptions) -> RawIterator<'a> {
+        self.view.borrow_dependent().raw_iterator_cf_opt(family, options)
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        match &self.failure {
+            None => Ok(()),
+            Some(why) => Err(StoreError::Io(std::io::Error::other(why.clone()))),
+        }
+    }
+}
+
+fn read_state(view: &View) -> Result<State, StoreError> {
+    let family = family(view.borrow_owner(), DEFAULT_FAMILY);
+    match view.borrow_dependent().get_pinned_cf(family, meta::STATE_KEY).map_err(read_error)? {
+        Some(bytes) => State::decode(&bytes),
+        None => Err(StoreError::Corrupt("the record m/state is missing".to_owned())),
+    }
+}
+
+/// Where a scan stands. Creating a scan touches no data; its first read does.
+enum Place {
+    /// Not started: seek there first.
+    Before(Vec<u8>),
+    On,
+    End,
+}
+
+impl Cursor {
+    /// Moves to the next entry. False at the end; then, and only then, the iterator's status was good.
+    fn advance(&mut self, place: &mut Place) -> Result<bool, StoreError> {
+        self.borrow_owner().check()?;
+        let from = std::mem::replace(place, Place::End);
+        let status = self.with_dependent_mut(|_, iterator| {
+            match from {
+                Place::Before(key) => iterator.seek(key),
+                Place::On => iterator.next(),
+                Place::End => return Ok(false),
+            }
+            if iterator.valid() { Ok(true) } else { iterator.status().map(|()| false) }
+        });
+        if matches!(status, Ok(true)) {
+            *place = Place::On;
+        }
+        status.map_err(read_error)
+    }
+}
+
+/// An encoded key and a row image.
+pub type KeyAndImage<'a> = (&'a [u8], &'a [u8]);
+
 /// An owned, streaming row iterator (`Send`). Not a std `Iterator`: rows are borrowed from RocksDB's block.
 pub struct RowScan {
-    // filled by the store module's author
+    cursor: Cursor,
+    place: Place,
+    table: Arc<Table>,
+    prefix_len: usize,
+    /// The current row, where it was stored at another schema version.
+    lifted: Vec<u8>,
 }
 
 impl RowScan {
     /// The next row: its encoded key (as [`super::keys::encode_key`]) and its image at the table's schema version.
-    pub fn next_row(&mut self) -> Result<Option<(&[u8], &[u8])>, StoreError> {
-        todo!()
+    pub fn next_row(&mut self) -> Result<Option<KeyAndImage<'_>>, StoreError> {
+        if !self.cursor.advance(&mut self.place)? {
+            return Ok(None);
+        }
+        let Some((key, stored)) = self.cursor.borrow_dependent().item() else { return Ok(None) };
+        let image = rows::open_row(&self.table, stored, &mut self.lifted)?;
+        Ok(Some((&key[self.prefix_len..], image)))
     }
 }
 
 /// An owned, streaming iterator over the change log (`Send`).
 pub struct LogScan {
-    // filled by the store module's author
+    cursor: Cursor,
+    place: Place,
+    after: Seq,
 }
 
 impl LogScan {
     pub fn next_commit(&mut self) -> Result<Option<(Seq, Bytes)>, StoreError> {
-        todo!()
+        let floor = self.cursor.borrow_owner().log_floor;
+        if self.after < floor {
+            return Err(StoreError::Expired { position: self.after, floor });
+        }
+        if !self.cursor.advance(&mut self.place)? {
+            return Ok(None);
+        }
+        let Some((key, frame)) = self.cursor.borrow_dependent().item() else { return Ok(None) };
+        match meta::read_log_key(key) {
+            Some((_, seq)) => Ok(Some((seq, Bytes::copy_from_slice(frame)))),
+            None => Err(StoreError::Corrupt("the change log has a key that is none of its own".to_owned())),
+        }
     }
 }

@@ -1,0 +1,15 @@
+# Thin aliases; the scripts hold the work.
+
+.PHONY: run test fmt lint
+
+run:
+	sh examples/run.sh
+
+test:
+	sh tests/run.sh
+
+fmt:
+	cargo fmt --all
+
+lint:
+	cargo clippy --locked --workspace --all-targets -- -D warnings

@@ -1,0 +1,433 @@
+//! Settings as written: every key optional, every section known by name. [`Raw::check`] makes the checked `Config`.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fmt::{self, Display};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ::config::{Environment, File, FileFormat, Source, Value, ValueKind};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
+
+use super::{Config, ConfigError, HttpOptions, LogFormat, Role, Token, check_tokens, invalid};
+use crate::live::LiveOptions;
+use crate::plugins::PluginOptions;
+use crate::sql::SqlOptions;
+use crate::store::StoreOptions;
+
+/// Declares a section: all keys optional, and their names as a list, so that an unknown key is answered by full name.
+macro_rules! section {
+    ($name:ident { $($key:ident : $ty:ty),* $(,)? } $(sections { $($sub:ident : $subty:ident),* $(,)? })?) => {
+        #[derive(Debug, Default, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct $name {
+            $(pub $key: Option<$ty>,)*
+            $($(pub $sub: $subty,)*)?
+        }
+
+        impl $name {
+            fn keys(prefix: &str, out: &mut Vec<String>) {
+                $(out.push(format!("{prefix}{}", stringify!($key)));)*
+                $($($subty::keys(&format!("{prefix}{}.", stringify!($sub)), out);)*)?
+            }
+        }
+    };
+}
+
+section!(Raw { data_dir: PathBuf, admin_token: String, tokens: Vec<RawToken> } sections {
+    server: RawServer, storage: RawStorage, sql: RawSql, live: RawLive, plugins: RawPlugins, log: RawLog,
+});
+section!(RawServer {
+    bind: SocketAddr,
+    insecure_http: bool,
+    max_connections: usize,
+    header_timeout_ms: u64,
+    body_bytes: Size,
+    plugin_body_bytes: Size,
+    body_total_bytes: Size,
+    ticket_ttl_ms: u64,
+});
+section!(RawStorage { max_commit_bytes: Size, log_commits: u64 } sections { rocksdb: RawRocksdb });
+section!(RawRocksdb {
+    write_buffer_size: Size,
+    max_write_buffers: i32,
+    block_cache_size: Size,
+    max_background_jobs: i32,
+    max_open_files: i32,
+});
+section!(RawSql {
+    memory_bytes: Size,
+    spill_bytes: Size,
+    deadline_ms: u64,
+    batch_rows: usize,
+    target_partitions: usize
+});
+section!(RawLive {
+    heartbeat_ms: u64,
+    stall_limit_ms: u64,
+    commit_tail_bytes: Size,
+    group_tail_bytes: Size,
+    chunk_bytes: Size,
+    max_subscriptions: usize,
+});
+section!(RawPlugins {
+    ring_bytes: Size,
+    worker_bytes: Size,
+    workers: usize,
+    instances_per_worker: usize,
+    module_bytes: Size,
+    memory_bytes: Size,
+    stack_bytes: Size,
+    table_elements: usize,
+    batch_ms: u64,
+    init_ms: u64,
+    compile_ms: u64,
+    output_bytes: Size,
+    log_bytes: Size,
+});
+section!(RawLog { format: RawFormat, filter: String });
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawToken {
+    token: String,
+    user: String,
+    role: RawRole,
+}
+
+/// The token stays out of debug output.
+impl fmt::Debug for RawToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RawToken").field("user", &self.user).field("role", &self.role).finish_non_exhaustive()
+    }
+}
+
+const TOKEN_KEYS: [&str; 3] = ["token", "user", "role"];
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawRole {
+    User,
+    Service,
+    Admin,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RawFormat {
+    Text,
+    Json,
+}
+
+/// A number of bytes: `8388608`, `"8 MiB"`, `"64KiB"`.
+#[derive(Clone, Copy, Debug)]
+pub struct Size(u64);
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> {
+        struct SizeVisitor;
+        impl Visitor<'_> for SizeVisitor {
+            type Value = Size;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of bytes, like 8388608 or \"8 MiB\"")
+            }
+
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Size, E> {
+                Ok(Size(bytes))
+            }
+
+            fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<Size, E> {
+                u64::try_from(bytes).map(Size).map_err(|_| E::invalid_value(de::Unexpected::Signed(bytes), &self))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
+                parse_size(text).map(Size).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(SizeVisitor)
+    }
+}
+
+fn parse_size(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let shift = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "kib" => 10,
+        "mib" => 20,
+        "gib" => 30,
+        _ => return None,
+    };
+    text[..digits].parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Variables with our prefix that belong to the scripts around the server, not to it.
+const FOREIGN_VARIABLES: [&str; 5] = ["bin", "plugins", "url", "token", "token_file"];
+
+/// Reads the file (flag or `TIDEGATE_CONFIG`) and the environment over it.
+pub fn load(file: Option<&Path>, environment: impl Iterator<Item = (OsString, OsString)>) -> Result<Raw, ConfigError> {
+    let mut variables = ours(environment)?;
+    let from_environment = variables.remove("config").map(PathBuf::from);
+    let mut builder = ::config::Config::builder();
+    if let Some(path) = file.or(from_environment.as_deref()) {
+        let text = std::fs::read_to_string(path).map_err(|e| ConfigError::Read(format!("{}: {e}", path.display())))?;
+        let source = File::from_str(&text, FileFormat::Toml);
+        // The file is checked alone first, so that a mistake is told with the file's name.
+        check_keys(source.collect().map_err(|e| file_error(path, &e))?, &path.display().to_string())?;
+        builder = builder.add_source(source);
+    }
+    let source = Environment::default().separator("__").source(Some(variables.clone()));
+    let overlay = ::config::Config::builder().add_source(source.clone()).build().map_err(read_error)?;
+    check_keys(overlay.collect().map_err(read_error)?, "the environment (TIDEGATE_…)")?;
+    builder.add_source(source).build().map_err(read_error)?.try_deserialize().map_err(read_error)
+}
+
+fn read_error(error: ::config::ConfigError) -> ConfigError {
+    ConfigError::Read(error.to_string())
+}
+
+/// Only where and what: the parser's own message quotes the line, and the line may hold a token.
+fn file_error(path: &Path, error: &::config::ConfigError) -> ConfigError {
+    let text = error.to_string();
+    let mut lines = text.lines().filter(|line| !line.trim().is_empty());
+    let first = lines.next().unwrap_or("not TOML");
+    let last = lines.next_back().filter(|line| !line.contains('|')).unwrap_or("");
+    ConfigError::Read(format!("{}: {first} {last}", path.display()))
+}
+
+/// Variables that start with `TIDEGATE_`, without it, in lower case.
+fn ours(environment: impl Iterator<Item = (OsString, OsString)>) -> Result<HashMap<String, String>, ConfigError> {
+    let mut variables = HashMap::new();
+    for (name, value) in environment {
+        let Some(key) = name.to_str().and_then(|name| name.strip_prefix("TIDEGATE_")) else { continue };
+        let key = key.to_ascii_lowercase();
+        if FOREIGN_VARIABLES.contains(&key.as_str()) {
+            continue;
+        }
+        let value = value
+            .into_string()
+            .map_err(|_| ConfigError::Read(format!("the variable {} is not UTF-8", name.to_string_lossy())))?;
+        variables.insert(key, value);
+    }
+    Ok(variables)
+}
+
+/// Refuses the first unknown key, by its full name, with the closest known one.
+fn check_keys(table: HashMap<String, Value>, origin: &str) -> Result<(), ConfigError> {
+    let mut known = Vec::new();
+    Raw::keys("", &mut known);
+    let mut found = Vec::new();
+    for (key, value) in table {
+        flatten(key, value, &mut found);
+    }
+    found.sort();
+    for (key, is_token) in found {
+        let fits = if is_token {
+            key.rsplit('.').next().is_some_and(|last| TOKEN_KEYS.contains(&last))
+        } else {
+            known.contains(&key)
+        };
+        if !fits {
+            let near = known.iter().map(|k| (distance(k, &key), k)).min().filter(|(d, _)| *d <= 3);
+            return Err(ConfigError::Unknown { key, origin: origin.to_owned(), near: near.map(|(_, k)| k.clone()) });
+        }
+    }
+    Ok(())
+}
+
+/// Full names of all leaves; those inside `[[tokens]]` are marked.
+fn flatten(key: String, value: Value, out: &mut Vec<(String, bool)>) {
+    match value.kind {
+        ValueKind::Table(table) => table.into_iter().for_each(|(k, v)| flatten(format!("{key}.{k}"), v, out)),
+        ValueKind::Array(entries) if key == "tokens" => {
+            out.push((key, false));
+            for (index, entry) in entries.into_iter().enumerate() {
+                if let ValueKind::Table(table) = entry.kind {
+                    out.extend(table.into_keys().map(|k| (format!("tokens[{index}].{k}"), true)));
+                }
+            }
+        }
+        _ => out.push((key, false)),
+    }
+}
+
+/// Edits between two short names.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// A number with its default and limits.
+fn bounded<T: PartialOrd + Display>(key: &str, given: Option<T>, default: T, min: T, max: T) -> Result<T, ConfigError> {
+    let value = given.unwrap_or(default);
+    if value < min || value > max {
+        return Err(invalid(key, format!("{value} is outside {min} to {max}")));
+    }
+    Ok(value)
+}
+
+fn bytes(key: &str, given: Option<Size>, default: u64, min: u64, max: u64) -> Result<usize, ConfigError> {
+    let value = bounded(key, given.map(|size| size.0), default, min, max)?;
+    usize::try_from(value).map_err(|_| invalid(key, "does not fit this machine's address space"))
+}
+
+fn millis(key: &str, given: Option<u64>, default: u64, min: u64, max: u64) -> Result<Duration, ConfigError> {
+    bounded(key, given, default, min, max).map(Duration::from_millis)
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from)
+}
+
+impl Raw {
+    pub fn check(self, data_dir: Option<&Path>) -> Result<Config, ConfigError> {
+        let data_dir = data_dir.map(Path::to_owned).or(self.data_dir).unwrap_or_else(|| PathBuf::from("data"));
+        let tokens: Vec<Token> = self.tokens.unwrap_or_default().into_iter().map(Token::from).collect();
+        check_tokens(&tokens, self.admin_token.as_deref())?;
+        let plugins = self.plugins.check()?;
+        let stall_limit = millis("live.stall_limit_ms", self.live.stall_limit_ms, 30_000, 100, 600_000)?;
+        Ok(Config {
+            http: self.server.check(stall_limit, plugins.module_bytes)?,
+            store: self.storage.check(&data_dir)?,
+            sql: self.sql.check(&data_dir)?,
+            live: self.live.check(plugins.workers)?,
+            plugins,
+            tokens,
+            admin_token: self.admin_token,
+            log_format: match self.log.format {
+                Some(RawFormat::Json) => LogFormat::Json,
+                Some(RawFormat::Text) | None => LogFormat::Text,
+            },
+            log_filter: self.log.filter.unwrap_or_else(|| "info".to_owned()),
+            data_dir,
+        })
+    }
+}
+
+impl From<RawToken> for Token {
+    fn from(raw: RawToken) -> Token {
+        let role = match raw.role {
+            RawRole::User => Role::User,
+            RawRole::Service => Role::Service,
+            RawRole::Admin => Role::Admin,
+        };
+        Token { token: raw.token, user: raw.user, role }
+    }
+}
+
+impl RawServer {
+    fn check(self, stall_limit: Duration, module_bytes: usize) -> Result<HttpOptions, ConfigError> {
+        let body_bytes = bytes("server.body_bytes", self.body_bytes, MIB, KIB, 64 * MIB)?;
+        // WAT text is longer than the module it stands for.
+        let plugin_default = (module_bytes as u64) * 2;
+        let plugin_body_bytes =
+            bytes("server.plugin_body_bytes", self.plugin_body_bytes, plugin_default, KIB, 64 * MIB)?;
+        let body_total_bytes = bytes("server.body_total_bytes", self.body_total_bytes, 128 * MIB, MIB, 16 * GIB)?;
+        if body_total_bytes < body_bytes.max(plugin_body_bytes) {
+            return Err(invalid("server.body_total_bytes", "is smaller than the largest single body allowed"));
+        }
+        Ok(HttpOptions {
+            bind: self.bind.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8433))),
+            body_bytes,
+            plugin_body_bytes,
+            body_total_bytes,
+            max_connections: bounded("server.max_connections", self.max_connections, 10_000, 1, 1_000_000)?,
+            header_timeout: millis("server.header_timeout_ms", self.header_timeout_ms, 10_000, 100, 120_000)?,
+            stall_limit,
+            insecure_http: self.insecure_http.unwrap_or(false),
+            ticket_ttl: millis("server.ticket_ttl_ms", self.ticket_ttl_ms, 30_000, 1_000, 600_000)?,
+        })
+    }
+}
+
+impl RawStorage {
+    fn check(self, data_dir: &Path) -> Result<StoreOptions, ConfigError> {
+        let rocks = self.rocksdb;
+        let at = |key: &str| format!("storage.rocksdb.{key}");
+        Ok(StoreOptions {
+            path: data_dir.to_owned(),
+            write_buffer_size: bytes(&at("write_buffer_size"), rocks.write_buffer_size, 8 * MIB, 64 * KIB, GIB)?,
+            max_write_buffers: bounded(&at("max_write_buffers"), rocks.max_write_buffers, 2, 1, 16)?,
+            block_cache_size: bytes(&at("block_cache_size"), rocks.block_cache_size, 128 * MIB, MIB, 1024 * GIB)?,
+            max_background_jobs: bounded(&at("max_background_jobs"), rocks.max_background_jobs, 2, 1, 64)?,
+            max_open_files: bounded(&at("max_open_files"), rocks.max_open_files, 256, 16, 1_000_000)?,
+            max_commit_bytes: bytes("storage.max_commit_bytes", self.max_commit_bytes, 16 * MIB, 4 * KIB, 256 * MIB)?,
+            log_commits: bounded("storage.log_commits", self.log_commits, 1_000_000, 1, u64::MAX)?,
+        })
+    }
+}
+
+impl RawSql {
+    fn check(self, data_dir: &Path) -> Result<SqlOptions, ConfigError> {
+        let spill_bytes = self.spill_bytes.map(|size| size.0);
+        Ok(SqlOptions {
+            memory_bytes: bytes("sql.memory_bytes", self.memory_bytes, 256 * MIB, MIB, 1024 * GIB)?,
+            spill_bytes: bounded("sql.spill_bytes", spill_bytes, GIB, 0, 1024 * GIB)?,
+            spill_dir: data_dir.join("spill"),
+            deadline: millis("sql.deadline_ms", self.deadline_ms, 5_000, 10, 30_000)?,
+            batch_rows: bounded("sql.batch_rows", self.batch_rows, 8_192, 1, 65_536)?,
+            target_partitions: bounded("sql.target_partitions", self.target_partitions, cores().min(8), 1, 64)?,
+        })
+    }
+}
+
+impl RawLive {
+    /// Groups live on the workers that run their plugins, so both sides have the same number of them.
+    fn check(self, workers: usize) -> Result<LiveOptions, ConfigError> {
+        Ok(LiveOptions {
+            workers,
+            commit_tail_bytes: bytes("live.commit_tail_bytes", self.commit_tail_bytes, 32 * MIB, 64 * KIB, 16 * GIB)?,
+            group_tail_bytes: bytes("live.group_tail_bytes", self.group_tail_bytes, 256 * KIB, KIB, GIB)?,
+            chunk_bytes: bytes("live.chunk_bytes", self.chunk_bytes, 256 * KIB, 4 * KIB, 16 * MIB)?,
+            heartbeat: millis("live.heartbeat_ms", self.heartbeat_ms, 15_000, 50, 60_000)?,
+            max_subscriptions: bounded("live.max_subscriptions", self.max_subscriptions, 100_000, 1, 10_000_000)?,
+        })
+    }
+}
+
+impl RawPlugins {
+    fn check(self) -> Result<PluginOptions, ConfigError> {
+        let at = |key: &str| format!("plugins.{key}");
+        let ring_bytes = bytes(&at("ring_bytes"), self.ring_bytes, 4 * MIB, 64 * KIB, 256 * MIB)? as u32;
+        if !ring_bytes.is_power_of_two() {
+            return Err(invalid("plugins.ring_bytes", format!("{ring_bytes} is not a power of two")));
+        }
+        let worker_bytes = bytes(&at("worker_bytes"), self.worker_bytes, MIB, 64 * KIB, 64 * MIB)? as u32;
+        if worker_bytes % (64 * KIB as u32) != 0 {
+            return Err(invalid("plugins.worker_bytes", format!("{worker_bytes} is not a multiple of 64 KiB")));
+        }
+        let workers = bounded(&at("workers"), self.workers, cores().min(16), 1, 64)?;
+        let instances = bounded(&at("instances_per_worker"), self.instances_per_worker, 256, 1, 10_000)?;
+        Ok(PluginOptions {
+            ring_bytes,
+            worker_bytes,
+            module_bytes: bytes(&at("module_bytes"), self.module_bytes, 4 * MIB, KIB, 16 * MIB)?,
+            memory_bytes: bytes(&at("memory_bytes"), self.memory_bytes, 16 * MIB, 64 * KIB, 128 * MIB)?,
+            stack_bytes: bytes(&at("stack_bytes"), self.stack_bytes, 512 * KIB, 64 * KIB, MIB)?,
+            table_elements: bounded(&at("table_elements"), self.table_elements, 20_000, 1, 100_000)?,
+            batch_time: millis(&at("batch_ms"), self.batch_ms, 20, 1, 1_000)?,
+            init_time: millis(&at("init_ms"), self.init_ms, 100, 1, 1_000)?,
+            output_bytes: bytes(&at("output_bytes"), self.output_bytes, MIB, KIB, 10 * MIB)?,
+            log_bytes: bytes(&at("log_bytes"), self.log_bytes, 16 * KIB, 0, MIB)?,
+            compile_time: millis(&at("compile_ms"), self.compile_ms, 15_000, 100, 120_000)?,
+            workers,
+            instances_per_worker: instances,
+        })
+    }
+}

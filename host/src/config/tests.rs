@@ -1,0 +1,105 @@
+use std::ffi::OsString;
+use std::io::Write;
+
+use super::*;
+
+const TOKEN: &str = "0123456789abcdef0123456789abcdef";
+
+fn load(toml: &str, environment: &[(&str, &str)], mut flags: Flags) -> Result<Config, ConfigError> {
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    file.write_all(toml.as_bytes()).expect("written");
+    flags.config = Some(file.path().to_owned());
+    let environment = environment.iter().map(|(k, v)| (OsString::from(k), OsString::from(v)));
+    Config::load(&flags, environment)
+}
+
+fn message(toml: &str, environment: &[(&str, &str)]) -> String {
+    load(toml, environment, Flags::default()).err().expect("refused").to_string()
+}
+
+#[test]
+fn flags_win_over_environment_over_file_over_defaults() {
+    let toml = "data_dir = 'file'\n[server]\nbind = '127.0.0.1:1'\nmax_connections = 7\n\
+                [storage.rocksdb]\nblock_cache_size = '2 MiB'\n[sql]\ndeadline_ms = 100";
+    let environment = [
+        ("TIDEGATE_DATA_DIR", "environment"),
+        ("TIDEGATE_SERVER__BIND", "127.0.0.1:2"),
+        ("TIDEGATE_STORAGE__ROCKSDB__BLOCK_CACHE_SIZE", "3145728"),
+        ("PATH", "/bin"),
+        ("TIDEGATE_PLUGINS", "/somewhere/of/the/scripts"),
+    ];
+    let flags = Flags { bind: Some("127.0.0.1:3".parse().unwrap()), ..Flags::default() };
+    let config = load(toml, &environment, flags).unwrap();
+    assert_eq!(config.http.bind.port(), 3);
+    assert_eq!(config.data_dir, PathBuf::from("environment"));
+    assert_eq!(config.store.block_cache_size, 3 << 20);
+    assert_eq!(config.http.max_connections, 7);
+    assert_eq!(config.sql.deadline, Duration::from_millis(100));
+    assert_eq!(config.store.write_buffer_size, 8 << 20);
+}
+
+#[test]
+fn unknown_keys_are_refused_by_full_name() {
+    let said = message("[storage.rocksdb]\nblock_cach_size = 1", &[]);
+    assert!(said.contains("`storage.rocksdb.block_cach_size`"), "{said}");
+    assert!(said.contains("did you mean `storage.rocksdb.block_cache_size`?"), "{said}");
+    let said = message("", &[("TIDEGATE_SQL__DEADLINE", "5")]);
+    assert!(said.contains("`sql.deadline`") && said.contains("environment"), "{said}");
+    let said = message("[[tokens]]\ntoken = '0123456789abcdefg'\nuser = 'a'\nrolle = 'user'", &[]);
+    assert!(said.contains("`tokens[0].rolle`"), "{said}");
+    assert!(message("nonsense = 1", &[]).contains("`nonsense`"));
+}
+
+#[test]
+fn values_are_checked() {
+    for (toml, expect) in [
+        ("[sql]\ndeadline_ms = 60000", "sql.deadline_ms"),
+        ("[plugins]\nring_bytes = 100000", "power of two"),
+        ("[plugins]\nworker_bytes = 65537", "multiple of 64 KiB"),
+        ("[plugins]\nmodule_bytes = '17 MiB'", "plugins.module_bytes"),
+        ("[live]\nheartbeat_ms = 'often'", "often"),
+        ("[server]\nbind = '0.0.0.0:80'", "--insecure-http"),
+        ("[server]\nbind = 'localhost'", "bind"),
+        ("[log]\nformat = 'xml'", "xml"),
+        ("admin_token = 'short'", "at least 32"),
+        ("= 1", "TOML"),
+    ] {
+        let said = message(toml, &[]);
+        assert!(said.contains(expect), "{toml}: {said}");
+    }
+    let open = Flags { insecure_http: true, ..Flags::default() };
+    assert!(load("[server]\nbind = '0.0.0.0:80'", &[], open).is_ok());
+}
+
+#[test]
+fn tokens_are_checked_and_never_shown() {
+    let entry = |token: &str, user: &str| format!("[[tokens]]\ntoken = '{token}'\nuser = '{user}'\nrole = 'user'\n");
+    let config = load(
+        &entry(TOKEN, "alice"),
+        &[("TIDEGATE_ADMIN_TOKEN", "9876543210987654321098765432109876")],
+        Flags::default(),
+    );
+    let config = config.unwrap();
+    assert_eq!(config.tokens[0].user, "alice");
+    assert_eq!(config.tokens[0].role, Role::User);
+    assert_eq!(config.admin_token.as_deref(), Some("9876543210987654321098765432109876"));
+    for (toml, expect) in [
+        (entry("tooshort", "a"), "tokens[0].token"),
+        (entry("0123456789-changeme", "a"), "sample"),
+        (entry("aaaaaaaaaaaaaaaaaaaaaaaa", "a"), "repeated"),
+        (entry(TOKEN, ""), "tokens[0].user"),
+        (format!("{}{}", entry(TOKEN, "a"), entry(TOKEN, "b")), "used twice"),
+        (format!("[[tokens]]\ntoken = '{TOKEN}' oops"), "TOML"),
+    ] {
+        let said = message(&toml, &[]);
+        assert!(said.contains(expect), "{toml}: {said}");
+        assert!(!said.contains(TOKEN), "a token was shown: {said}");
+    }
+}
+
+#[test]
+fn defaults_are_valid() {
+    let config = Config::new(Path::new("somewhere"));
+    assert_eq!(config.http.bind.to_string(), "127.0.0.1:8433");
+    assert_eq!(config.live.workers, config.plugins.workers);
+}

@@ -1,0 +1,253 @@
+//! From row images to the events of one group: predicate, pipeline, SELECT list, and what that means for whoever holds
+//! the earlier result.
+//!
+//! Pure but for the plugins it calls: knows no tail, thread or subscriber. Live commits, catch-up and snapshots all go
+//! through [`evaluate`], so a replayed commit gives the very events it gave when it was new.
+
+use arrow::array::{Array, AsArray, make_comparator};
+use arrow::compute::SortOptions;
+use arrow::datatypes::{DataType, Float32Type, Float64Type};
+use arrow::record_batch::RecordBatch;
+use wire::frame::SectionView;
+use wire::image::ImageAt;
+use wire::{ImageRef, Schema, Scope};
+
+use super::event::{CommitEvents, EventOp, EventRow};
+use super::{GroupSpec, Piped, PipelineFault, Pipelines, ProgramError};
+use crate::catalog::TableId;
+use crate::store::Seq;
+
+/// Why a commit or a piece could not be evaluated.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(super) enum Fault {
+    #[error(transparent)]
+    Pipeline(#[from] PipelineFault),
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+}
+
+/// The images of one table in one section (or in one piece of a snapshot), gathered once for all groups on it.
+#[derive(Default)]
+pub(super) struct Rows<'a> {
+    images: Vec<ImageRef<'a>>,
+    /// Where the images lie, counted from the section's (the piece's) first byte.
+    places: Vec<ImageAt>,
+    changes: Vec<RowChange>,
+}
+
+/// One change: its images as indices of [`Rows::images`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct RowChange {
+    old: Option<usize>,
+    new: Option<usize>,
+}
+
+impl<'a> Rows<'a> {
+    pub(super) fn of_section(section: &SectionView<'a>, table: TableId) -> Self {
+        let mut rows = Rows::default();
+        for change in section.changes.iter().filter(|change| change.header.table == table.0) {
+            let old = change.old.map(|(image, at)| rows.push(image, at));
+            let new = change.new.map(|(image, at)| rows.push(image, at));
+            rows.changes.push(RowChange { old, new });
+        }
+        rows
+    }
+
+    /// Present rows: as if each had just been inserted.
+    pub(super) fn present(images: impl IntoIterator<Item = (ImageRef<'a>, ImageAt)>) -> Self {
+        let mut rows = Rows::default();
+        for (image, at) in images {
+            let new = Some(rows.push(image, at));
+            rows.changes.push(RowChange { old: None, new });
+        }
+        rows
+    }
+
+    fn push(&mut self, image: ImageRef<'a>, at: ImageAt) -> usize {
+        self.images.push(image);
+        self.places.push(at);
+        self.images.len() - 1
+    }
+}
+
+/// Where rows come from.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub seq: Seq,
+    /// Rows of a snapshot: they lie in a buffer of their own, not in a commit's section.
+    pub snapshot: bool,
+    /// What the places of [`Rows`] count from.
+    pub base: &'a [u8],
+}
+
+/// A group's query on one worker: its programs and, where it has plugins, the opened pipeline.
+pub(super) struct Query<'a> {
+    pub spec: &'a GroupSpec,
+    pub key: &'a Schema,
+    pub pipeline: Option<(&'a mut dyn Pipelines, u64)>,
+}
+
+/// The events of `rows` for one group, or `None` when they do not concern it.
+pub(super) fn evaluate(
+    query: &mut Query<'_>,
+    source: Source<'_>,
+    rows: &Rows<'_>,
+) -> Result<Option<CommitEvents>, Fault> {
+    let Some(shown) = show(query, source, rows)? else { return Ok(None) };
+    let mut same = RowEquality::new(&shown.batch);
+    let (mut events, mut key_images) = (Vec::new(), Vec::new());
+    for change in &rows.changes {
+        let row = |image: Option<usize>| image.and_then(|image| shown.rows[image]);
+        let Some(op) = decide(row(change.old), row(change.new), change.new.is_some(), &mut same)? else { continue };
+        events.push(EventRow { op, key: key_images.len(), new: row(change.new), old: row(change.old) });
+        key_images.extend(change.new.or(change.old).map(|image| rows.images[image]));
+    }
+    if events.is_empty() {
+        return Ok(None);
+    }
+    let keys = query.spec.program.batch(query.key, &key_images)?;
+    // Both sides are rows of one batch; a clone of it shares its columns.
+    let (new, old) = (shown.batch.clone(), shown.batch.clone());
+    Ok(Some(CommitEvents { seq: source.seq, snapshot: source.snapshot, events, keys, new, old }))
+}
+
+/// What a change is to somebody who holds the earlier result. `old` and `new` are the output rows before and after, if
+/// the row was (is) in the result; `present` says whether the row is still in the table.
+fn decide(
+    old: Option<usize>,
+    new: Option<usize>,
+    present: bool,
+    same: &mut RowEquality<'_>,
+) -> Result<Option<EventOp>, ProgramError> {
+    Ok(match (old, new) {
+        (None, None) => None,
+        (None, Some(_)) => Some(EventOp::Insert),
+        (Some(old), Some(new)) => (!same.rows(old, new)?).then_some(EventOp::Update),
+        (Some(_), None) if present => Some(EventOp::MovedOut),
+        (Some(_), None) => Some(EventOp::Deleted),
+    })
+}
+
+/// Output rows: for every image the row of `batch` that shows it, or `None` when it is not in the result.
+struct Shown {
+    rows: Vec<Option<usize>>,
+    batch: RecordBatch,
+}
+
+/// `None`: no image is in the result, which is the answer for most commits of a table with many groups.
+fn show(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result<Option<Shown>, Fault> {
+    let spec = query.spec;
+    let matching = spec.program.matches(&rows.images)?;
+    if matching.len() != rows.images.len() {
+        return Err(ProgramError("the predicate did not answer for every row".to_owned()).into());
+    }
+    let mut kept: Vec<usize> = (0..rows.images.len()).filter(|image| matching[*image]).collect();
+    let mut output = None;
+    if let Some((pipelines, id)) = &mut query.pipeline
+        && !kept.is_empty()
+    {
+        // Only the shared section of a live commit can lie in a ring; everything else is handed over as bytes.
+        let commit = (!source.snapshot && spec.scope == Scope::Shared).then_some(source.seq);
+        let places: Vec<ImageAt> = kept.iter().map(|image| rows.places[*image]).collect();
+        let piped = pipelines.run(*id, commit, source.base, &places)?;
+        (kept, output) = keep(spec, kept, piped)?;
+    }
+    if kept.is_empty() {
+        return Ok(None);
+    }
+    let batch = match &output {
+        Some((schema, bytes)) => spec.program.batch(schema, &parse_all(bytes)?)?,
+        None => spec.program.project(&kept.iter().map(|image| rows.images[*image]).collect::<Vec<_>>())?,
+    };
+    if batch.num_rows() != kept.len() {
+        return Err(ProgramError("the SELECT list did not answer for every row".to_owned()).into());
+    }
+    let mut shown = vec![None; rows.images.len()];
+    for (row, image) in kept.into_iter().enumerate() {
+        shown[image] = Some(row);
+    }
+    Ok(Some(Shown { rows: shown, batch }))
+}
+
+/// What a transform put in the place of the kept rows.
+type Transformed<'a> = Option<(&'a Schema, Vec<Vec<u8>>)>;
+
+/// The images that a pipeline let through, and what it made of them.
+fn keep(spec: &GroupSpec, kept: Vec<usize>, piped: Piped) -> Result<(Vec<usize>, Transformed<'_>), Fault> {
+    if piped.keep.len() != kept.len() {
+        return Err(ProgramError("the pipeline did not answer for every row".to_owned()).into());
+    }
+    let kept: Vec<usize> = kept.into_iter().zip(piped.keep).filter_map(|(image, keep)| keep.then_some(image)).collect();
+    let Some(schema) = &spec.output else { return Ok((kept, None)) };
+    let output = piped.output.unwrap_or_default();
+    if output.len() != kept.len() {
+        return Err(ProgramError("the pipeline's transform did not answer for every row".to_owned()).into());
+    }
+    Ok((kept, Some((schema, output))))
+}
+
+fn parse_all(images: &[Vec<u8>]) -> Result<Vec<ImageRef<'_>>, ProgramError> {
+    images
+        .iter()
+        .map(|bytes| ImageRef::parse(bytes).map(|(image, ..)| image))
+        .collect::<Result<_, _>>()
+        .map_err(|error| ProgramError(format!("a transformed row cannot be read: {error}")))
+}
+
+/// Whether two rows of a batch show the same in every column: NULL equals NULL, NaN equals NaN. Comparators are made at
+/// the first question, because most commits only insert or delete.
+struct RowEquality<'a> {
+    batch: &'a RecordBatch,
+    columns: Option<Vec<SameInColumn<'a>>>,
+}
+
+type SameInColumn<'a> = Box<dyn Fn(usize, usize) -> bool + 'a>;
+
+impl<'a> RowEquality<'a> {
+    fn new(batch: &'a RecordBatch) -> Self {
+        RowEquality { batch, columns: None }
+    }
+
+    fn rows(&mut self, one: usize, other: usize) -> Result<bool, ProgramError> {
+        let columns = match &mut self.columns {
+            Some(columns) => columns,
+            empty => {
+                let columns = self.batch.columns().iter().map(|column| same_in_column(column.as_ref()));
+                empty.insert(columns.collect::<Result<_, _>>()?)
+            }
+        };
+        Ok(columns.iter().all(|same| same(one, other)))
+    }
+}
+
+fn same_in_column(column: &dyn Array) -> Result<SameInColumn<'_>, ProgramError> {
+    // The total order tells NaNs apart by their bits, which nobody sees.
+    match column.data_type() {
+        DataType::Float32 => {
+            let floats = column.as_primitive::<Float32Type>();
+            Ok(same_or_null(column, |i, j| {
+                let (one, other) = (floats.value(i), floats.value(j));
+                one.to_bits() == other.to_bits() || one.is_nan() && other.is_nan()
+            }))
+        }
+        DataType::Float64 => {
+            let floats = column.as_primitive::<Float64Type>();
+            Ok(same_or_null(column, |i, j| {
+                let (one, other) = (floats.value(i), floats.value(j));
+                one.to_bits() == other.to_bits() || one.is_nan() && other.is_nan()
+            }))
+        }
+        _ => {
+            let compare = make_comparator(column, column, SortOptions::default())
+                .map_err(|error| ProgramError(format!("output rows cannot be compared: {error}")))?;
+            Ok(Box::new(move |i, j| compare(i, j).is_eq()))
+        }
+    }
+}
+
+fn same_or_null<'a>(column: &'a dyn Array, same: impl Fn(usize, usize) -> bool + 'a) -> SameInColumn<'a> {
+    Box::new(move |i, j| match (column.is_null(i), column.is_null(j)) {
+        (false, false) => same(i, j),
+        (one, other) => one == other,
+    })
+}

@@ -1,0 +1,164 @@
+//! Work a worker does for one subscription, a piece at a time and only when asked: present rows of a snapshot, commits
+//! replayed from the change log. Nothing is made ahead of its client, so a stalled reader costs one piece.
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use wire::image::ImageAt;
+use wire::{FrameView, ImageRef};
+
+use super::evaluate::{Fault, Query, Rows, Source, evaluate};
+use super::log::{LogError, read_piece};
+use super::subscription::EndReason;
+use super::worker::Shared;
+use super::{Encoder, GroupSpec};
+use crate::store::snapshot::RowScan;
+use crate::store::{Seq, Store, StoreError};
+
+/// Rows of one piece of a snapshot: one evaluation, a millisecond or so.
+const PIECE_ROWS: usize = 1000;
+
+pub(super) struct Job {
+    pub group: u64,
+    pub work: Work,
+    pub reply: oneshot::Sender<Piece>,
+}
+
+pub(super) enum Work {
+    /// The next rows of a snapshot; `None` takes the snapshot first.
+    Snapshot(Option<Box<SnapshotScan>>),
+    /// Commits after `after`, up to `until`.
+    Replay { after: Seq, until: Seq },
+}
+
+/// What a job gave. An empty piece is an answer too: nothing matched so far.
+pub(super) enum Piece {
+    Rows { bytes: Bytes, seq: Seq, rest: Option<Box<SnapshotScan>> },
+    Commits { bytes: Bytes, seq: Seq },
+    Expired,
+    Failed(EndReason),
+}
+
+/// Why a job failed; only its own subscription ends.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum JobError {
+    #[error(transparent)]
+    Fault(#[from] Fault),
+    #[error("the position is no longer in the change log")]
+    Expired,
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<LogError> for JobError {
+    fn from(error: LogError) -> Self {
+        match error {
+            LogError::Expired => JobError::Expired,
+            LogError::Store(error) => JobError::Store(error),
+        }
+    }
+}
+
+/// A snapshot half sent: its position and the rows to come.
+pub(super) struct SnapshotScan {
+    seq: Seq,
+    rows: RowScan,
+}
+
+impl SnapshotScan {
+    pub(super) fn start(store: &Store, spec: &GroupSpec) -> Self {
+        let snapshot = store.snapshot();
+        let rows = snapshot.scan(&spec.table, &spec.scope, spec.range.clone());
+        SnapshotScan { seq: snapshot.seq(), rows }
+    }
+
+    /// The next rows copied one after the other, where each starts, and whether there may be more.
+    fn read(&mut self, bytes: usize) -> Result<(Vec<u8>, Vec<usize>, bool), StoreError> {
+        let (mut base, mut starts) = (Vec::new(), Vec::new());
+        while starts.len() < PIECE_ROWS && base.len() < bytes {
+            let Some((_, image)) = self.rows.next_row()? else { return Ok((base, starts, false)) };
+            starts.push(base.len());
+            base.extend_from_slice(image);
+        }
+        Ok((base, starts, true))
+    }
+}
+
+/// The next piece of a snapshot.
+pub(super) fn snapshot_piece(
+    shared: &Shared,
+    query: &mut Query<'_>,
+    mut scan: Box<SnapshotScan>,
+) -> Result<Piece, JobError> {
+    let (base, starts, more) = scan.read(shared.options.chunk_bytes)?;
+    let mut images = Vec::with_capacity(starts.len());
+    for start in starts {
+        let (image, place, _) = ImageRef::parse(&base[start..]).map_err(|error| damaged("a stored row", error))?;
+        images.push((image, shifted(place, start)));
+    }
+    let source = Source { seq: scan.seq, snapshot: true, base: &base };
+    let events = evaluate(query, source, &Rows::present(images))?;
+    let mut out = Vec::new();
+    if let Some(events) = &events {
+        shared.encoder.encode(query.spec, events, &mut out);
+    }
+    Ok(Piece::Rows { bytes: out.into(), seq: scan.seq, rest: more.then_some(scan) })
+}
+
+/// The place of an image that starts `start` bytes into the buffer. A piece is far smaller than 4 GiB.
+fn shifted(at: ImageAt, start: usize) -> ImageAt {
+    let start = start as u32;
+    ImageAt { present: at.present + start, slots: at.slots + start, heap: at.heap + start, columns: at.columns }
+}
+
+/// Events of whole commits after `after`; the cursor after them, which is `until` at most.
+pub(super) fn replay_piece(
+    shared: &Shared,
+    query: &mut Query<'_>,
+    after: Seq,
+    until: Seq,
+) -> Result<(Bytes, Seq), JobError> {
+    let (spec, bound) = (query.spec, shared.options.chunk_bytes);
+    let piece = read_piece(&shared.store, [spec.table.namespace], after, Some(until), bound)?;
+    let (mut out, mut cursor) = (Vec::new(), after);
+    for commit in &piece.commits {
+        match replay_commit(&*shared.encoder, query, commit.seq, &commit.frame, &mut out) {
+            Ok(()) => cursor = commit.seq,
+            // What comes before the commit that fails is delivered first; asked again, it fails again.
+            Err(_) if cursor > after => return Ok((out.into(), cursor)),
+            Err(error) => return Err(error),
+        }
+        if out.len() >= bound {
+            return Ok((out.into(), cursor));
+        }
+    }
+    Ok((out.into(), piece.end))
+}
+
+fn replay_commit(
+    encoder: &dyn Encoder,
+    query: &mut Query<'_>,
+    seq: Seq,
+    frame: &[u8],
+    out: &mut Vec<u8>,
+) -> Result<(), JobError> {
+    let view = FrameView::parse(frame).map_err(|error| damaged("the change log", error))?;
+    let Some(section) = view.section(&query.spec.scope) else { return Ok(()) };
+    let rows = Rows::of_section(section, query.spec.table.id);
+    let source = Source { seq, snapshot: false, base: section.bytes };
+    if let Some(events) = evaluate(query, source, &rows)? {
+        encoder.encode(query.spec, &events, out);
+    }
+    Ok(())
+}
+
+fn damaged(what: &str, error: impl std::fmt::Display) -> StoreError {
+    StoreError::Corrupt(format!("{what}: {error}"))
+}
+
+/// The last replayed piece of a group. When many subscribers come back at the same position (after a restart, or a
+/// commit larger than the tail) the first pays and all share the bytes.
+pub(super) struct Replayed {
+    pub after: Seq,
+    pub bytes: Bytes,
+    pub end: Seq,
+}

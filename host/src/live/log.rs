@@ -1,0 +1,107 @@
+//! Reading the change log in bounded pieces: for a worker behind the commits in memory, and for a subscriber behind its
+//! group's tail.
+
+use bytes::Bytes;
+
+use crate::catalog::NamespaceId;
+use crate::store::snapshot::{LogScan, Snapshot};
+use crate::store::{Seq, Store, StoreError};
+
+/// Commits of one piece. Live work goes between pieces, so a piece is a matter of milliseconds.
+const PIECE_COMMITS: usize = 256;
+
+#[derive(Clone, Debug)]
+pub(super) struct LoggedCommit {
+    pub seq: Seq,
+    pub namespace: NamespaceId,
+    pub frame: Bytes,
+}
+
+#[derive(Debug)]
+pub(super) struct LogPiece {
+    pub commits: Vec<LoggedCommit>,
+    /// All commits of the namespaces up to here are in this piece or were before it.
+    pub end: Seq,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LogError {
+    /// The log no longer has what follows the position.
+    #[error("the position is no longer in the change log")]
+    Expired,
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// The next commits of `namespaces` after `after` and up to `until`, in seq order: at least one if there is one, then
+/// until about `bytes` are read.
+pub(super) fn read_piece(
+    store: &Store,
+    namespaces: impl IntoIterator<Item = NamespaceId>,
+    after: Seq,
+    until: Option<Seq>,
+    bytes: usize,
+) -> Result<LogPiece, LogError> {
+    let piece = read(&store.snapshot(), namespaces, after, until, bytes);
+    // Asked after reading, and the store raises its floor before it trims: what went meanwhile cannot have made a
+    // silent hole in the piece.
+    if after < store.log_floor() {
+        return Err(LogError::Expired);
+    }
+    Ok(piece?)
+}
+
+fn read(
+    snapshot: &Snapshot,
+    namespaces: impl IntoIterator<Item = NamespaceId>,
+    after: Seq,
+    until: Option<Seq>,
+    bytes: usize,
+) -> Result<LogPiece, StoreError> {
+    let end = until.map_or(snapshot.seq(), |until| until.min(snapshot.seq())).max(after);
+    let mut merged = Merged::start(snapshot, namespaces, after)?;
+    let (mut commits, mut read) = (Vec::new(), 0);
+    while let Some(commit) = merged.next()? {
+        if commit.seq > end {
+            break;
+        }
+        let seq = commit.seq;
+        read += commit.frame.len();
+        commits.push(commit);
+        if read >= bytes || commits.len() >= PIECE_COMMITS {
+            return Ok(LogPiece { commits, end: seq });
+        }
+    }
+    Ok(LogPiece { commits, end })
+}
+
+/// The logs of several namespaces in one order.
+struct Merged {
+    scans: Vec<(NamespaceId, LogScan, Option<(Seq, Bytes)>)>,
+}
+
+impl Merged {
+    fn start(
+        snapshot: &Snapshot,
+        namespaces: impl IntoIterator<Item = NamespaceId>,
+        after: Seq,
+    ) -> Result<Self, StoreError> {
+        let mut scans = Vec::new();
+        for namespace in namespaces {
+            let mut scan = snapshot.log(namespace, after);
+            let head = scan.next_commit()?;
+            scans.push((namespace, scan, head));
+        }
+        Ok(Merged { scans })
+    }
+
+    fn next(&mut self) -> Result<Option<LoggedCommit>, StoreError> {
+        let heads = self.scans.iter_mut().filter(|(_, _, head)| head.is_some());
+        let Some((namespace, scan, head)) = heads.min_by_key(|(_, _, head)| head.as_ref().map(|(seq, _)| *seq)) else {
+            return Ok(None);
+        };
+        let next = scan.next_commit()?;
+        let taken = std::mem::replace(head, next);
+        Ok(taken.map(|(seq, frame)| LoggedCommit { seq, namespace: *namespace, frame }))
+    }
+}

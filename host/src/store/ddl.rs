@@ -1,0 +1,167 @@
+//! A transaction's catalog writes: checked, applied to the catalog, told in the frame, put into and taken out of the
+//! batch. When and in which order is the committer's ([`super::commit`]); the records' bytes are in [`super::meta`].
+
+use std::sync::Arc;
+
+use rocksdb::{DB, WriteBatch};
+use wire::{CatalogEvent, FrameBuilder};
+
+use super::keys::{successor, table_prefix};
+use super::{CatalogWrite, CommitError, DEFAULT_FAMILY, StoreError, Transaction, family, meta, row_family};
+use crate::catalog::{Catalog, Plugin, Table};
+
+/// Key and value in the `default` family.
+type Record = (Vec<u8>, Vec<u8>);
+
+pub(super) struct StagedCatalog {
+    pub after: Arc<Catalog>,
+    pub records: Vec<Record>,
+}
+
+/// The catalog after the transaction's catalog writes with its records, and their events in the frame; `None` if there
+/// are none.
+pub(super) fn stage(
+    before: &Catalog,
+    transaction: &Transaction,
+    frame: &mut FrameBuilder,
+) -> Result<Option<StagedCatalog>, CommitError> {
+    if transaction.catalog.is_empty() {
+        return Ok(None);
+    }
+    let mut catalog = before.clone();
+    catalog.version += 1;
+    for write in &transaction.catalog {
+        check_catalog_write(&catalog, write)?;
+        catalog_events(&catalog, write, frame);
+        write.apply(&mut catalog);
+    }
+    let records = catalog_records(transaction, &catalog)?;
+    Ok(Some(StagedCatalog { after: Arc::new(catalog), records }))
+}
+
+/// Ids are never reused: a new thing has an id nobody had, and what is dropped or replaced is there.
+fn check_catalog_write(catalog: &Catalog, write: &CatalogWrite) -> Result<(), CommitError> {
+    let fine = match write {
+        CatalogWrite::PutNamespace { id, name } => {
+            id.0 >= catalog.next_namespace && id.0 > 0 && catalog.namespace(name).is_none()
+        }
+        CatalogWrite::DropNamespace { name } => catalog.namespace(name).is_some(),
+        CatalogWrite::PutTable(table) => {
+            let place = catalog.namespace(&table.namespace_name).is_some_and(|found| found.id == table.namespace);
+            place && !table.key.is_empty() && admits_table(catalog, table)
+        }
+        CatalogWrite::DropTable(id) => catalog.table_by_id(*id).is_some(),
+        CatalogWrite::PutPlugin { plugin, .. } => {
+            catalog.namespace(&plugin.namespace_name).is_some_and(|found| found.id == plugin.namespace)
+        }
+        CatalogWrite::DropPlugin { namespace, name } => catalog.plugin(namespace, name).is_some(),
+    };
+    if fine { Ok(()) } else { Err(CommitError::Invalid(format!("the catalog does not admit {}", describe(write)))) }
+}
+
+/// A new table has a new id and a free name; another version of a table keeps both and has a higher schema version.
+fn admits_table(catalog: &Catalog, table: &Table) -> bool {
+    match catalog.table(&table.namespace_name, &table.name) {
+        Some(found) => found.id == table.id && found.schema_version < table.schema_version,
+        None => table.id.0 >= catalog.next_table,
+    }
+}
+
+fn describe(write: &CatalogWrite) -> String {
+    match write {
+        CatalogWrite::PutNamespace { id, name } => format!("namespace {name} with id {}", id.0),
+        CatalogWrite::DropNamespace { name } => format!("dropping namespace {name}"),
+        CatalogWrite::PutTable(table) => {
+            format!("table {}.{} with id {}", table.namespace_name, table.name, table.id.0)
+        }
+        CatalogWrite::DropTable(id) => format!("dropping the table with id {}", id.0),
+        CatalogWrite::PutPlugin { plugin, .. } => format!("plugin {}.{}", plugin.namespace_name, plugin.name),
+        CatalogWrite::DropPlugin { namespace, name } => format!("dropping plugin {namespace}.{name}"),
+    }
+}
+
+fn catalog_events(before: &Catalog, write: &CatalogWrite, frame: &mut FrameBuilder) {
+    match write {
+        CatalogWrite::PutNamespace { .. } => {}
+        CatalogWrite::DropNamespace { name } => {
+            let Some(namespace) = before.namespace(name) else { return };
+            for table in namespace.tables.values() {
+                frame.catalog(CatalogEvent::TableDropped { table: table.id.0 });
+            }
+            for name in namespace.plugins.keys() {
+                frame.catalog(CatalogEvent::PluginDropped { name: name.clone() });
+            }
+        }
+        CatalogWrite::PutTable(table) => {
+            if before.table_by_id(table.id).is_none() {
+                frame.catalog(CatalogEvent::TableCreated { table: table.id.0 });
+            }
+        }
+        CatalogWrite::DropTable(id) => frame.catalog(CatalogEvent::TableDropped { table: id.0 }),
+        CatalogWrite::PutPlugin { plugin, .. } => {
+            frame.catalog(CatalogEvent::PluginActivated { name: plugin.name.clone(), version: plugin.version });
+        }
+        CatalogWrite::DropPlugin { name, .. } => frame.catalog(CatalogEvent::PluginDropped { name: name.clone() }),
+    }
+}
+
+/// The records of what the transaction put and did not drop again; `after` is the catalog after it.
+fn catalog_records(transaction: &Transaction, after: &Catalog) -> Result<Vec<Record>, StoreError> {
+    let mut records = vec![(meta::CATALOG_KEY.to_vec(), meta::encode_catalog(after)?)];
+    for write in &transaction.catalog {
+        match write {
+            CatalogWrite::PutNamespace { id, name } if after.namespace(name).is_some_and(|found| found.id == *id) => {
+                records.push((meta::namespace_key(*id), meta::encode_namespace(*id, name)?));
+            }
+            CatalogWrite::PutTable(table) if after.table_by_id(table.id).is_some() => {
+                records.push((meta::table_key(table.id), meta::encode_table(table)?));
+            }
+            CatalogWrite::PutPlugin { plugin, wasm } if plugins(after).any(|found| same_plugin(found, plugin)) => {
+                let key = meta::plugin_key(plugin.namespace, plugin.version, &plugin.name);
+                records.push((key, meta::encode_plugin(plugin)?));
+                records.push((meta::wasm_key(&plugin.sha256), wasm.to_vec()));
+            }
+            _ => {}
+        }
+    }
+    Ok(records)
+}
+
+/// Removes the records and rows of everything that `before` has and `after` has not.
+pub(super) fn delete_dropped(db: &DB, batch: &mut WriteBatch, before: &Catalog, after: &Catalog) {
+    let default = family(db, DEFAULT_FAMILY);
+    for namespace in before.namespaces() {
+        if after.namespace(&namespace.name).is_none_or(|found| found.id != namespace.id) {
+            batch.delete_cf(default, meta::namespace_key(namespace.id));
+        }
+        for table in namespace.tables.values().filter(|table| after.table_by_id(table.id).is_none()) {
+            batch.delete_cf(default, meta::table_key(table.id));
+            delete_rows(db, batch, table);
+        }
+    }
+    for plugin in plugins(before) {
+        if !plugins(after).any(|other| same_plugin(other, plugin)) {
+            batch.delete_cf(default, meta::plugin_key(plugin.namespace, plugin.version, &plugin.name));
+            // Another plugin, or another namespace, may have been given the same bytes.
+            if !plugins(after).any(|other| other.sha256 == plugin.sha256) {
+                batch.delete_cf(default, meta::wasm_key(&plugin.sha256));
+            }
+        }
+    }
+}
+
+fn plugins(catalog: &Catalog) -> impl Iterator<Item = &Arc<Plugin>> {
+    catalog.namespaces().flat_map(|namespace| namespace.plugins.values().flatten())
+}
+
+fn same_plugin(a: &Plugin, b: &Plugin) -> bool {
+    (a.namespace, a.version, &a.name) == (b.namespace, b.version, &b.name)
+}
+
+/// One range for the rows of all users.
+fn delete_rows(db: &DB, batch: &mut WriteBatch, table: &Table) {
+    let from = table_prefix(table.namespace, table.id);
+    if let Some(to) = successor(&from) {
+        batch.delete_range_cf(row_family(db, table.kind), from, to);
+    }
+}

@@ -1,0 +1,71 @@
+//! Tables, rows and plugins for the store's tests.
+
+use wire::abi::{ColumnType, ManifestLine, ParamType};
+use wire::{ImageBuilder, Type, Value};
+
+use super::*;
+use crate::catalog::{Column, PluginKind};
+
+pub const MAIN: NamespaceId = NamespaceId(1);
+
+pub fn column(id: u16, name: &str, ty: Type, nullable: bool) -> Column {
+    Column { id, name: name.to_owned(), ty, nullable, default: None }
+}
+
+/// `main.t{id}(id BIGINT PRIMARY KEY, text TEXT, score DOUBLE)`, shared.
+pub fn table(id: u32) -> Table {
+    Table {
+        id: TableId(id),
+        namespace: MAIN,
+        namespace_name: "main".to_owned(),
+        name: format!("t{id}"),
+        kind: TableKind::Shared,
+        schema_version: 1,
+        columns: vec![
+            column(0, "id", Type::BigInt, false),
+            column(1, "text", Type::Text, true),
+            column(2, "score", Type::Double, true),
+        ],
+        key: vec![0],
+        generated_key: false,
+    }
+}
+
+pub fn user_table(id: u32) -> Table {
+    Table { kind: TableKind::User, ..table(id) }
+}
+
+pub fn table_with_key(id: u32, types: &[Type]) -> Table {
+    let columns = types.iter().enumerate().map(|(i, ty)| column(i as u16, &format!("c{i}"), *ty, false)).collect();
+    Table { columns, key: (0..types.len() as u16).collect(), ..table(id) }
+}
+
+/// An image of [`table`].
+pub fn image(id: i64, text: Option<&str>) -> Vec<u8> {
+    let mut builder = ImageBuilder::new(3);
+    builder.set_int(0, id);
+    if let Some(text) = text {
+        builder.set(1, &Value::Text(text.to_owned()));
+    }
+    builder.finish()
+}
+
+pub fn plugin(name: &str, version: u32) -> Plugin {
+    Plugin {
+        namespace: MAIN,
+        namespace_name: "main".to_owned(),
+        name: name.to_owned(),
+        version,
+        sha256: format!("{name}-{version}"),
+        kind: PluginKind::RowFilter,
+        abi: 1,
+        manifest: vec![
+            ManifestLine::Plugin { abi: 1, name: None, doc: Some("keeps late ones".to_owned()) },
+            ManifestLine::Param { name: "minutes".to_owned(), r#type: ParamType::Int, default: None, doc: None },
+            ManifestLine::Column { name: "dep_delay".to_owned(), r#type: ColumnType::Number, optional: true },
+        ],
+        size: 3,
+        uploaded_at: 1_700_000_000_000_000,
+        uploaded_by: "admin".to_owned(),
+    }
+}

@@ -1,0 +1,401 @@
+//! What the `default` family keeps beside user rows: keys and records of the store's own data.
+//!
+//! ```text
+//! m/format               store format, u32
+//! m/epoch                u64
+//! m/state                applied seq, catalog version, log floor: u64 each; written with every commit
+//! m/catalog              next ids
+//! n/{namespace u32}      a namespace
+//! t/{table u32}          a table
+//! p/{namespace u32}{version u32}{name}   one version of a plugin
+//! w/{sha256}             the bytes of a plugin
+//! l/{namespace u32}{seq u64}             the change log: a wire::Frame
+//! s/{key}                settings of the layers above
+//! ```
+//!
+//! Integers in keys and fixed records are big-endian. Catalog records are a version byte and a postcard message of types
+//! that live here: the catalog's own types may change without changing what is on disk.
+
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use wire::abi::ManifestLine;
+use wire::{Type, Value};
+
+use super::{Seq, StoreError};
+use crate::catalog::{Catalog, Column, DefaultValue, NamespaceId, Plugin, Table, TableId, TableKind};
+
+/// The store format this build writes, and the newest it reads.
+pub(super) const FORMAT: u32 = 1;
+
+pub(super) const FORMAT_KEY: &[u8] = b"m/format";
+pub(super) const EPOCH_KEY: &[u8] = b"m/epoch";
+pub(super) const STATE_KEY: &[u8] = b"m/state";
+pub(super) const CATALOG_KEY: &[u8] = b"m/catalog";
+pub(super) const NAMESPACES: &[u8] = b"n/";
+pub(super) const TABLES: &[u8] = b"t/";
+pub(super) const PLUGINS: &[u8] = b"p/";
+pub(super) const LOGS: &[u8] = b"l/";
+
+const RECORD_VERSION: u8 = 1;
+
+pub(super) fn namespace_key(id: NamespaceId) -> Vec<u8> {
+    [NAMESPACES, &id.0.to_be_bytes()].concat()
+}
+
+pub(super) fn table_key(id: TableId) -> Vec<u8> {
+    [TABLES, &id.0.to_be_bytes()].concat()
+}
+
+/// The name comes last, so that no name can be mistaken for another with something behind it.
+pub(super) fn plugin_key(namespace: NamespaceId, version: u32, name: &str) -> Vec<u8> {
+    [PLUGINS, &namespace.0.to_be_bytes(), &version.to_be_bytes(), name.as_bytes()].concat()
+}
+
+pub(super) fn wasm_key(sha256: &str) -> Vec<u8> {
+    [b"w/", sha256.as_bytes()].concat()
+}
+
+pub(super) fn setting_key(key: &str) -> Vec<u8> {
+    [b"s/", key.as_bytes()].concat()
+}
+
+pub(super) fn log_prefix(namespace: NamespaceId) -> Vec<u8> {
+    [LOGS, &namespace.0.to_be_bytes()].concat()
+}
+
+pub(super) fn log_key(namespace: NamespaceId, seq: Seq) -> Vec<u8> {
+    [LOGS, &namespace.0.to_be_bytes(), &seq.0.to_be_bytes()].concat()
+}
+
+/// The inverse of [`log_key`].
+pub(super) fn read_log_key(key: &[u8]) -> Option<(NamespaceId, Seq)> {
+    let (namespace, seq) = key.strip_prefix(LOGS)?.split_at_checked(4)?;
+    Some((NamespaceId(u32::from_be_bytes(namespace.try_into().ok()?)), Seq(u64::from_be_bytes(seq.try_into().ok()?))))
+}
+
+/// What every commit rewrites, in one record, so that one read through a snapshot says where the snapshot stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct State {
+    pub applied: Seq,
+    pub catalog_version: u64,
+    /// The highest seq no longer in the change log.
+    pub log_floor: Seq,
+}
+
+impl State {
+    pub fn encode(self) -> [u8; 24] {
+        let mut out = [0; 24];
+        out[..8].copy_from_slice(&self.applied.0.to_be_bytes());
+        out[8..16].copy_from_slice(&self.catalog_version.to_be_bytes());
+        out[16..].copy_from_slice(&self.log_floor.0.to_be_bytes());
+        out
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<State, StoreError> {
+        let word = |i: usize| Some(u64::from_be_bytes(bytes.get(i * 8..i * 8 + 8)?.try_into().ok()?));
+        match (bytes.len(), word(0), word(1), word(2)) {
+            (24, Some(applied), Some(catalog_version), Some(log_floor)) => {
+                Ok(State { applied: Seq(applied), catalog_version, log_floor: Seq(log_floor) })
+            }
+            _ => Err(StoreError::Corrupt("the record m/state has the wrong length".to_owned())),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct CatalogRecord {
+    next_namespace: u32,
+    next_table: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct NamespaceRecord {
+    id: u32,
+    name: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct TableRecord {
+    id: u32,
+    namespace: u32,
+    name: String,
+    kind: TableKindRecord,
+    schema_version: u32,
+    columns: Vec<ColumnRecord>,
+    key: Vec<u16>,
+    generated_key: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+enum TableKindRecord {
+    Shared,
+    User,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ColumnRecord {
+    id: u16,
+    name: String,
+    ty: Type,
+    nullable: bool,
+    default: Option<DefaultRecord>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum DefaultRecord {
+    Literal(Value),
+    Now,
+    Uuid,
+    CurrentUser,
+}
+
+#[derive(Serialize, Deserialize)]
+struct PluginRecord {
+    namespace: u32,
+    name: String,
+    version: u32,
+    sha256: String,
+    kind: PluginKindRecord,
+    abi: u32,
+    /// JSON lines as in the module itself: the manifest's fields are optional by name, which postcard has no way to say.
+    manifest: Vec<String>,
+    size: u64,
+    uploaded_at: i64,
+    uploaded_by: String,
+}
+
+#[derive(Serialize, Deserialize)]
+enum PluginKindRecord {
+    RowFilter,
+    RowTransform,
+}
+
+pub(super) fn encode_catalog(catalog: &Catalog) -> Result<Vec<u8>, StoreError> {
+    encode(&CatalogRecord { next_namespace: catalog.next_namespace, next_table: catalog.next_table })
+}
+
+pub(super) fn encode_namespace(id: NamespaceId, name: &str) -> Result<Vec<u8>, StoreError> {
+    encode(&NamespaceRecord { id: id.0, name: name.to_owned() })
+}
+
+pub(super) fn encode_table(table: &Table) -> Result<Vec<u8>, StoreError> {
+    let columns = table.columns.iter().map(|column| ColumnRecord {
+        id: column.id,
+        name: column.name.clone(),
+        ty: column.ty,
+        nullable: column.nullable,
+        default: column.default.as_ref().map(|default| match default {
+            DefaultValue::Literal(value) => DefaultRecord::Literal(value.clone()),
+            DefaultValue::Now => DefaultRecord::Now,
+            DefaultValue::Uuid => DefaultRecord::Uuid,
+            DefaultValue::CurrentUser => DefaultRecord::CurrentUser,
+        }),
+    });
+    encode(&TableRecord {
+        id: table.id.0,
+        namespace: table.namespace.0,
+        name: table.name.clone(),
+        kind: match table.kind {
+            TableKind::Shared => TableKindRecord::Shared,
+            TableKind::User => TableKindRecord::User,
+        },
+        schema_version: table.schema_version,
+        columns: columns.collect(),
+        key: table.key.clone(),
+        generated_key: table.generated_key,
+    })
+}
+
+pub(super) fn encode_plugin(plugin: &Plugin) -> Result<Vec<u8>, StoreError> {
+    let manifest = plugin.manifest.iter().map(serde_json::to_string).collect::<Result<_, _>>();
+    encode(&PluginRecord {
+        namespace: plugin.namespace.0,
+        name: plugin.name.clone(),
+        version: plugin.version,
+        sha256: plugin.sha256.clone(),
+        kind: match plugin.kind {
+            crate::catalog::PluginKind::RowFilter => PluginKindRecord::RowFilter,
+            crate::catalog::PluginKind::RowTransform => PluginKindRecord::RowTransform,
+        },
+        abi: plugin.abi,
+        manifest: manifest.map_err(|error| StoreError::Corrupt(format!("a manifest cannot be encoded: {error}")))?,
+        size: plugin.size,
+        uploaded_at: plugin.uploaded_at,
+        uploaded_by: plugin.uploaded_by.clone(),
+    })
+}
+
+/// The catalog out of its records, given in this order: namespaces, tables, plugins.
+pub(super) struct CatalogLoader {
+    catalog: Catalog,
+}
+
+impl CatalogLoader {
+    pub fn new(version: u64) -> Self {
+        let mut catalog = Catalog::default();
+        catalog.version = version;
+        CatalogLoader { catalog }
+    }
+
+    pub fn namespace(&mut self, record: &[u8]) -> Result<(), StoreError> {
+        let record: NamespaceRecord = decode("namespace", record)?;
+        self.catalog.put_namespace(NamespaceId(record.id), &record.name);
+        Ok(())
+    }
+
+    pub fn table(&mut self, record: &[u8]) -> Result<(), StoreError> {
+        let record: TableRecord = decode("table", record)?;
+        let columns = record.columns.into_iter().map(|column| Column {
+            id: column.id,
+            name: column.name,
+            ty: column.ty,
+            nullable: column.nullable,
+            default: column.default.map(|default| match default {
+                DefaultRecord::Literal(value) => DefaultValue::Literal(value),
+                DefaultRecord::Now => DefaultValue::Now,
+                DefaultRecord::Uuid => DefaultValue::Uuid,
+                DefaultRecord::CurrentUser => DefaultValue::CurrentUser,
+            }),
+        });
+        let table = Table {
+            id: TableId(record.id),
+            namespace: NamespaceId(record.namespace),
+            namespace_name: self.namespace_name(record.namespace)?,
+            name: record.name,
+            kind: match record.kind {
+                TableKindRecord::Shared => TableKind::Shared,
+                TableKindRecord::User => TableKind::User,
+            },
+            schema_version: record.schema_version,
+            columns: columns.collect(),
+            key: record.key,
+            generated_key: record.generated_key,
+        };
+        self.catalog.put_table(Arc::new(table));
+        Ok(())
+    }
+
+    pub fn plugin(&mut self, record: &[u8]) -> Result<(), StoreError> {
+        let record: PluginRecord = decode("plugin", record)?;
+        let manifest = record.manifest.iter().map(|line| serde_json::from_str::<ManifestLine>(line));
+        let manifest = manifest
+            .collect::<Result<_, _>>()
+            .map_err(|error| StoreError::Corrupt(format!("the manifest of plugin {}: {error}", record.name)))?;
+        self.catalog.put_plugin(Arc::new(Plugin {
+            namespace: NamespaceId(record.namespace),
+            namespace_name: self.namespace_name(record.namespace)?,
+            name: record.name,
+            version: record.version,
+            sha256: record.sha256,
+            kind: match record.kind {
+                PluginKindRecord::RowFilter => crate::catalog::PluginKind::RowFilter,
+                PluginKindRecord::RowTransform => crate::catalog::PluginKind::RowTransform,
+            },
+            abi: record.abi,
+            manifest,
+            size: record.size,
+            uploaded_at: record.uploaded_at,
+            uploaded_by: record.uploaded_by,
+        }));
+        Ok(())
+    }
+
+    /// Takes over the next ids, which may lie above every id still in use.
+    pub fn finish(mut self, record: &[u8]) -> Result<Catalog, StoreError> {
+        let record: CatalogRecord = decode("catalog", record)?;
+        self.catalog.next_namespace = self.catalog.next_namespace.max(record.next_namespace);
+        self.catalog.next_table = self.catalog.next_table.max(record.next_table);
+        Ok(self.catalog)
+    }
+
+    fn namespace_name(&self, id: u32) -> Result<String, StoreError> {
+        let namespace = self.catalog.namespaces().find(|namespace| namespace.id.0 == id);
+        namespace
+            .map(|namespace| namespace.name.clone())
+            .ok_or_else(|| StoreError::Corrupt(format!("a catalog record names namespace {id}, which does not exist")))
+    }
+}
+
+fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, StoreError> {
+    postcard::to_extend(record, vec![RECORD_VERSION])
+        .map_err(|error| StoreError::Corrupt(format!("a catalog record cannot be encoded: {error}")))
+}
+
+fn decode<T: DeserializeOwned>(what: &str, record: &[u8]) -> Result<T, StoreError> {
+    match record.split_first() {
+        Some((&RECORD_VERSION, bytes)) => postcard::from_bytes(bytes)
+            .map_err(|error| StoreError::Corrupt(format!("a {what} record cannot be read: {error}"))),
+        Some((version, _)) => Err(StoreError::Corrupt(format!(
+            "a {what} record has version {version}; this tidegate reads version {RECORD_VERSION}"
+        ))),
+        None => Err(StoreError::Corrupt(format!("a {what} record is empty"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures;
+    use super::*;
+
+    #[test]
+    fn the_keys_are_pinned() {
+        assert_eq!(namespace_key(NamespaceId(1)), b"n/\0\0\0\x01");
+        assert_eq!(table_key(TableId(0x102)), b"t/\0\0\x01\x02");
+        assert_eq!(plugin_key(NamespaceId(1), 2, "late"), b"p/\0\0\0\x01\0\0\0\x02late");
+        assert_eq!(wasm_key("ab"), b"w/ab");
+        assert_eq!(setting_key("k"), b"s/k");
+        assert_eq!(log_key(NamespaceId(3), Seq(4)), b"l/\0\0\0\x03\0\0\0\0\0\0\0\x04");
+        assert_eq!(read_log_key(&log_key(NamespaceId(3), Seq(4))), Some((NamespaceId(3), Seq(4))));
+        assert_eq!(read_log_key(b"l/\0\0\0\x03\0"), None);
+    }
+
+    #[test]
+    fn the_state_is_pinned() {
+        let state = State { applied: Seq(1), catalog_version: 2, log_floor: Seq(3) };
+        let bytes = state.encode();
+        assert_eq!(bytes, [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3]);
+        assert_eq!(State::decode(&bytes).unwrap(), state);
+        assert!(State::decode(&bytes[..23]).is_err());
+    }
+
+    #[test]
+    fn a_table_record_is_pinned() {
+        // If these bytes change, directories written before cannot be read: give the record a new version instead.
+        let table = fixtures::table(2);
+        assert_eq!(
+            encode_table(&table).unwrap(),
+            [
+                1, 2, 1, 2, b't', b'2', 0, 1, // version, id, namespace, name, kind, schema version
+                3, 0, 2, b'i', b'd', 3, 0, 0, 1, 4, b't', b'e', b'x', b't', 7, 1, 0, // id, text
+                2, 5, b's', b'c', b'o', b'r', b'e', 5, 1, 0, // score
+                1, 0, 0, // key, generated
+            ]
+        );
+    }
+
+    #[test]
+    fn a_catalog_comes_back_whole() {
+        let plugin = fixtures::plugin("late", 3);
+        let mut table = fixtures::table(9);
+        table.columns[1].default = Some(DefaultValue::Literal(Value::Decimal(i128::MIN)));
+        table.columns[2].default = Some(DefaultValue::Literal(Value::Float(f64::INFINITY)));
+        let mut loader = CatalogLoader::new(5);
+        loader.namespace(&encode_namespace(NamespaceId(1), "main").unwrap()).unwrap();
+        loader.table(&encode_table(&table).unwrap()).unwrap();
+        loader.plugin(&encode_plugin(&plugin).unwrap()).unwrap();
+        let mut saved = Catalog::default();
+        (saved.next_namespace, saved.next_table) = (4, 20);
+        let catalog = loader.finish(&encode_catalog(&saved).unwrap()).unwrap();
+        assert_eq!((catalog.version, catalog.next_namespace, catalog.next_table), (5, 4, 20));
+        assert_eq!(**catalog.table("main", "t9").unwrap(), table);
+        assert_eq!(**catalog.plugin("main", "late").unwrap(), plugin);
+    }
+
+    #[test]
+    fn a_record_of_another_version_is_refused_with_both_versions() {
+        let error = CatalogLoader::new(1).namespace(&[7, 0]).unwrap_err().to_string();
+        assert!(error.contains("version 7") && error.contains("version 1"), "{error}");
+    }
+}

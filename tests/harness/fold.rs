@@ -1,0 +1,154 @@
+//! What the events of a map stream say the result is now.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use crate::live::Event;
+
+/// The rows of a result by their key, whose text is canonical: columns in alphabetic order.
+pub type State = BTreeMap<String, Value>;
+
+/// Folds events; refuses those that cannot follow what came before, because a double or a hole shows there first.
+#[derive(Clone, Debug, Default)]
+pub struct Fold {
+    pub rows: State,
+    /// The id of the last event that had one: where to resume.
+    pub last_id: Option<String>,
+    /// Whether an `uptodate` has closed the snapshot or the catch-up of this connection.
+    pub up_to_date: bool,
+    pub resyncs: usize,
+}
+
+impl Fold {
+    pub fn apply(&mut self, event: &Event) -> Result<(), String> {
+        match event.name.as_str() {
+            "start" => self.start(event),
+            "insert" => self.insert(event)?,
+            "update" => self.update(event)?,
+            "delete" => self.delete(event)?,
+            "uptodate" => self.up_to_date = true,
+            "resync" => {
+                self.resyncs += 1;
+                self.void();
+            }
+            "pipeline" | "plugin-error" | "failed" | "closed" => {}
+            other => return Err(format!("an event of a name that nobody knows: {other}")),
+        }
+        if let Some(id) = &event.id {
+            self.last_id = Some(id.clone());
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, event: &Event) {
+        self.up_to_date = false;
+        if event.data["from"] == "snapshot" {
+            self.void();
+        }
+    }
+
+    /// A snapshot follows. An id from before would resume into rows that are gone from here.
+    fn void(&mut self) {
+        self.rows.clear();
+        self.last_id = None;
+        self.up_to_date = false;
+    }
+
+    fn insert(&mut self, event: &Event) -> Result<(), String> {
+        let row = event.data["row"].clone();
+        match self.rows.insert(key_of(event)?, row) {
+            None => Ok(()),
+            Some(before) => Err(format!("an insert of a key that is there, as {before}: {event:?}")),
+        }
+    }
+
+    fn update(&mut self, event: &Event) -> Result<(), String> {
+        let row = &event.data["row"];
+        let held = self.rows.get_mut(&key_of(event)?);
+        let held = held.ok_or_else(|| format!("an update of a key that is not there: {event:?}"))?;
+        let before = std::mem::replace(held, row.clone());
+        if before == *row {
+            return Err(format!("an update that changes nothing: {event:?}"));
+        }
+        // `old` has the changed columns as they were. It may have columns of the table that are not in the result.
+        for (column, old) in event.data["old"].as_object().into_iter().flatten() {
+            if before.get(column).is_some_and(|held| held != old) {
+                return Err(format!("column {column} was {} before, the event says {old}: {event:?}", before[column]));
+            }
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, event: &Event) -> Result<(), String> {
+        let reason = &event.data["reason"];
+        if reason != "deleted" && reason != "moved_out" {
+            return Err(format!("a delete without its reason: {event:?}"));
+        }
+        match self.rows.remove(&key_of(event)?) {
+            Some(_) => Ok(()),
+            None => Err(format!("a delete of a key that is not there: {event:?}")),
+        }
+    }
+}
+
+fn key_of(event: &Event) -> Result<String, String> {
+    let key = event.data["key"].as_object().ok_or_else(|| format!("an event without a key: {event:?}"))?;
+    Ok(canonical(key.iter().map(|(name, value)| (name.as_str(), value))))
+}
+
+/// The canonical text of a key.
+pub fn canonical<'a>(columns: impl Iterator<Item = (&'a str, &'a Value)>) -> String {
+    let sorted: BTreeMap<&str, &Value> = columns.collect();
+    serde_json::to_string(&sorted).expect("strings and values are JSON")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn event(name: &str, data: Value) -> Event {
+        Event { name: name.to_owned(), id: None, data }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let insert = event("insert", json!({"key": {"k": 1}, "row": {"a": 1}}));
+        let update = event("update", json!({"key": {"k": 1}, "row": {"a": 2}, "old": {"a": 1}}));
+        let delete = event("delete", json!({"key": {"k": 1}, "old": {}, "reason": "moved_out"}));
+        let mut fold = Fold::default();
+        assert!(fold.apply(&update).is_err());
+        assert!(fold.apply(&delete).is_err());
+        let mut fold = Fold::default();
+        fold.apply(&insert).unwrap();
+        assert!(fold.clone().apply(&insert).is_err(), "a double");
+        fold.apply(&update).unwrap();
+        assert!(fold.clone().apply(&update).is_err(), "a double");
+        assert!(
+            fold.clone().apply(&event("update", json!({"key": {"k": 1}, "row": {"a": 3}, "old": {"a": 9}}))).is_err()
+        );
+        fold.apply(&delete).unwrap();
+        assert!(fold.apply(&delete).is_err(), "a double");
+    }
+
+    #[test]
+    fn a_start_from_a_snapshot_voids_and_one_from_a_position_keeps() {
+        let mut fold = Fold::default();
+        fold.apply(&event("insert", json!({"key": {"k": 1}, "row": {}}))).unwrap();
+        fold.apply(&event("start", json!({"from": "some-position"}))).unwrap();
+        assert_eq!(fold.rows.len(), 1);
+        fold.apply(&event("start", json!({"from": "snapshot"}))).unwrap();
+        assert!(fold.rows.is_empty());
+    }
+
+    #[test]
+    fn the_order_of_key_columns_does_not_matter() {
+        let (one, two) = (json!(1), json!("x"));
+        assert_eq!(
+            canonical([("a", &one), ("b", &two)].into_iter()),
+            canonical([("b", &two), ("a", &one)].into_iter())
+        );
+    }
+}

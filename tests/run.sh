@@ -1,0 +1,44 @@
+#!/bin/sh
+# Set-up, format, lints and every test. `make test` and .ci/run call this.
+#
+#   sh tests/run.sh            everything
+#   sh tests/run.sh live       only the tests with "live" in their name (no format, no lints, no demo)
+#   SEED=… sh tests/run.sh oracle    repeats a random run whose seed a failure has printed
+
+set -eu
+ROOT=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
+. "$ROOT/tests/setup.sh"
+cd "$ROOT"
+
+setup
+if [ $# -eq 0 ]; then
+    setup_lints
+    say "format"
+    cargo fmt --all --check || die "not formatted; 'cargo fmt --all' does it"
+fi
+
+build_programs
+say "plugins"
+build_plugins
+
+# What the end-to-end tests start and upload.
+TIDEGATE_BIN=$TIDEGATE TIDEGATE_PLUGINS=$PLUGINS
+export TIDEGATE_BIN TIDEGATE_PLUGINS
+
+if [ $# -eq 0 ]; then
+    say "lints"
+    cargo clippy -q --locked --workspace --all-targets -- -D warnings
+fi
+
+say "tests"
+cargo test --locked --workspace -- "$@"
+
+if [ $# -eq 0 ]; then
+    say "the example, unattended"
+    store=$(mktemp -d)
+    trap 'rm -rf "$store"' EXIT
+    ONCE=1 PORT=0 DATA=$store sh examples/run.sh
+    # A second time on the same store: the replay has to repeat exactly.
+    ONCE=1 PORT=0 DATA=$store sh examples/run.sh
+    say "all is well"
+fi
