@@ -1,0 +1,135 @@
+//! Cuts connections whose client stops reading.
+//!
+//! A write that the socket does not take whole starts a clock; it stops when everything offered was taken. A client
+//! that let the stall limit pass and took less than a trickle is cut: it costs its socket and nothing else, and a live
+//! stream resumes from its last event id. This lies under HTTP, so it covers every kind of response.
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use prometheus_client::metrics::counter::Counter;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep};
+
+/// Bytes a second that keep a slow reader connected.
+const TRICKLE: u64 = 1024;
+
+pub struct Stalling<S> {
+    inner: S,
+    limit: Duration,
+    waiting: Option<Waiting>,
+    cut: Counter,
+}
+
+struct Waiting {
+    until: Pin<Box<Sleep>>,
+    /// Bytes taken since the clock started.
+    taken: u64,
+}
+
+impl<S> Stalling<S> {
+    /// `cut` counts the connections that were cut.
+    pub fn new(inner: S, limit: Duration, cut: Counter) -> Stalling<S> {
+        Stalling { inner, limit, waiting: None, cut }
+    }
+
+    /// Looks at what became of a write of `offered` bytes.
+    fn judge(
+        &mut self,
+        cx: &mut Context<'_>,
+        result: Poll<io::Result<usize>>,
+        offered: usize,
+    ) -> Poll<io::Result<usize>> {
+        let taken = match &result {
+            Poll::Ready(Ok(taken)) if *taken >= offered => {
+                self.waiting = None;
+                return result;
+            }
+            Poll::Ready(Err(_)) => return result,
+            Poll::Ready(Ok(taken)) => *taken as u64,
+            Poll::Pending => 0,
+        };
+        let limit = self.limit;
+        let start = || Waiting { until: Box::pin(tokio::time::sleep(limit)), taken: 0 };
+        let waiting = self.waiting.get_or_insert_with(start);
+        waiting.taken += taken;
+        // Polled also when nothing is due, so that the clock wakes the connection.
+        while waiting.until.as_mut().poll(cx).is_ready() {
+            if waiting.taken < TRICKLE * limit.as_secs().max(1) {
+                self.cut.inc();
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client stopped reading")));
+            }
+            waiting.taken = 0;
+            waiting.until.as_mut().reset(Instant::now() + limit);
+        }
+        result
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Stalling<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Stalling<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.inner).poll_write(cx, buf);
+        self.judge(cx, result, buf.len())
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+        self.judge(cx, result, bufs.iter().map(|buf| buf.len()).sum())
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(50);
+
+    #[tokio::test]
+    async fn a_reader_that_stops_is_cut() {
+        let (ours, theirs) = tokio::io::duplex(16);
+        let cut = Counter::default();
+        let mut ours = Stalling::new(ours, LIMIT, cut.clone());
+        let error = ours.write_all(&[0; 64]).await.unwrap_err();
+        assert_eq!((error.kind(), cut.get()), (io::ErrorKind::TimedOut, 1));
+        drop(theirs);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_goes_on_is_served() {
+        let (ours, mut theirs) = tokio::io::duplex(16);
+        let mut ours = Stalling::new(ours, LIMIT, Counter::default());
+        let reader = tokio::spawn(async move {
+            let mut all = Vec::new();
+            theirs.read_to_end(&mut all).await.map(|_| all.len())
+        });
+        ours.write_all(&[0; 4096]).await.unwrap();
+        ours.shutdown().await.unwrap();
+        assert_eq!(reader.await.unwrap().unwrap(), 4096);
+    }
+}
