@@ -191,30 +191,37 @@ build_programs() {
     (cd "$ROOT" && cargo build --locked) || die "the build failed; what the compiler said is above"
 }
 
-# Own target folder: the two ways of compiling for WebAssembly must not undo each other's or the server's work.
+# Compiles for WebAssembly whatever the arguments name to cargo, in the current folder. Own target folder: the two ways
+# must not undo each other's or the server's work.
+cargo_wasm() {
+    (
+        CARGO_TARGET_DIR=$CARGO_TARGET_DIR/wasm && unset CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS
+        if [ "$WASM_BY" = rustup ]; then
+            RUSTFLAGS= cargo build -q --release --target wasm32-unknown-unknown "$@"
+        else
+            RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Clinker=$(wasm_linker)" /usr/bin/cargo build -q \
+                --release -Z build-std=std,panic_abort --target wasm32-unknown-unknown "$@"
+        fi
+    )
+}
+
 build_plugins() {
     names=
     for manifest in "$ROOT"/plugins/*/Cargo.toml; do
-        names="$names -p $(basename "$(dirname "$manifest")")"
+        # One with a workspace of its own is somebody's own plugin (plugins/build.sh).
+        grep -q '^\[workspace\]' "$manifest" || names="$names -p $(basename "$(dirname "$manifest")")"
     done
     # $names is a list of words.
     # shellcheck disable=SC2086
-    (
-        cd "$ROOT" && CARGO_TARGET_DIR=$CARGO_TARGET_DIR/wasm && unset CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS &&
-            if [ "$WASM_BY" = rustup ]; then
-                RUSTFLAGS= cargo build -q --locked --release --target wasm32-unknown-unknown $names
-            else
-                RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Clinker=$(wasm_linker)" /usr/bin/cargo build -q \
-                    --locked --release -Z build-std=std,panic_abort --target wasm32-unknown-unknown $names
-            fi
-    ) || die "the plugins did not build; what the compiler said is above"
+    (cd "$ROOT" && cargo_wasm --locked $names) || die "the plugins did not build; what the compiler said is above"
     mkdir -p "$PLUGINS"
     for manifest in "$ROOT"/plugins/*/Cargo.toml; do
         name=$(basename "$(dirname "$manifest")" | tr - _)
+        grep -q '^\[workspace\]' "$manifest" && continue
         place "$CARGO_TARGET_DIR/wasm/wasm32-unknown-unknown/release/$name.wasm"
     done
     for text in "$ROOT"/plugins/*/*.wat; do
-        [ -e "$text" ] && place "$text"
+        if [ -e "$text" ]; then place "$text"; fi
     done
 }
 

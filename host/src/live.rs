@@ -40,6 +40,8 @@ mod log;
 pub mod position;
 pub mod subscription;
 mod tail;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -144,9 +146,9 @@ pub struct GroupSpec {
     /// The output schema of the pipeline's last transform.
     pub output: Option<Schema>,
     pub old: OldMode,
-    /// The history that positions of this group belong to.
     /// Suffix of a position after `epoch` and `seq`: plan, schema version, pipeline.
     pub fingerprint: String,
+    /// The history that positions of this group belong to.
     pub epoch: Epoch,
 }
 

@@ -30,11 +30,6 @@ pub(super) struct Group {
 }
 
 impl Group {
-    /// How far the group's worker is: events of every commit up to here are in the tail, or were.
-    pub(super) fn processed(&self) -> Seq {
-        self.worker.processed()
-    }
-
     /// The worker starts to append: everything after `seq` will come by in the tail.
     pub(super) fn open(&self, seq: Seq) {
         lock(&self.tail).open(seq);
@@ -69,8 +64,12 @@ impl Group {
         lock(&self.tail).ended().cloned()
     }
 
-    pub(super) fn after(&self, cursor: Seq, limit: usize) -> EventsAfter {
-        lock(&self.tail).after(cursor, limit)
+    /// What waits after `cursor`, and how far the worker was at that time.
+    pub(super) fn after(&self, cursor: Seq, limit: usize) -> (EventsAfter, Seq) {
+        // In this order: what the tail does not show up to `processed` has not happened. The other way round, a commit
+        // between the two would be passed over unseen.
+        let processed = self.worker.processed();
+        (lock(&self.tail).after(cursor, limit), processed)
     }
 
     /// Resolves when something is appended, or the group ends, after this call (not after the first poll).

@@ -42,28 +42,37 @@ pub(super) fn read_piece(
     until: Option<Seq>,
     bytes: usize,
 ) -> Result<LogPiece, LogError> {
-    let snapshot = store.snapshot();
+    let piece = read(&store.snapshot(), namespaces, after, until, bytes);
+    // Asked after reading, and the store raises its floor before it trims: what went meanwhile cannot have made a
+    // silent hole in the piece.
+    if after < store.log_floor() {
+        return Err(LogError::Expired);
+    }
+    Ok(piece?)
+}
+
+fn read(
+    snapshot: &Snapshot,
+    namespaces: impl IntoIterator<Item = NamespaceId>,
+    after: Seq,
+    until: Option<Seq>,
+    bytes: usize,
+) -> Result<LogPiece, StoreError> {
     let end = until.map_or(snapshot.seq(), |until| until.min(snapshot.seq())).max(after);
-    let mut merged = Merged::start(&snapshot, namespaces, after)?;
+    let mut merged = Merged::start(snapshot, namespaces, after)?;
     let (mut commits, mut read) = (Vec::new(), 0);
-    let mut piece_end = end;
     while let Some(commit) = merged.next()? {
         if commit.seq > end {
             break;
         }
-        read += commit.frame.len();
         let seq = commit.seq;
+        read += commit.frame.len();
         commits.push(commit);
         if read >= bytes || commits.len() >= PIECE_COMMITS {
-            piece_end = seq;
-            break;
+            return Ok(LogPiece { commits, end: seq });
         }
     }
-    // Asked after reading: what was trimmed meanwhile cannot have made a silent hole in the piece.
-    if after < store.log_floor() {
-        return Err(LogError::Expired);
-    }
-    Ok(LogPiece { commits, end: piece_end })
+    Ok(LogPiece { commits, end })
 }
 
 /// The logs of several namespaces in one order.

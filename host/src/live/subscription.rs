@@ -186,11 +186,10 @@ impl Subscription {
     /// What lies after the cursor; waits while there is nothing. `None`: look again.
     async fn commits(&mut self, caught_up: bool) -> Option<Delivery> {
         let group = &self.seat.group;
-        // In this order: a wake-up between reading and waiting is not lost, and what the tail does not show up to
-        // `processed` has not happened.
+        // Before looking: what is appended between looking and waiting wakes all the same.
         let changed = group.changed();
-        let processed = group.processed();
-        match group.after(self.cursor, DELIVERY_BYTES) {
+        let (waiting, processed) = group.after(self.cursor, DELIVERY_BYTES);
+        match waiting {
             EventsAfter::Next { bytes, seq } => {
                 self.cursor = seq;
                 return Some(Delivery::Events { bytes, seq });
@@ -214,9 +213,8 @@ impl Subscription {
             () = changed => None,
             () = sleep_until(self.next_heartbeat) => {
                 // The worker may have passed many commits without events: look again, then say how far it is.
-                let group = &self.seat.group;
-                let processed = group.processed();
-                if !matches!(group.after(self.cursor, 0), EventsAfter::Nothing) {
+                let (waiting, processed) = self.seat.group.after(self.cursor, 0);
+                if !matches!(waiting, EventsAfter::Nothing) {
                     return None;
                 }
                 self.cursor = self.cursor.max(processed);
