@@ -409,7 +409,7 @@ impl RawPlugins {
             return Err(invalid("plugins.ring_bytes", format!("{ring_bytes} is not a power of two")));
         }
         let worker_bytes = bytes(&at("worker_bytes"), self.worker_bytes, MIB, 64 * KIB, 64 * MIB)? as u32;
-        if worker_bytes % (64 * KIB as u32) != 0 {
+        if !worker_bytes.is_multiple_of(64 * KIB as u32) {
             return Err(invalid("plugins.worker_bytes", format!("{worker_bytes} is not a multiple of 64 KiB")));
         }
         let workers = bounded(&at("workers"), self.workers, cores().min(16), 1, 64)?;

@@ -76,7 +76,7 @@ impl Tickets {
         let mine = entries.values().filter(|entry| entry.who.user == who.user).count();
         if mine >= PER_USER || entries.len() >= TOTAL {
             let detail = format!("too many tickets are out (at most {PER_USER} for one user); use or drop some first");
-            return Err(Problem::new(429, "too_many", detail).retry_after(self.ttl.as_secs().max(1)));
+            return Err(Problem::new(429, "too_many", detail).retry_after(self.ttl.as_secs().clamp(1, 600) as u32));
         }
         let ticket = random_token();
         let request = LiveRequest { position: None, ..request };
