@@ -77,10 +77,10 @@ async fn run(config: Config) -> Result<(), String> {
     // Before the database: a busy port is found at once, and without touching anything.
     let listener = bind(config.http.bind).await?;
     let address = listener.local_addr().map_err(|error| format!("the listening socket has no address: {error}"))?;
-    let (metrics, registry) = Metrics::new();
+    let (metrics, exposition) = Metrics::new();
     let db = open(&config, metrics.clone()).await?;
     let admin_token = admin_token(&config)?;
-    let app = App::new(db.clone(), &config, &admin_token, metrics, registry);
+    let app = App::new(db.clone(), &config, &admin_token, metrics, exposition);
     announce(address);
     server::run(listener, app, shutdown).await;
     // Flushes and joins threads, so it blocks.

@@ -1,11 +1,15 @@
 //! Request bodies: read whole, within a size, a speed and a share of the server's memory.
 
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::Request;
 use axum::http::{HeaderMap, header};
 use http_body_util::BodyExt;
+use hyper::body::Frame;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
@@ -69,6 +73,75 @@ pub async fn receive(headers: &HeaderMap, body: Body, limit: usize, budget: &Bud
     Ok(Received { bytes: received.into(), _share: share })
 }
 
+/// The body of a refused request is read and thrown away up to here: a socket that is closed with unread bytes in it
+/// takes the answer with it, and the client sees a broken connection instead of the reason.
+const DISCARD: usize = 8 << 20;
+const DISCARD_TIME: Duration = Duration::from_secs(2);
+
+/// What a handler left of a body.
+pub struct Unread(Arc<Mutex<Option<Body>>>);
+
+/// A body that comes back when it is dropped before its end.
+struct Lent {
+    body: Option<Body>,
+    back: Arc<Mutex<Option<Body>>>,
+}
+
+/// The request with its body on loan.
+pub fn lend(request: Request) -> (Request, Unread) {
+    // A client that waits for a word before it sends must not be told to go on.
+    let waits = request.headers().contains_key(header::EXPECT);
+    if waits || request.body().is_end_stream() {
+        return (request, Unread(Arc::default()));
+    }
+    let back = Arc::default();
+    let unread = Unread(Arc::clone(&back));
+    (request.map(|body| Body::new(Lent { body: Some(body), back })), unread)
+}
+
+impl HttpBody for Lent {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let Some(body) = &mut self.body else { return Poll::Ready(None) };
+        let polled = Pin::new(body).poll_frame(cx);
+        if matches!(polled, Poll::Ready(None | Some(Err(_)))) {
+            self.body = None;
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        *self.back.lock().unwrap_or_else(PoisonError::into_inner) = self.body.take();
+    }
+}
+
+impl Unread {
+    /// Reads on to the end of the body, within bounds.
+    pub async fn discard(self) {
+        let Some(mut body) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let mut left = DISCARD;
+        let read = async {
+            while let Some(Ok(frame)) = body.frame().await {
+                let bytes = frame.data_ref().map_or(0, Bytes::len);
+                left = left.saturating_sub(bytes);
+                if left == 0 {
+                    return;
+                }
+            }
+        };
+        // Cut short, the client sees what it would have seen without this.
+        let _ = tokio::time::timeout(DISCARD_TIME, read).await;
+    }
+}
+
 fn refuse_encoded(headers: &HeaderMap) -> Result<(), Problem> {
     match headers.get(header::CONTENT_ENCODING) {
         Some(encoding) if encoding != "identity" => Err(Problem::new(
@@ -105,6 +178,22 @@ mod tests {
 
     fn length(text: &'static str) -> HeaderMap {
         HeaderMap::from_iter([(header::CONTENT_LENGTH, text.parse().unwrap())])
+    }
+
+    #[tokio::test]
+    async fn what_a_refusal_leaves_is_read_to_its_end() {
+        let pieces = || futures::stream::iter([Ok::<_, std::io::Error>("one"), Ok("two"), Ok("three")]);
+        let (request, unread) = lend(Request::new(Body::from_stream(pieces())));
+        let mut body = request.into_body();
+        assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "one");
+        drop(body);
+        let rest = unread.0.lock().unwrap().take().unwrap();
+        assert_eq!(rest.collect().await.unwrap().to_bytes(), "twothree");
+
+        let (request, unread) = lend(Request::new(Body::from_stream(pieces())));
+        assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "onetwothree");
+        assert!(unread.0.lock().unwrap().is_none());
+        unread.discard().await;
     }
 
     #[tokio::test]

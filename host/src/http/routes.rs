@@ -9,13 +9,12 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use prometheus_client::registry::Registry;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::auth::{Auth, Caller};
-use super::body::{Budget, Received, receive};
+use super::body::{Budget, Received, lend, receive};
 use super::error::Problem;
 use super::results::{self, Format};
 use super::stream::{self, Subscriber};
@@ -23,7 +22,7 @@ use super::tickets::Tickets;
 use super::{plugins, request};
 use crate::config::{Config, HttpOptions};
 use crate::db::{Db, Identity, LiveRequest, SqlRequest};
-use crate::telemetry::{Metrics, openmetrics};
+use crate::telemetry::{Exposition, Metrics};
 
 /// Longer URLs are refused; what does not fit belongs into a POST.
 const URL_BYTES: usize = 8 * 1024;
@@ -39,7 +38,7 @@ pub struct Shared {
     pub(super) auth: Auth,
     pub(super) budget: Budget,
     tickets: Tickets,
-    registry: Registry,
+    exposition: Exposition,
     heartbeat: Duration,
     /// Set when the server goes down: not ready, no new calls, streams end.
     pub(super) draining: CancellationToken,
@@ -56,7 +55,7 @@ impl std::ops::Deref for App {
 }
 
 impl App {
-    pub fn new(db: Db, config: &Config, admin_token: &str, metrics: Arc<Metrics>, registry: Registry) -> App {
+    pub fn new(db: Db, config: &Config, admin_token: &str, metrics: Arc<Metrics>, exposition: Exposition) -> App {
         App(Arc::new(Shared {
             db,
             options: config.http.clone(),
@@ -64,7 +63,7 @@ impl App {
             auth: Auth::new(&config.tokens, admin_token),
             budget: Budget::new(config.http.body_total_bytes),
             tickets: Tickets::new(config.http.ticket_ttl),
-            registry,
+            exposition,
             heartbeat: config.live.heartbeat,
             draining: CancellationToken::new(),
             streams: TaskTracker::new(),
@@ -106,7 +105,8 @@ pub fn router(app: App) -> Router {
 pub struct Peer(pub std::net::SocketAddr);
 
 /// One request, whole: identity first, so that nothing below sees a credential; then the router.
-pub async fn handle(app: &App, router: &Router, mut request: Request) -> Response {
+pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
+    let (mut request, unread) = lend(request);
     let started = Instant::now();
     app.metrics.http_requests.inc();
     if let Some(identity) = app.auth.take(request.headers_mut()) {
@@ -122,6 +122,7 @@ pub async fn handle(app: &App, router: &Router, mut request: Request) -> Respons
             Err(never) => match never {},
         },
     };
+    unread.discard().await;
     let (status, elapsed) = (response.status().as_u16(), started.elapsed());
     tracing::debug!(%method, path, status, elapsed_us = elapsed.as_micros() as u64, "request");
     response
@@ -176,7 +177,7 @@ async fn metrics(
         return Err(Problem::new(403, "forbidden", "metrics are for administrators"));
     }
     app.db.refresh_metrics();
-    let text = openmetrics(&app.registry).map_err(|_| Problem::internal("the metrics could not be written"))?;
+    let text = app.exposition.openmetrics().map_err(|_| Problem::internal("the metrics could not be written"))?;
     let content_type = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
     Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())
 }
