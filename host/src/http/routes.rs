@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -17,6 +17,7 @@ use super::auth::{Auth, Caller};
 use super::body::{Budget, Received, lend, receive};
 use super::error::Problem;
 use super::results::{self, Format};
+use super::stall::paced;
 use super::stream::{self, Subscriber};
 use super::tickets::Tickets;
 use super::{plugins, request};
@@ -112,7 +113,7 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
     if let Some(identity) = app.auth.take(request.headers_mut()) {
         request.extensions_mut().insert(identity);
     }
-    let method = request.method().clone();
+    let (method, version) = (request.method().clone(), request.version());
     // Without the query string: it may hold a ticket, or somebody's data.
     let path = request.uri().path().to_owned();
     let response = match refuse_early(app, &request) {
@@ -123,6 +124,12 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
         },
     };
     unread.discard().await;
+    let streamed = response.body().size_hint().exact().is_none();
+    let response = if streamed && version == Version::HTTP_2 {
+        response.map(|body| paced(body, app.options.stall_limit, app.metrics.http_stalled.clone()))
+    } else {
+        response
+    };
     let (status, elapsed) = (response.status().as_u16(), started.elapsed());
     tracing::debug!(%method, path, status, elapsed_us = elapsed.as_micros() as u64, "request");
     response

@@ -2,14 +2,20 @@
 //!
 //! A write that the socket does not take whole starts a clock; it stops when everything offered was taken. A client
 //! that let the stall limit pass and took less than a trickle is cut: it costs its socket and nothing else, and a live
-//! stream resumes from its last event id. This lies under HTTP, so it covers every kind of response.
+//! stream resumes from its last event id. This lies under HTTP, so it covers every kind of response. Only within an
+//! HTTP/2 connection one stream can stall while the socket flows; [`paced`] is for those.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::body::Body;
+use http_body_util::{BodyExt, StreamBody};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, Sleep};
 
 use crate::telemetry::Counter;
@@ -103,6 +109,48 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Stalling<S> {
     }
 }
 
+/// A streamed body that ends with an error when nobody takes its next frame within the limit. hyper does not look at a
+/// body for which the client gives no HTTP/2 window, so a task of its own has to hold the body and the clock.
+pub fn paced(mut body: Body, limit: Duration, cut: Counter) -> Body {
+    let (sender, receiver) = mpsc::channel(1);
+    let stalled = Arc::new(AtomicBool::new(false));
+    let told = stalled.clone();
+    tokio::spawn(async move {
+        loop {
+            let frame = tokio::select! {
+                frame = body.frame() => frame,
+                () = sender.closed() => return,
+            };
+            let Some(frame) = frame else { return };
+            match tokio::time::timeout(limit, sender.send(frame)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_gone)) => return,
+                Err(_elapsed) => {
+                    told.store(true, Ordering::Release);
+                    cut.inc();
+                    return;
+                }
+            }
+        }
+    });
+    let frames = futures::stream::unfold(Some(receiver), move |receiver| {
+        let stalled = stalled.clone();
+        async move {
+            let mut receiver = receiver?;
+            match receiver.recv().await {
+                Some(frame) => Some((frame, Some(receiver))),
+                // Without this a cut body would look like a whole one.
+                None if stalled.load(Ordering::Acquire) => {
+                    let error = io::Error::new(io::ErrorKind::TimedOut, "the client stopped reading");
+                    Some((Err(axum::Error::new(error)), None))
+                }
+                None => None,
+            }
+        }
+    });
+    Body::new(StreamBody::new(frames))
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -119,6 +167,20 @@ mod tests {
         let error = ours.write_all(&[0; 64]).await.unwrap_err();
         assert_eq!((error.kind(), cut.get()), (io::ErrorKind::TimedOut, 1));
         drop(theirs);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_nobody_takes_ends_with_an_error() {
+        let pieces = || Body::from_stream(futures::stream::iter(["one", "two", "three"].map(Ok::<_, io::Error>)));
+        let whole = paced(pieces(), LIMIT, Counter::default()).collect().await.unwrap().to_bytes();
+        assert_eq!(whole, "onetwothree");
+
+        let cut = Counter::default();
+        let body = paced(pieces(), LIMIT, cut.clone());
+        while cut.get() == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(body.collect().await.is_err());
     }
 
     #[tokio::test]
