@@ -221,7 +221,7 @@ build_plugins() {
         place "$CARGO_TARGET_DIR/wasm/wasm32-unknown-unknown/release/$name.wasm"
     done
     for text in "$ROOT"/plugins/*/*.wat; do
-        [ -e "$text" ] && place "$text"
+        if [ -e "$text" ]; then place "$text"; fi
     done
 }
 

@@ -1,10 +1,24 @@
 //! wasmtime: engine, upload checks, instances with their window, pipelines, limits.
+//!
+//! Read in this order: [`registry`] (what the rest of the server calls), [`pipeline`] (batches and stages),
+//! [`instance`] (one guest and its calls), [`window`] (the shared bytes, and why they are safe), [`engine`] (compiling,
+//! interrupting), [`check`] (uploads), then [`guest`], [`abi`] and [`params`] for the details.
+//!
+//! Plugins are pure: instances are dropped and made again whenever that is convenient. User tables, compiling in a child
+//! process and a cache of compiled code are not here.
 
 pub mod abi;
+pub mod check;
 pub mod engine;
+pub mod guest;
+pub mod instance;
+pub mod params;
 pub mod pipeline;
 pub mod registry;
+mod selftest;
 pub mod window;
+
+pub use registry::{ModuleSource, PluginWorker, Plugins};
 
 use std::time::Duration;
 
@@ -134,3 +148,6 @@ pub struct Opened {
     /// The output columns of the last transform; `None` when all stages are filters.
     pub output: Option<Schema>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,19 @@
 //! DataFusion: the token gate, planning, streaming scans, DML as change sets, compiled live predicates.
 
 pub mod arrow;
+pub mod context;
+pub mod ddl;
 pub mod dml;
+pub mod error;
+pub mod functions;
 pub mod gate;
+pub mod information;
 pub mod live;
+pub mod planner;
 pub mod provider;
+pub mod range;
 pub mod session;
+pub mod statement;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -101,6 +109,8 @@ pub struct Overlay {
 pub struct Statement {
     pub kind: StatementKind,
     pub(crate) ast: Box<datafusion::sql::sqlparser::ast::Statement>,
+    /// The whole text it came in: positions in errors count from its start.
+    pub(crate) text: Arc<str>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,7 +120,7 @@ pub enum StatementKind {
     Ddl,
 }
 
-/// A running query.
+/// A running query. Every column of a batch has exactly the Arrow type of its [`OutputColumn`] ([`arrow::arrow_type`]).
 pub struct RowStream {
     pub columns: Vec<OutputColumn>,
     pub batches: Pin<Box<dyn Stream<Item = Result<RecordBatch, SqlError>> + Send>>,

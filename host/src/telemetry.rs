@@ -5,6 +5,7 @@ use std::sync::Arc;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tracing_subscriber::EnvFilter;
@@ -24,6 +25,8 @@ pub struct Metrics {
     pub plugin_nanos: Counter,
     pub plugin_failures: Counter,
     pub plugin_instances: Gauge,
+    /// Counters that plugins keep themselves, by plugin and name.
+    pub plugin_metrics: Family<Vec<(&'static str, String)>, Counter<f64>>,
     pub subscriptions: Gauge,
     pub groups: Gauge,
     /// Bytes of frames the rings hold now.

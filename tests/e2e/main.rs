@@ -1,1 +1,10 @@
+//! End to end: a real server process, spoken to over HTTP. One test program; a module for each part.
 
+mod auth;
+mod durability;
+mod live;
+mod ops;
+mod oracle;
+mod plugins;
+mod sql;
+mod tidy;

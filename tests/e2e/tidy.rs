@@ -14,7 +14,11 @@ const RULES: &[(&str, &[&str], &[&str])] = &[
     ("plugins", &["catalog", "config", "telemetry"], &["wasmtime", "wasmparser", "wat"]),
     ("live", &["catalog", "config", "store", "telemetry"], &[]),
     ("db", &["catalog", "config", "live", "plugins", "sql", "store", "telemetry"], &[]),
-    ("http", &["catalog", "config", "db", "live", "plugins", "sql", "store", "telemetry"], &["hyper", "hyper_util", "axum"]),
+    (
+        "http",
+        &["catalog", "config", "db", "live", "plugins", "sql", "store", "telemetry"],
+        &["hyper", "hyper_util", "axum"],
+    ),
     ("main", &["config", "db", "http", "telemetry"], &[]),
 ];
 

@@ -104,7 +104,8 @@ impl Client {
     pub async fn metric(&self, name: &str) -> f64 {
         let response = self.get("/metrics").timeout(PATIENCE).send().await.expect("/metrics answers");
         let text = response.text().await.expect("/metrics is text");
-        let mut values = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok());
+        let mut values =
+            text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok());
         values.next_back().unwrap_or_else(|| panic!("no metric {name} in\n{text}"))
     }
 

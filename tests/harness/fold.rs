@@ -65,8 +65,9 @@ impl Fold {
 
     fn update(&mut self, event: &Event) -> Result<(), String> {
         let row = &event.data["row"];
-        let before = self.rows.insert(key_of(event)?, row.clone());
-        let before = before.ok_or_else(|| format!("an update of a key that is not there: {event:?}"))?;
+        let held = self.rows.get_mut(&key_of(event)?);
+        let held = held.ok_or_else(|| format!("an update of a key that is not there: {event:?}"))?;
+        let before = std::mem::replace(held, row.clone());
         if before == *row {
             return Err(format!("an update that changes nothing: {event:?}"));
         }

@@ -140,7 +140,10 @@ impl TestServer {
     /// The command that starts this server, for tests that start another beside it.
     pub fn command(&self) -> Command {
         let mut command = command(&self.dir.path().join("tidegate.toml"), &self.data_dir());
-        command.args(&self.options.args).envs(self.options.env.iter().map(|(name, value)| (name, value)));
+        command
+            .args(["--bind", "127.0.0.1:0"])
+            .args(&self.options.args)
+            .envs(self.options.env.iter().map(|(name, value)| (name, value)));
         command
     }
 }
@@ -157,7 +160,7 @@ impl Drop for TestServer {
     }
 }
 
-/// `tidegate serve` on a free port with nothing of this process's environment that would change its settings.
+/// `tidegate serve` with nothing of this process's environment that would change its settings.
 pub fn command(config: &Path, data_dir: &Path) -> Command {
     let mut command = Command::new(binary());
     for (name, _) in std::env::vars_os() {
@@ -166,7 +169,7 @@ pub fn command(config: &Path, data_dir: &Path) -> Command {
         }
     }
     command.env("TIDEGATE_ADMIN_TOKEN", ADMIN_TOKEN).arg("serve").arg("--config").arg(config);
-    command.arg("--data-dir").arg(data_dir).args(["--bind", "127.0.0.1:0"]);
+    command.arg("--data-dir").arg(data_dir);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

@@ -1,1 +1,260 @@
-//! Converting between host types and what a guest is given and answers (`wire::abi`): one checked view of guest memory.
+//! Converting between host types and what a guest answers (`wire::abi`). Nothing a guest says is believed: every
+//! offset, length and value is checked, and rows are encoded anew, so that an image made here is as good as the store's.
+
+use wire::abi::{DESCRIPTOR_BYTES, Descriptor};
+use wire::image::{MAX_COLUMNS, SLOT_BYTES};
+use wire::{ColumnDecl, ImageBuilder, Kind, Schema, Type};
+
+/// Longest schema message that a guest may answer.
+pub const SCHEMA_BYTES: u32 = 256 * 1024;
+const MAX_NAME_BYTES: usize = 128;
+const MAX_DECIMAL_DIGITS: u8 = 38;
+const MICROS_PER_DAY: i64 = 86_400_000_000;
+
+/// A transform's output schema. Ids are positions.
+pub fn output_schema(message: &[u8]) -> Result<Schema, String> {
+    let schema =
+        wire::abi::decode_schema(message).map_err(|error| format!("the output schema is no schema: {error}"))?;
+    if schema.columns.is_empty() || schema.columns.len() > usize::from(MAX_COLUMNS) {
+        return Err(format!("the output schema has {} columns; 1 to {MAX_COLUMNS} are allowed", schema.columns.len()));
+    }
+    for (i, column) in schema.columns.iter().enumerate() {
+        check_column(i, column)?;
+        if schema.columns[..i].iter().any(|other| other.name == column.name) {
+            return Err(format!("the output schema has two columns `{}`", column.name));
+        }
+    }
+    Ok(schema)
+}
+
+fn check_column(i: usize, column: &ColumnDecl) -> Result<(), String> {
+    if usize::from(column.id) != i {
+        return Err(format!("output column {i} has id {}; ids are positions", column.id));
+    }
+    if column.name.is_empty() || column.name.len() > MAX_NAME_BYTES || column.name.contains(char::is_control) {
+        return Err(format!("the name of output column {i} is not 1 to {MAX_NAME_BYTES} bytes of text"));
+    }
+    match column.ty {
+        Type::Decimal { precision, scale }
+            if !(1..=MAX_DECIMAL_DIGITS).contains(&precision) || scale.unsigned_abs() > precision =>
+        {
+            Err(format!("output column `{}` is DECIMAL({precision}, {scale}), which does not exist", column.name))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The images of a transform's output, one per row of the batch: `n` descriptors, then what they point to.
+pub fn output_images(output: &[u8], n: usize, schema: &Schema) -> Result<Vec<Vec<u8>>, String> {
+    let descriptors = output
+        .get(..n * DESCRIPTOR_BYTES)
+        .ok_or_else(|| format!("the output has {} bytes, too few for {n} descriptors", output.len()))?;
+    let mut images = Vec::with_capacity(n);
+    let mut builder = ImageBuilder::new(schema.slots());
+    for (row, bytes) in descriptors.chunks_exact(DESCRIPTOR_BYTES).enumerate() {
+        let mut fixed = [0; DESCRIPTOR_BYTES];
+        fixed.copy_from_slice(bytes);
+        builder.clear();
+        copy_row(output, Descriptor::from_bytes(fixed), schema, &mut builder)
+            .map_err(|error| format!("output row {row}: {error}"))?;
+        images.push(builder.finish());
+    }
+    Ok(images)
+}
+
+fn copy_row(output: &[u8], at: Descriptor, schema: &Schema, builder: &mut ImageBuilder) -> Result<(), String> {
+    let columns = at.columns as usize;
+    if columns != schema.columns.len() {
+        return Err(format!("it has {columns} columns, the output schema {}", schema.columns.len()));
+    }
+    let present = part(output, at.present, columns.div_ceil(8)).ok_or("its bitmap lies outside the output")?;
+    let slots = part(output, at.slots, columns * SLOT_BYTES).ok_or("its slots lie outside the output")?;
+    let heap = output.get(at.heap as usize..).ok_or("its heap lies outside the output")?;
+    for (column, slot) in schema.columns.iter().zip(slots.chunks_exact(SLOT_BYTES)) {
+        let i = usize::from(column.id);
+        if present[i / 8] >> (i % 8) & 1 == 0 {
+            if !column.nullable {
+                return Err(format!("column `{}` is NULL, but not nullable", column.name));
+            }
+            continue;
+        }
+        let mut fixed = [0; SLOT_BYTES];
+        fixed.copy_from_slice(slot);
+        copy_value(u64::from_le_bytes(fixed), heap, column, builder)
+            .map_err(|error| format!("column `{}` {error}", column.name))?;
+    }
+    Ok(())
+}
+
+fn part(bytes: &[u8], at: u32, len: usize) -> Option<&[u8]> {
+    bytes.get(at as usize..)?.get(..len)
+}
+
+fn copy_value(slot: u64, heap: &[u8], column: &ColumnDecl, builder: &mut ImageBuilder) -> Result<(), String> {
+    match column.ty.kind() {
+        Kind::Bool if slot <= 1 => builder.set_bool(column.id, slot == 1),
+        Kind::Bool => return Err(format!("is {slot}, no bool")),
+        Kind::Int => builder.set_int(column.id, check_int(slot as i64, column.ty)?),
+        Kind::Float => builder.set_float(column.id, check_float(f64::from_bits(slot), column.ty)?),
+        kind => {
+            let bytes = part(heap, slot as u32, (slot >> 32) as usize).ok_or("points outside the output")?;
+            check_bytes(bytes, kind, column.ty)?;
+            builder.set_bytes(column.id, bytes);
+        }
+    }
+    Ok(())
+}
+
+fn check_int(value: i64, ty: Type) -> Result<i64, String> {
+    let fits = match ty {
+        Type::SmallInt => i16::try_from(value).is_ok(),
+        Type::Int | Type::Date => i32::try_from(value).is_ok(),
+        Type::Time => (0..MICROS_PER_DAY).contains(&value),
+        _ => true,
+    };
+    if fits { Ok(value) } else { Err(format!("is {value}, out of range for {ty:?}")) }
+}
+
+/// NaN gets one bit pattern, so that equal rows have equal bytes.
+fn check_float(value: f64, ty: Type) -> Result<f64, String> {
+    if value.is_nan() {
+        return Ok(f64::NAN);
+    }
+    if ty == Type::Real && f64::from(value as f32) != value {
+        return Err(format!("is {value}, which a REAL cannot hold exactly"));
+    }
+    Ok(value)
+}
+
+fn check_bytes(bytes: &[u8], kind: Kind, ty: Type) -> Result<(), String> {
+    match kind {
+        Kind::Text => {
+            let text = std::str::from_utf8(bytes).map_err(|_| "is not UTF-8")?;
+            if ty == Type::Json {
+                serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("is not JSON: {error}"))?;
+            }
+            Ok(())
+        }
+        Kind::Uuid if bytes.len() != 16 => Err(format!("is a UUID of {} bytes", bytes.len())),
+        Kind::Decimal => check_decimal(bytes, ty),
+        _ => Ok(()),
+    }
+}
+
+fn check_decimal(bytes: &[u8], ty: Type) -> Result<(), String> {
+    let fixed: [u8; 16] = bytes.try_into().map_err(|_| format!("is a DECIMAL of {} bytes", bytes.len()))?;
+    let value = i128::from_le_bytes(fixed);
+    match ty {
+        Type::Decimal { precision, .. } if value.unsigned_abs() >= 10u128.pow(u32::from(precision)) => {
+            Err(format!("has more than {precision} digits"))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use wire::{ImageRef, Value};
+
+    fn schema() -> Schema {
+        let column = |id, name: &str, ty| ColumnDecl { id, name: name.to_owned(), ty, nullable: id > 0, key: false };
+        Schema {
+            columns: vec![
+                column(0, "id", Type::BigInt),
+                column(1, "name", Type::Text),
+                column(2, "km", Type::Double),
+                column(3, "price", Type::Decimal { precision: 4, scale: 2 }),
+            ],
+        }
+    }
+
+    fn output(rows: &[[Value; 4]]) -> Vec<u8> {
+        let (mut heads, mut tail) = (Vec::new(), Vec::new());
+        for row in rows {
+            let mut builder = ImageBuilder::new(4);
+            for (i, value) in row.iter().enumerate() {
+                builder.set(i as u16, value);
+            }
+            let base = rows.len() * DESCRIPTOR_BYTES + tail.len();
+            let at = builder.finish_into(&mut tail);
+            heads.extend_from_slice(&Descriptor::new(at, base as u32).to_bytes());
+        }
+        heads.extend_from_slice(&tail);
+        heads
+    }
+
+    fn row(id: i64, name: &str) -> [Value; 4] {
+        [Value::Int(id), Value::Text(name.to_owned()), Value::Float(1.5), Value::Decimal(-9999)]
+    }
+
+    #[test]
+    fn good_rows_are_copied_and_bad_ones_named() {
+        let images = output_images(&output(&[row(1, "a"), row(2, "ü")]), 2, &schema()).unwrap();
+        let (image, ..) = ImageRef::parse(&images[1]).unwrap();
+        assert_eq!((image.int(0), image.text(1), image.float(2)), (Some(2), Some("ü"), Some(1.5)));
+
+        let null = [Value::Null, Value::Null, Value::Null, Value::Null];
+        let digits = [Value::Int(1), Value::Null, Value::Null, Value::Decimal(10_000)];
+        for (rows, n, expected) in [
+            (vec![row(1, "a")], 2, "output row 1: it has"),
+            (vec![row(1, "a"), null], 2, "output row 1: column `id` is NULL, but not nullable"),
+            (vec![digits], 1, "output row 0: column `price` has more than 4 digits"),
+        ] {
+            let error = output_images(&output(&rows), n, &schema()).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+        let mut bytes = output(&[row(1, "a")]);
+        let last = bytes.len() - 1;
+        bytes.truncate(last);
+        assert!(output_images(&bytes, 1, &schema()).unwrap_err().contains("points outside the output"));
+        assert!(output_images(&[0; 15], 1, &schema()).unwrap_err().contains("too few for 1 descriptors"));
+    }
+
+    #[test]
+    fn schemas_are_checked() {
+        let encode = |schema: &Schema| wire::abi::encode_schema(schema).unwrap();
+        assert_eq!(output_schema(&encode(&schema())).unwrap(), schema());
+        let mut twice = schema();
+        twice.columns[1].name = "id".to_owned();
+        assert!(output_schema(&encode(&twice)).unwrap_err().contains("two columns `id`"));
+        let mut far = schema();
+        far.columns[3].id = u16::MAX;
+        assert!(output_schema(&encode(&far)).unwrap_err().contains("ids are positions"));
+        assert!(output_schema(&encode(&Schema::default())).unwrap_err().contains("0 columns"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_output_is_taken_or_refused_without_panic(bytes in any::<Vec<u8>>(), n in 0usize..4) {
+            if let Ok(images) = output_images(&bytes, n, &schema()) {
+                for image in images {
+                    ImageRef::parse(&image).unwrap();
+                }
+            }
+        }
+
+        #[test]
+        fn damaged_output_never_makes_a_damaged_image(flip in 0usize..200, bit in 0u8..8) {
+            let mut bytes = output(&[row(1, "abc"), row(-2, "")]);
+            let len = bytes.len();
+            bytes[flip % len] ^= 1 << bit;
+            if let Ok(images) = output_images(&bytes, 2, &schema()) {
+                for image in images {
+                    let (image, ..) = ImageRef::parse(&image).unwrap();
+                    for column in &schema().columns {
+                        prop_assert!(image.value(column.id, column.ty).is_ok());
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn any_schema_message_is_taken_or_refused_without_panic(bytes in any::<Vec<u8>>()) {
+            if let Ok(schema) = output_schema(&bytes) {
+                prop_assert_eq!(usize::from(schema.slots()), schema.columns.len());
+            }
+        }
+    }
+}

@@ -1,1 +1,293 @@
-//! The engine, compiled modules, and one store per instance with its limits.
+//! The engine: what guests may be made of, how they are compiled, and the clock that interrupts them.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use wasmtime::{Config, InstancePre, Linker, Module, OptLevel, Strategy, WasmFeatures};
+use wire::abi::ManifestLine;
+
+use super::check::{self, Checked};
+use super::guest::{self, Guest};
+use super::{ModuleSource, PluginError, PluginOptions};
+use crate::catalog::PluginKind;
+
+/// How often a running guest's clock is looked at. A deadline is kept to one tick.
+const TICK: Duration = Duration::from_millis(2);
+
+/// Modules compiled at once. Compiling cannot be interrupted: one that outlives its limit keeps its place.
+const COMPILERS: usize = 2;
+
+/// Compiled modules kept although no pipeline uses them at the moment.
+const MODULES_KEPT: usize = 64;
+
+/// Cranelift recurses over what a module nests.
+const COMPILER_STACK_BYTES: usize = 8 * 1024 * 1024;
+
+/// A module that can be instantiated.
+pub struct Compiled {
+    pub sha256: Arc<str>,
+    pub kind: PluginKind,
+    pub manifest: Vec<ManifestLine>,
+    pub pre: InstancePre<Guest>,
+}
+
+pub struct Engine {
+    pub wasm: wasmtime::Engine,
+    linker: Arc<Linker<Guest>>,
+    pub ticker: Ticker,
+    modules: Mutex<Modules>,
+    permits: Arc<Permits>,
+    compile_time: Duration,
+}
+
+impl Engine {
+    pub fn new(options: &PluginOptions) -> Result<Engine, PluginError> {
+        let failed =
+            |error: wasmtime::Error| PluginError::Host(format!("the WebAssembly engine cannot start: {error:#}"));
+        let wasm = wasmtime::Engine::new(&config(options)).map_err(failed)?;
+        let mut linker = Linker::new(&wasm);
+        guest::link(&mut linker).map_err(failed)?;
+        let ticker =
+            Ticker::start(wasm.clone()).map_err(|error| PluginError::Host(format!("no ticker thread: {error}")))?;
+        Ok(Engine {
+            wasm,
+            linker: Arc::new(linker),
+            ticker,
+            modules: Mutex::default(),
+            permits: Arc::new(Permits { free: Mutex::new(COMPILERS), changed: Condvar::new() }),
+            compile_time: options.compile_time,
+        })
+    }
+
+    /// The module of a hash, compiled now where that has not happened yet.
+    pub fn module(
+        &self,
+        options: &PluginOptions,
+        source: &dyn ModuleSource,
+        sha256: &str,
+    ) -> Result<Arc<Compiled>, PluginError> {
+        if let Some(module) = self.modules().get(sha256) {
+            return Ok(module);
+        }
+        let wasm = source.wasm(sha256).map_err(PluginError::Host)?;
+        let wasm = wasm.ok_or_else(|| PluginError::Host(format!("the module {sha256} is not in the store")))?;
+        let checked = check::module(options, wasm)?;
+        if checked.sha256 != sha256 {
+            return Err(PluginError::Host(format!(
+                "the stored module {sha256} is damaged: its hash is {}",
+                checked.sha256
+            )));
+        }
+        self.compile(&checked)
+    }
+
+    /// Compiles on a thread of its own, so that a caller waits no longer than the limit.
+    pub fn compile(&self, checked: &Checked) -> Result<Arc<Compiled>, PluginError> {
+        let deadline = Instant::now() + self.compile_time;
+        let permit = Permits::take(&self.permits, deadline).ok_or_else(|| {
+            PluginError::Refused("other modules are being compiled; try again in a moment".to_owned())
+        })?;
+        // Somebody else may have compiled it while we waited.
+        if let Some(module) = self.modules().get(&checked.sha256) {
+            return Ok(module);
+        }
+        let receive = self.start_compiler(checked, permit)?;
+        let too_long = || {
+            PluginError::Refused(format!(
+                "the module takes longer than {} s to compile: make it smaller, or raise plugins.compile_time",
+                self.compile_time.as_secs_f32()
+            ))
+        };
+        let pre = match receive.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(_) if Instant::now() > deadline => return Err(too_long()),
+            Ok(Ok(pre)) => pre,
+            Ok(Err(error)) => return Err(PluginError::Refused(format!("the module does not compile: {error:#}"))),
+            Err(RecvTimeoutError::Timeout) => return Err(too_long()),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(PluginError::Refused("the compiler failed on the module".to_owned()));
+            }
+        };
+        let module = Arc::new(Compiled {
+            sha256: checked.sha256.as_str().into(),
+            kind: checked.kind,
+            manifest: checked.manifest.clone(),
+            pre,
+        });
+        self.modules().put(module.clone());
+        Ok(module)
+    }
+
+    fn start_compiler(&self, checked: &Checked, permit: Permit) -> Result<Receiver<CompileResult>, PluginError> {
+        let (send, receive) = mpsc::sync_channel(1);
+        let (engine, linker, wasm) = (self.wasm.clone(), self.linker.clone(), checked.wasm.clone());
+        let job = move || {
+            let pre = Module::new(&engine, &wasm).and_then(|module| linker.instantiate_pre(&module));
+            drop(permit);
+            // The caller may have given up.
+            let _ = send.send(pre);
+        };
+        let thread = thread::Builder::new().name("plugin-compile".to_owned()).stack_size(COMPILER_STACK_BYTES);
+        thread.spawn(job).map_err(|error| PluginError::Host(format!("no thread to compile on: {error}")))?;
+        Ok(receive)
+    }
+
+    fn modules(&self) -> MutexGuard<'_, Modules> {
+        self.modules.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+type CompileResult = wasmtime::Result<InstancePre<Guest>>;
+
+fn config(options: &PluginOptions) -> Config {
+    let mut config = Config::new();
+    config
+        .strategy(Strategy::Cranelift)
+        .cranelift_opt_level(OptLevel::Speed)
+        .cranelift_nan_canonicalization(true)
+        .epoch_interruption(true)
+        .consume_fuel(false)
+        .max_wasm_stack(options.stack_bytes)
+        // The window's pages stay where they were mapped; the default reservation keeps bounds checks away.
+        .memory_may_move(false)
+        // One module compiles on one core: the others belong to queries and live streams.
+        .parallel_compilation(false)
+        .native_unwind_info(false);
+    for feature in [
+        WasmFeatures::THREADS,
+        WasmFeatures::TAIL_CALL,
+        WasmFeatures::MULTI_MEMORY,
+        WasmFeatures::EXCEPTIONS,
+        WasmFeatures::MEMORY64,
+        WasmFeatures::RELAXED_SIMD,
+        WasmFeatures::FUNCTION_REFERENCES,
+        WasmFeatures::GC,
+        WasmFeatures::COMPONENT_MODEL,
+    ] {
+        config.wasm_features(feature, false);
+    }
+    config
+}
+
+/// Compiled modules by hash: the ones somebody uses, and the last few others.
+#[derive(Default)]
+struct Modules {
+    known: HashMap<Arc<str>, Weak<Compiled>>,
+    recent: VecDeque<Arc<Compiled>>,
+}
+
+impl Modules {
+    fn get(&mut self, sha256: &str) -> Option<Arc<Compiled>> {
+        self.known.get(sha256)?.upgrade()
+    }
+
+    fn put(&mut self, module: Arc<Compiled>) {
+        self.known.insert(module.sha256.clone(), Arc::downgrade(&module));
+        self.recent.push_back(module);
+        if self.recent.len() > MODULES_KEPT {
+            self.recent.pop_front();
+            self.known.retain(|_, module| module.strong_count() > 0);
+        }
+    }
+}
+
+/// Places for compilers.
+struct Permits {
+    free: Mutex<usize>,
+    changed: Condvar,
+}
+
+struct Permit(Arc<Permits>);
+
+impl Permits {
+    fn take(permits: &Arc<Permits>, deadline: Instant) -> Option<Permit> {
+        let free = permits.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let wait = deadline.saturating_duration_since(Instant::now());
+        let (mut free, _) =
+            permits.changed.wait_timeout_while(free, wait, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
+        if *free == 0 {
+            return None;
+        }
+        *free -= 1;
+        Some(Permit(permits.clone()))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.changed.notify_one();
+    }
+}
+
+/// The thread that moves the engine's epoch on while guests run, and sleeps while none does.
+pub struct Ticker {
+    state: Arc<TickerState>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct TickerState {
+    running: AtomicUsize,
+    asleep: AtomicBool,
+    stop: AtomicBool,
+}
+
+/// A guest runs while this lives.
+pub struct Running<'a>(&'a TickerState);
+
+impl Ticker {
+    fn start(engine: wasmtime::Engine) -> std::io::Result<Ticker> {
+        let state = Arc::new(TickerState::default());
+        let shared = state.clone();
+        let thread = thread::Builder::new().name("plugin-clock".to_owned()).spawn(move || tick(&engine, &shared))?;
+        Ok(Ticker { state, thread: Some(thread) })
+    }
+
+    pub fn running(&self) -> Running<'_> {
+        self.state.running.fetch_add(1, Ordering::SeqCst);
+        // Either the ticker sees the count before it sleeps, or we see that it does.
+        if self.state.asleep.load(Ordering::SeqCst)
+            && let Some(thread) = &self.thread
+        {
+            thread.thread().unpark();
+        }
+        Running(&self.state)
+    }
+}
+
+fn tick(engine: &wasmtime::Engine, state: &TickerState) {
+    while !state.stop.load(Ordering::SeqCst) {
+        if state.running.load(Ordering::SeqCst) > 0 {
+            thread::sleep(TICK);
+            engine.increment_epoch();
+            continue;
+        }
+        state.asleep.store(true, Ordering::SeqCst);
+        if state.running.load(Ordering::SeqCst) == 0 && !state.stop.load(Ordering::SeqCst) {
+            thread::park();
+        }
+        state.asleep.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Ticker {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            if thread.join().is_err() {
+                tracing::error!("the plugin clock had panicked");
+            }
+        }
+    }
+}

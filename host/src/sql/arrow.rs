@@ -1,24 +1,542 @@
 //! Row images to Arrow and back; SQL types to Arrow types and back.
+//!
+//! UUID and JSON are text in Arrow: their fields' metadata names the SQL type. Every other type is told by the Arrow
+//! type alone. What queries compute in Arrow types of no SQL type is cast to one that has ([`output_type`]).
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use ::arrow::datatypes::{DataType, SchemaRef};
-use ::arrow::record_batch::RecordBatch;
-use wire::{ImageRef, Schema, Type};
+use ::arrow::array::{
+    Array, ArrayRef, ArrowPrimitiveType, AsArray, BinaryArray, BinaryBuilder, BooleanBuilder, Date32Builder,
+    Decimal128Builder, Float32Builder, Float64Builder, Int16Builder, Int32Builder, Int64Builder, StringArray,
+    StringBuilder, Time64MicrosecondBuilder, TimestampMicrosecondBuilder,
+};
+use ::arrow::compute::{CastOptions, cast_with_options};
+use ::arrow::datatypes::{
+    DataType, Date32Type, Decimal128Type, Field, Float32Type, Float64Type, Int16Type, Int32Type, Int64Type,
+    Schema as ArrowSchema, SchemaRef, Time64MicrosecondType, TimeUnit, TimestampMicrosecondType,
+};
+use ::arrow::record_batch::{RecordBatch, RecordBatchOptions};
+use ::arrow::util::display::{ArrayFormatter, FormatOptions};
+use uuid::Uuid;
+use wire::{ColumnDecl, ImageRef, Schema, Type, Value};
 
-use super::SqlError;
+use super::error::from_arrow;
+use super::{OutputColumn, SqlError};
+use crate::store::StoreError;
 
-pub fn arrow_type(_ty: Type) -> DataType {
-    todo!()
+/// The metadata key that tells UUID and JSON from TEXT.
+pub const TYPE_KEY: &str = "tg.type";
+const UTC: &str = "+00:00";
+
+pub fn arrow_type(ty: Type) -> DataType {
+    match ty {
+        Type::Boolean => DataType::Boolean,
+        Type::SmallInt => DataType::Int16,
+        Type::Int => DataType::Int32,
+        Type::BigInt => DataType::Int64,
+        Type::Real => DataType::Float32,
+        Type::Double => DataType::Float64,
+        Type::Decimal { precision, scale } => DataType::Decimal128(precision, scale),
+        Type::Text | Type::Uuid | Type::Json => DataType::Utf8,
+        Type::Bytea => DataType::Binary,
+        Type::Date => DataType::Date32,
+        Type::Time => DataType::Time64(TimeUnit::Microsecond),
+        Type::Timestamp => DataType::Timestamp(TimeUnit::Microsecond, Some(UTC.into())),
+    }
 }
 
-/// The Arrow schema of a wire schema; each field's metadata names the SQL type (so that TEXT and JSON stay apart).
-pub fn arrow_schema(_schema: &Schema) -> SchemaRef {
-    let _ = Arc::new(());
-    todo!()
+pub(crate) fn arrow_field(name: &str, ty: Type, nullable: bool) -> Field {
+    let field = Field::new(name, arrow_type(ty), nullable);
+    match ty {
+        Type::Uuid => field.with_metadata(HashMap::from([(TYPE_KEY.to_owned(), "uuid".to_owned())])),
+        Type::Json => field.with_metadata(HashMap::from([(TYPE_KEY.to_owned(), "json".to_owned())])),
+        _ => field,
+    }
+}
+
+/// The Arrow schema of a wire schema; metadata keeps UUID and JSON apart from TEXT.
+pub fn arrow_schema(schema: &Schema) -> SchemaRef {
+    let fields: Vec<Field> =
+        schema.columns.iter().map(|column| arrow_field(&column.name, column.ty, column.nullable)).collect();
+    Arc::new(ArrowSchema::new(fields))
+}
+
+/// The SQL name of a type, as `information_schema` and messages show it.
+pub(crate) fn type_name(ty: Type) -> String {
+    match ty {
+        Type::Boolean => "BOOLEAN",
+        Type::SmallInt => "SMALLINT",
+        Type::Int => "INT",
+        Type::BigInt => "BIGINT",
+        Type::Real => "REAL",
+        Type::Double => "DOUBLE",
+        Type::Decimal { precision, scale } => return format!("DECIMAL({precision},{scale})"),
+        Type::Text => "TEXT",
+        Type::Bytea => "BYTEA",
+        Type::Date => "DATE",
+        Type::Time => "TIME",
+        Type::Timestamp => "TIMESTAMP",
+        Type::Uuid => "UUID",
+        Type::Json => "JSON",
+    }
+    .to_owned()
+}
+
+/// The SQL type a result column of this field is given; its batches are cast to [`arrow_type`] of it.
+pub(crate) fn output_type(field: &Field) -> Type {
+    match (field.data_type(), field.metadata().get(TYPE_KEY).map(String::as_str)) {
+        (DataType::Utf8, Some("uuid")) => return Type::Uuid,
+        (DataType::Utf8, Some("json")) => return Type::Json,
+        _ => {}
+    }
+    match field.data_type() {
+        DataType::Boolean => Type::Boolean,
+        DataType::Int8 | DataType::Int16 | DataType::UInt8 => Type::SmallInt,
+        DataType::Int32 | DataType::UInt16 => Type::Int,
+        DataType::Int64 | DataType::UInt32 => Type::BigInt,
+        DataType::UInt64 => Type::Decimal { precision: 20, scale: 0 },
+        DataType::Float16 | DataType::Float32 => Type::Real,
+        DataType::Float64 => Type::Double,
+        DataType::Decimal32(precision, scale)
+        | DataType::Decimal64(precision, scale)
+        | DataType::Decimal128(precision, scale) => Type::Decimal { precision: *precision, scale: *scale },
+        DataType::Decimal256(precision, scale) if *precision <= 38 => {
+            Type::Decimal { precision: *precision, scale: *scale }
+        }
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView | DataType::FixedSizeBinary(_) => Type::Bytea,
+        DataType::Date32 | DataType::Date64 => Type::Date,
+        DataType::Time32(_) | DataType::Time64(_) => Type::Time,
+        DataType::Timestamp(..) => Type::Timestamp,
+        DataType::Dictionary(_, value) => output_type(&Field::new(field.name(), (**value).clone(), true)),
+        ty if ty.is_nested() => Type::Json,
+        _ => Type::Text,
+    }
+}
+
+pub(crate) fn output_columns(schema: &ArrowSchema) -> Vec<OutputColumn> {
+    schema.fields().iter().map(|field| OutputColumn { name: field.name().clone(), ty: output_type(field) }).collect()
+}
+
+/// The schema of a result's batches: one column after the other, names may repeat.
+pub(crate) fn output_schema(columns: &[OutputColumn]) -> SchemaRef {
+    let fields: Vec<Field> = columns.iter().map(|column| arrow_field(&column.name, column.ty, true)).collect();
+    Arc::new(ArrowSchema::new(fields))
+}
+
+/// A result batch with exactly the Arrow types of its output columns.
+pub(crate) fn to_output(
+    columns: &[OutputColumn],
+    schema: &SchemaRef,
+    batch: RecordBatch,
+) -> Result<RecordBatch, SqlError> {
+    let rows = batch.num_rows();
+    let arrays = batch.columns().iter().zip(columns).map(|(array, column)| output_array(array, column.ty));
+    batch_of(schema, arrays.collect::<Result<_, SqlError>>()?, rows)
+}
+
+pub(crate) fn output_array(array: &ArrayRef, ty: Type) -> Result<ArrayRef, SqlError> {
+    let wanted = arrow_type(ty);
+    if *array.data_type() == wanted {
+        return Ok(array.clone());
+    }
+    if array.data_type().is_nested() {
+        return nested_to_json(array);
+    }
+    let options = CastOptions { safe: false, ..CastOptions::default() };
+    cast_with_options(array, &wanted, &options).map_err(from_arrow)
+}
+
+pub(crate) fn batch_of(schema: &SchemaRef, arrays: Vec<ArrayRef>, rows: usize) -> Result<RecordBatch, SqlError> {
+    let options = RecordBatchOptions::new().with_row_count(Some(rows));
+    RecordBatch::try_new_with_options(schema.clone(), arrays, &options).map_err(from_arrow)
+}
+
+/// Lists, structs and maps as JSON text, for want of a SQL type.
+fn nested_to_json(array: &ArrayRef) -> Result<ArrayRef, SqlError> {
+    let mut builder = StringBuilder::new();
+    for row in 0..array.len() {
+        if array.is_null(row) {
+            builder.append_null();
+        } else {
+            builder.append_value(json_at(array, row)?.to_string());
+        }
+    }
+    Ok(Arc::new(builder.finish()))
+}
+
+fn json_at(array: &ArrayRef, row: usize) -> Result<serde_json::Value, SqlError> {
+    use serde_json::Value as Json;
+    if array.is_null(row) {
+        return Ok(Json::Null);
+    }
+    let list = |items: ArrayRef| -> Result<Json, SqlError> {
+        (0..items.len()).map(|at| json_at(&items, at)).collect::<Result<Vec<_>, _>>().map(Json::Array)
+    };
+    match array.data_type() {
+        DataType::Boolean => Ok(Json::Bool(array.as_boolean().value(row))),
+        DataType::List(_) => list(array.as_list::<i32>().value(row)),
+        DataType::LargeList(_) => list(array.as_list::<i64>().value(row)),
+        DataType::FixedSizeList(..) => list(array.as_fixed_size_list().value(row)),
+        DataType::Map(..) => list(Arc::new(array.as_map().value(row))),
+        DataType::Struct(fields) => {
+            let columns = array.as_struct().columns();
+            let members =
+                fields.iter().zip(columns).map(|(field, column)| Ok((field.name().clone(), json_at(column, row)?)));
+            members.collect::<Result<serde_json::Map<_, _>, SqlError>>().map(Json::Object)
+        }
+        ty => {
+            let formatter = ArrayFormatter::try_new(array, &FormatOptions::default()).map_err(from_arrow)?;
+            let text = formatter.value(row).try_to_string().map_err(from_arrow)?;
+            // Numbers stay numbers where JSON can say them (not NaN, not infinite).
+            let number = if ty.is_integer() || ty.is_floating() { serde_json::from_str(&text).ok() } else { None };
+            Ok(number.unwrap_or(Json::String(text)))
+        }
+    }
 }
 
 /// Images to a batch of the columns of `schema`, in its order.
-pub fn to_batch(_schema: &Schema, _images: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
-    todo!()
+pub fn to_batch(schema: &Schema, images: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
+    let mut builder = RowBatchBuilder::new(&schema.columns, images.len());
+    for image in images {
+        builder.push(image)?;
+    }
+    builder.finish()
+}
+
+/// Gathers row images into a batch of some of their columns.
+pub(crate) struct RowBatchBuilder {
+    schema: SchemaRef,
+    columns: Vec<(u16, ColumnBuilder)>,
+    rows: usize,
+}
+
+impl RowBatchBuilder {
+    pub(crate) fn new(columns: &[ColumnDecl], capacity: usize) -> RowBatchBuilder {
+        let schema = arrow_schema(&Schema { columns: columns.to_vec() });
+        let columns = columns.iter().map(|column| (column.id, ColumnBuilder::new(column.ty, capacity))).collect();
+        RowBatchBuilder { schema, columns, rows: 0 }
+    }
+
+    /// With the schema said by the caller, so that it is made once for many batches.
+    pub(crate) fn with_schema(mut self, schema: SchemaRef) -> RowBatchBuilder {
+        self.schema = schema;
+        self
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn push(&mut self, image: &ImageRef<'_>) -> Result<(), SqlError> {
+        for (id, builder) in &mut self.columns {
+            builder.push(image, *id).ok_or_else(|| {
+                SqlError::Store(StoreError::Corrupt(format!("column {id} of a row image cannot be read")))
+            })?;
+        }
+        self.rows += 1;
+        Ok(())
+    }
+
+    pub(crate) fn finish(&mut self) -> Result<RecordBatch, SqlError> {
+        let arrays = self.columns.iter_mut().map(|(_, builder)| builder.finish()).collect();
+        let rows = std::mem::take(&mut self.rows);
+        batch_of(&self.schema, arrays, rows)
+    }
+}
+
+enum ColumnBuilder {
+    Boolean(BooleanBuilder),
+    SmallInt(Int16Builder),
+    Int(Int32Builder),
+    BigInt(Int64Builder),
+    Real(Float32Builder),
+    Double(Float64Builder),
+    Decimal(Decimal128Builder, DataType),
+    Text(StringBuilder),
+    Bytea(BinaryBuilder),
+    Date(Date32Builder),
+    Time(Time64MicrosecondBuilder),
+    Timestamp(TimestampMicrosecondBuilder),
+    Uuid(StringBuilder),
+}
+
+impl ColumnBuilder {
+    fn new(ty: Type, rows: usize) -> ColumnBuilder {
+        match ty {
+            Type::Boolean => ColumnBuilder::Boolean(BooleanBuilder::with_capacity(rows)),
+            Type::SmallInt => ColumnBuilder::SmallInt(Int16Builder::with_capacity(rows)),
+            Type::Int => ColumnBuilder::Int(Int32Builder::with_capacity(rows)),
+            Type::BigInt => ColumnBuilder::BigInt(Int64Builder::with_capacity(rows)),
+            Type::Real => ColumnBuilder::Real(Float32Builder::with_capacity(rows)),
+            Type::Double => ColumnBuilder::Double(Float64Builder::with_capacity(rows)),
+            Type::Decimal { .. } => {
+                let builder = Decimal128Builder::with_capacity(rows).with_data_type(arrow_type(ty));
+                ColumnBuilder::Decimal(builder, arrow_type(ty))
+            }
+            Type::Text | Type::Json => ColumnBuilder::Text(StringBuilder::with_capacity(rows, rows * 16)),
+            Type::Bytea => ColumnBuilder::Bytea(BinaryBuilder::with_capacity(rows, rows * 16)),
+            Type::Date => ColumnBuilder::Date(Date32Builder::with_capacity(rows)),
+            Type::Time => ColumnBuilder::Time(Time64MicrosecondBuilder::with_capacity(rows)),
+            Type::Timestamp => {
+                let builder = TimestampMicrosecondBuilder::with_capacity(rows).with_timezone(UTC);
+                ColumnBuilder::Timestamp(builder)
+            }
+            Type::Uuid => ColumnBuilder::Uuid(StringBuilder::with_capacity(rows, rows * 36)),
+        }
+    }
+
+    /// `None` when the image's slot does not hold a value of this type.
+    fn push(&mut self, image: &ImageRef<'_>, id: u16) -> Option<()> {
+        let null = image.is_null(id);
+        // The value, NULL, or damage.
+        macro_rules! append {
+            ($builder:expr, $value:expr) => {
+                if null { $builder.append_null() } else { $builder.append_value($value?) }
+            };
+        }
+        match self {
+            ColumnBuilder::Boolean(builder) => append!(builder, image.bool(id)),
+            ColumnBuilder::SmallInt(builder) => append!(builder, image.int(id).and_then(|v| i16::try_from(v).ok())),
+            ColumnBuilder::Int(builder) => append!(builder, image.int(id).and_then(|v| i32::try_from(v).ok())),
+            ColumnBuilder::BigInt(builder) => append!(builder, image.int(id)),
+            ColumnBuilder::Real(builder) => append!(builder, image.float(id).map(|v| v as f32)),
+            ColumnBuilder::Double(builder) => append!(builder, image.float(id)),
+            ColumnBuilder::Decimal(builder, _) => append!(builder, image.decimal(id)),
+            ColumnBuilder::Text(builder) => append!(builder, image.text(id)),
+            ColumnBuilder::Bytea(builder) => append!(builder, image.bytes(id)),
+            ColumnBuilder::Date(builder) => append!(builder, image.int(id).and_then(|v| i32::try_from(v).ok())),
+            ColumnBuilder::Time(builder) => append!(builder, image.int(id)),
+            ColumnBuilder::Timestamp(builder) => append!(builder, image.int(id)),
+            ColumnBuilder::Uuid(builder) => {
+                if null {
+                    builder.append_null();
+                } else {
+                    let mut text = [0; 36];
+                    builder.append_value(Uuid::from_bytes(image.uuid(id)?).hyphenated().encode_lower(&mut text));
+                }
+            }
+        }
+        Some(())
+    }
+
+    fn finish(&mut self) -> ArrayRef {
+        match self {
+            ColumnBuilder::Boolean(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::SmallInt(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::Int(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::BigInt(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::Real(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::Double(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::Decimal(builder, ty) => Arc::new(builder.finish().with_data_type(ty.clone())),
+            ColumnBuilder::Text(builder) | ColumnBuilder::Uuid(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::Bytea(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::Date(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::Time(builder) => Arc::new(builder.finish()),
+            ColumnBuilder::Timestamp(builder) => Arc::new(builder.finish()),
+        }
+    }
+}
+
+/// The value of one cell of an array that has exactly the Arrow type of `ty`.
+pub(crate) fn value_at(array: &ArrayRef, row: usize, ty: Type) -> Value {
+    if array.is_null(row) {
+        return Value::Null;
+    }
+    fn native<T: ArrowPrimitiveType>(array: &ArrayRef, row: usize) -> T::Native {
+        array.as_primitive::<T>().value(row)
+    }
+    match ty {
+        Type::Boolean => Value::Bool(array.as_boolean().value(row)),
+        Type::SmallInt => Value::Int(native::<Int16Type>(array, row).into()),
+        Type::Int => Value::Int(native::<Int32Type>(array, row).into()),
+        Type::BigInt => Value::Int(native::<Int64Type>(array, row)),
+        Type::Real => Value::Float(native::<Float32Type>(array, row).into()),
+        Type::Double => Value::Float(native::<Float64Type>(array, row)),
+        Type::Decimal { .. } => Value::Decimal(native::<Decimal128Type>(array, row)),
+        Type::Text | Type::Json => Value::Text(array.as_string::<i32>().value(row).to_owned()),
+        Type::Bytea => Value::Bytes(array.as_binary::<i32>().value(row).to_owned()),
+        Type::Date => Value::Int(native::<Date32Type>(array, row).into()),
+        Type::Time => Value::Int(native::<Time64MicrosecondType>(array, row)),
+        Type::Timestamp => Value::Int(native::<TimestampMicrosecondType>(array, row)),
+        // Canonical text is checked where it is cast; anything else would be ours to fix.
+        Type::Uuid => Uuid::parse_str(array.as_string::<i32>().value(row))
+            .map_or(Value::Null, |uuid| Value::Uuid(uuid.into_bytes())),
+    }
+}
+
+/// A text cell of any of Arrow's text types.
+pub(crate) fn string_at(array: &ArrayRef, row: usize) -> Option<&str> {
+    match array.data_type() {
+        DataType::Utf8 => Some(array.as_string::<i32>().value(row)),
+        DataType::LargeUtf8 => Some(array.as_string::<i64>().value(row)),
+        DataType::Utf8View => Some(array.as_string_view().value(row)),
+        _ => None,
+    }
+}
+
+/// What assignment to a column may fail on.
+pub(crate) struct CastTarget<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) ty: Type,
+}
+
+/// Casts what a statement computed to a column's type: never silently to NULL, never with a fraction lost.
+pub(crate) fn cast_for(target: &CastTarget<'_>, array: &ArrayRef) -> Result<ArrayRef, SqlError> {
+    let from = array.data_type();
+    if !assignable(from, target.ty) {
+        let message =
+            format!("column {:?} is {}, but the value is {}", target.name, type_name(target.ty), plain_type(from));
+        return Err(SqlError::invalid("type_mismatch", message));
+    }
+    let text = matches!(from, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
+    match target.ty {
+        Type::Uuid if text => {
+            cast_text(target, array, |text| Uuid::parse_str(text).ok().map(|uuid| uuid.hyphenated().to_string()))
+        }
+        Type::Json if text => cast_text(target, array, |text| {
+            serde_json::from_str::<serde::de::IgnoredAny>(text).ok().map(|_| text.to_owned())
+        }),
+        Type::Bytea if text => cast_bytes(target, array),
+        _ => cast_plain(target, array),
+    }
+}
+
+/// Implicit conversions on assignment; the rest needs a CAST.
+fn assignable(from: &DataType, to: Type) -> bool {
+    use DataType::*;
+    let numeric = from.is_numeric();
+    match from {
+        Null => true,
+        Utf8 | LargeUtf8 | Utf8View => true,
+        Dictionary(_, value) => assignable(value, to),
+        Boolean => matches!(to, Type::Boolean | Type::Text),
+        Binary | LargeBinary | BinaryView | FixedSizeBinary(_) => to == Type::Bytea,
+        Date32 | Date64 => matches!(to, Type::Date | Type::Timestamp | Type::Text),
+        Timestamp(..) => matches!(to, Type::Date | Type::Timestamp | Type::Text),
+        Time32(_) | Time64(_) => matches!(to, Type::Time | Type::Text),
+        _ if numeric => matches!(
+            to,
+            Type::SmallInt | Type::Int | Type::BigInt | Type::Real | Type::Double | Type::Decimal { .. } | Type::Text
+        ),
+        _ => false,
+    }
+}
+
+fn plain_type(from: &DataType) -> String {
+    type_name(output_type(&Field::new("", from.clone(), true)))
+}
+
+fn cast_plain(target: &CastTarget<'_>, array: &ArrayRef) -> Result<ArrayRef, SqlError> {
+    let wanted = arrow_type(target.ty);
+    let array = if matches!(array.data_type(), DataType::Utf8 | DataType::Utf8View | DataType::LargeUtf8) {
+        trimmed(target.ty, array)
+    } else {
+        array.clone()
+    };
+    // `safe` makes what does not fit NULL: then the first such cell is the one to name.
+    let cast = cast_with_options(&array, &wanted, &CastOptions { safe: true, ..CastOptions::default() });
+    let cast = cast.map_err(from_arrow)?;
+    if let Some(row) = (0..array.len()).find(|row| lost(&array, &cast, *row, target.ty)) {
+        return Err(does_not_fit(target, &array, row));
+    }
+    Ok(cast)
+}
+
+/// Spaces around numbers and dates in text mean nothing; in TEXT they do.
+fn trimmed(ty: Type, array: &ArrayRef) -> ArrayRef {
+    if ty == Type::Text {
+        return array.clone();
+    }
+    let texts: StringArray = (0..array.len())
+        .map(|row| if array.is_null(row) { None } else { string_at(array, row).map(str::trim) })
+        .collect();
+    Arc::new(texts)
+}
+
+/// Whether the cast changed more than the type of the cell.
+fn lost(from: &ArrayRef, to: &ArrayRef, row: usize, ty: Type) -> bool {
+    if from.is_null(row) {
+        return false;
+    }
+    if to.is_null(row) {
+        return true;
+    }
+    let float = match from.data_type() {
+        DataType::Float64 => Some(from.as_primitive::<Float64Type>().value(row)),
+        DataType::Float32 => Some(from.as_primitive::<Float32Type>().value(row).into()),
+        _ => None,
+    };
+    match (ty, float) {
+        // A fraction would be cut off.
+        (Type::SmallInt | Type::Int | Type::BigInt, Some(float)) => float.fract() != 0.0,
+        (Type::SmallInt | Type::Int | Type::BigInt, None) => fraction_lost(from, row),
+        // A finite number must not become infinite.
+        (Type::Real, Some(float)) => float.is_finite() && to.as_primitive::<Float32Type>().value(row).is_infinite(),
+        _ => false,
+    }
+}
+
+fn fraction_lost(from: &ArrayRef, row: usize) -> bool {
+    match from.data_type() {
+        DataType::Decimal128(_, scale) if *scale > 0 => {
+            let unit = 10i128.checked_pow(u32::from(scale.unsigned_abs()));
+            unit.is_none_or(|unit| from.as_primitive::<Decimal128Type>().value(row) % unit != 0)
+        }
+        _ => false,
+    }
+}
+
+fn does_not_fit(target: &CastTarget<'_>, array: &ArrayRef, row: usize) -> SqlError {
+    let shown = ArrayFormatter::try_new(array, &FormatOptions::default())
+        .ok()
+        .and_then(|formatter| formatter.value(row).try_to_string().ok())
+        .unwrap_or_default();
+    // Enough to recognise it by.
+    let shown: String = shown.chars().take(80).collect();
+    let message = format!("{shown:?} does not fit into column {:?} ({})", target.name, type_name(target.ty));
+    let code = if string_at_type(array) { "invalid_value" } else { "out_of_range" };
+    SqlError::constraint(code, message)
+}
+
+fn string_at_type(array: &ArrayRef) -> bool {
+    matches!(array.data_type(), DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View)
+}
+
+fn cast_text(
+    target: &CastTarget<'_>,
+    array: &ArrayRef,
+    check: impl Fn(&str) -> Option<String>,
+) -> Result<ArrayRef, SqlError> {
+    let mut builder = StringBuilder::with_capacity(array.len(), array.len() * 16);
+    for row in 0..array.len() {
+        match string_at(array, row).filter(|_| array.is_valid(row)) {
+            None => builder.append_null(),
+            Some(text) => builder.append_value(check(text).ok_or_else(|| does_not_fit(target, array, row))?),
+        }
+    }
+    Ok(Arc::new(builder.finish()))
+}
+
+/// Text into BYTEA: `\x…` is hexadecimal, anything else its own UTF-8 bytes.
+fn cast_bytes(target: &CastTarget<'_>, array: &ArrayRef) -> Result<ArrayRef, SqlError> {
+    let mut cells: Vec<Option<Vec<u8>>> = Vec::with_capacity(array.len());
+    for row in 0..array.len() {
+        let Some(text) = string_at(array, row).filter(|_| array.is_valid(row)) else {
+            cells.push(None);
+            continue;
+        };
+        cells.push(Some(match text.strip_prefix("\\x") {
+            Some(hex) => unhex(hex).ok_or_else(|| does_not_fit(target, array, row))?,
+            None => text.as_bytes().to_vec(),
+        }));
+    }
+    Ok(Arc::new(BinaryArray::from_iter(cells)))
+}
+
+pub(crate) fn unhex(hex: &str) -> Option<Vec<u8>> {
+    let digits: Option<Vec<u8>> =
+        hex.chars().map(|digit| digit.to_digit(16).and_then(|digit| u8::try_from(digit).ok())).collect();
+    let digits = digits.filter(|digits| digits.len() % 2 == 0)?;
+    Some(digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect())
 }

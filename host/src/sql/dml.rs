@@ -1,1 +1,518 @@
 //! INSERT, UPDATE and DELETE: planned as SELECTs, turned into change sets.
+//!
+//! DataFusion's own hooks for them are never used: they take the filters from the optimized plan, and a filter that
+//! was optimized away means every row. Here a statement becomes a query whose rows are the keys to touch and the new
+//! values, and nothing is written that the query did not return.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use ::arrow::array::ArrayRef;
+use ::arrow::record_batch::RecordBatch;
+use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
+use datafusion::execution::runtime_env::RuntimeEnv;
+use datafusion::sql::sqlparser::ast::{
+    self, Assignment, AssignmentTarget, Expr, FromTable, Ident, Insert, ObjectName, Query, Select, SelectItem, SetExpr,
+    TableFactor, TableObject, TableWithJoins,
+};
+use uuid::Uuid;
+use wire::{ImageBuilder, ImageRef, Scope, Type, Value};
+
+use super::arrow::{CastTarget, cast_for, value_at};
+use super::context::find_table;
+use super::ddl::{Literal, fold, literal, table_name};
+use super::error::from_datafusion;
+use super::provider::scope_of;
+use super::{ChangeSet, RequestEnv, SqlError, Statement};
+use crate::catalog::{Column, DefaultValue, GENERATED_KEY, Table};
+use crate::store::keys::encode_key;
+use crate::store::{RowWrite, StoreError};
+
+/// What the rows of the planned query mean.
+pub(crate) struct Target {
+    table: Arc<Table>,
+    action: Action,
+}
+
+enum Action {
+    /// Column n of the query is the value for this column of the table.
+    Insert(Vec<Column>),
+    /// First the key columns, then the new values of these columns.
+    Update(Vec<Column>),
+    /// The key columns.
+    Delete,
+}
+
+/// The statement as a query, and what its rows mean.
+pub(crate) fn target(statement: &Statement, env: &RequestEnv) -> Result<(Target, ast::Statement), SqlError> {
+    match &*statement.ast {
+        ast::Statement::Insert(insert) => insert_target(insert, env, &statement.text),
+        ast::Statement::Update(update) => {
+            refuse(&[
+                (update.from.is_some(), "UPDATE … FROM"),
+                (update.returning.is_some() || update.output.is_some(), "RETURNING"),
+                (update.or.is_some(), "UPDATE OR …"),
+                (!update.order_by.is_empty(), "ORDER BY in UPDATE"),
+                (update.limit.is_some(), "LIMIT in UPDATE"),
+                (!update.optimizer_hints.is_empty(), "optimizer hints"),
+            ])?;
+            let table = only_table(&update.table, "UPDATE", env)?;
+            let (columns, values) = assignments(&update.assignments, &table, &statement.text)?;
+            let query = rows_query(&table, values, &update.table, update.selection.clone())?;
+            Ok((Target { table, action: Action::Update(columns) }, query))
+        }
+        ast::Statement::Delete(delete) => {
+            refuse(&[
+                (!delete.tables.is_empty(), "DELETE from several tables"),
+                (delete.using.is_some(), "DELETE … USING"),
+                (delete.returning.is_some() || delete.output.is_some(), "RETURNING"),
+                (!delete.order_by.is_empty(), "ORDER BY in DELETE"),
+                (delete.limit.is_some(), "LIMIT in DELETE"),
+                (!delete.optimizer_hints.is_empty(), "optimizer hints"),
+            ])?;
+            let FromTable::WithFromKeyword(from) = &delete.from else {
+                return Err(SqlError::unsupported("DELETE without FROM", None));
+            };
+            let [from] = from.as_slice() else {
+                return Err(SqlError::unsupported("DELETE from several tables", None));
+            };
+            let table = only_table(from, "DELETE", env)?;
+            let query = rows_query(&table, Vec::new(), from, delete.selection.clone())?;
+            Ok((Target { table, action: Action::Delete }, query))
+        }
+        other => Err(SqlError::Internal(format!("not DML: {other}"))),
+    }
+}
+
+fn refuse(found: &[(bool, &str)]) -> Result<(), SqlError> {
+    match found.iter().find(|(there, _)| *there) {
+        Some((_, what)) => Err(SqlError::unsupported(*what, None)),
+        None => Ok(()),
+    }
+}
+
+fn insert_target(insert: &Insert, env: &RequestEnv, text: &str) -> Result<(Target, ast::Statement), SqlError> {
+    refuse(&[
+        (insert.on.is_some(), "ON CONFLICT"),
+        (insert.returning.is_some() || insert.output.is_some(), "RETURNING"),
+        (insert.or.is_some() || insert.replace_into, "INSERT OR REPLACE"),
+        (insert.ignore, "INSERT IGNORE"),
+        (insert.overwrite, "INSERT OVERWRITE"),
+        (insert.table_alias.is_some() || insert.insert_alias.is_some(), "an alias in INSERT"),
+        (!insert.assignments.is_empty(), "INSERT … SET"),
+        (insert.partitioned.is_some() || !insert.after_columns.is_empty(), "PARTITION in INSERT"),
+        (insert.settings.is_some() || insert.format_clause.is_some(), "FORMAT and SETTINGS in INSERT"),
+        (insert.priority.is_some(), "a priority in INSERT"),
+        (insert.multi_table_insert_type.is_some(), "INSERT into several tables"),
+        (!insert.optimizer_hints.is_empty(), "optimizer hints"),
+        (insert.source.is_none(), "INSERT … DEFAULT VALUES"),
+    ])?;
+    let TableObject::TableName(name) = &insert.table else {
+        return Err(SqlError::unsupported("INSERT into anything but a table", None));
+    };
+    let (namespace, name) = table_name(name)?;
+    let table = find_table(env, namespace.as_deref(), &name)?.clone();
+    let columns = insert_columns(&insert.columns, &table, text)?;
+    let Some(mut source) = insert.source.clone() else { return Err(SqlError::Internal("no source".to_owned())) };
+    if let SetExpr::Values(values) = &mut *source.body {
+        for row in &mut values.rows {
+            if row.content.len() != columns.len() {
+                let message = format!("{} values for {} columns", row.content.len(), columns.len());
+                return Err(SqlError::invalid("column_count", message));
+            }
+            for (cell, column) in row.content.iter_mut().zip(&columns) {
+                prepare_value(cell, column)?;
+            }
+        }
+    }
+    Ok((Target { table, action: Action::Insert(columns) }, ast::Statement::Query(source)))
+}
+
+fn insert_columns(named: &[ObjectName], table: &Table, text: &str) -> Result<Vec<Column>, SqlError> {
+    if named.is_empty() {
+        let given = table.columns.iter().filter(|column| !is_generated(table, column));
+        return Ok(given.cloned().collect());
+    }
+    let mut columns: Vec<Column> = Vec::with_capacity(named.len());
+    for name in named {
+        let column = settable(name, table, text)?;
+        if columns.iter().any(|known| known.id == column.id) {
+            return Err(SqlError::invalid("duplicate_column", format!("column {:?} is named twice", column.name)));
+        }
+        columns.push(column);
+    }
+    Ok(columns)
+}
+
+fn is_generated(table: &Table, column: &Column) -> bool {
+    table.generated_key && column.name == GENERATED_KEY
+}
+
+/// The column that a statement wants to write.
+fn settable(name: &ObjectName, table: &Table, text: &str) -> Result<Column, SqlError> {
+    let [part] = name.0.as_slice() else {
+        return Err(SqlError::invalid("syntax", format!("{name}: name the column alone")));
+    };
+    let ident = part.as_ident().ok_or_else(|| SqlError::invalid("syntax", format!("{name} is no column name")))?;
+    let folded = fold(ident);
+    let column = table.column(&folded).ok_or_else(|| {
+        SqlError::invalid("unknown_column", format!("table {:?} has no column {folded:?}", table.name))
+            .at_span(text, ident.span)
+    })?;
+    if is_generated(table, column) {
+        let message = format!("column {GENERATED_KEY:?} is filled by the server");
+        return Err(SqlError::invalid("generated_column", message).at_span(text, ident.span));
+    }
+    Ok(column.clone())
+}
+
+fn assignments(assignments: &[Assignment], table: &Table, text: &str) -> Result<(Vec<Column>, Vec<Expr>), SqlError> {
+    let mut columns: Vec<Column> = Vec::new();
+    let mut values = Vec::new();
+    for assignment in assignments {
+        let AssignmentTarget::ColumnName(name) = &assignment.target else {
+            return Err(SqlError::unsupported("SET (a, b) = …", Some("assign one column at a time")));
+        };
+        let column = settable(name, table, text)?;
+        if columns.iter().any(|known| known.id == column.id) {
+            return Err(SqlError::invalid("duplicate_column", format!("column {:?} is set twice", column.name)));
+        }
+        let mut value = assignment.value.clone();
+        prepare_value(&mut value, &column)?;
+        columns.push(column);
+        values.push(value);
+    }
+    Ok((columns, values))
+}
+
+/// `DEFAULT` as the column's default; digits meant for a DECIMAL as text, so that none is lost on the way through
+/// DOUBLE.
+fn prepare_value(value: &mut Expr, column: &Column) -> Result<(), SqlError> {
+    if let Expr::Identifier(ident) = value
+        && ident.quote_style.is_none()
+        && ident.value.eq_ignore_ascii_case("default")
+    {
+        *value = default_expr(column)?;
+    }
+    if matches!(column.ty, Type::Decimal { .. })
+        && let Some(Literal::Number(digits)) = literal(value)
+        && !digits.contains(['e', 'E'])
+    {
+        *value = text_expr(&digits);
+    }
+    Ok(())
+}
+
+fn default_expr(column: &Column) -> Result<Expr, SqlError> {
+    Ok(match &column.default {
+        None => Expr::value(ast::Value::Null),
+        Some(DefaultValue::Now) => call("now()")?,
+        Some(DefaultValue::Uuid) => call("uuid()")?,
+        Some(DefaultValue::CurrentUser) => call("current_user")?,
+        Some(DefaultValue::Literal(value)) => match value {
+            Value::Null => Expr::value(ast::Value::Null),
+            Value::Bool(value) => Expr::value(ast::Value::Boolean(*value)),
+            // As the text that assignment takes for the column's type.
+            _ => text_expr(&show_value(value, column.ty)?),
+        },
+    })
+}
+
+fn text_expr(text: &str) -> Expr {
+    Expr::value(ast::Value::SingleQuotedString(text.to_owned()))
+}
+
+/// A stored literal as text that [`cast_for`] reads back as the same value.
+fn show_value(value: &Value, ty: Type) -> Result<String, SqlError> {
+    if let (Value::Bytes(bytes), Type::Bytea) = (value, ty) {
+        return Ok(bytes.iter().fold("\\x".to_owned(), |text, byte| text + &format!("{byte:02x}")));
+    }
+    let mut image = ImageBuilder::new(1);
+    image.set(0, value);
+    let bytes = image.finish();
+    let (image, ..) = ImageRef::parse(&bytes).map_err(|error| SqlError::Internal(error.to_string()))?;
+    let column = wire::ColumnDecl { id: 0, name: String::new(), ty, nullable: true, key: false };
+    let batch = super::arrow::to_batch(&wire::Schema { columns: vec![column] }, &[image])?;
+    ::arrow::util::display::array_value_to_string(batch.column(0), 0).map_err(super::error::from_arrow)
+}
+
+fn call(text: &str) -> Result<Expr, SqlError> {
+    match select_template(text)?.projection.pop() {
+        Some(SelectItem::UnnamedExpr(expr)) => Ok(expr),
+        _ => Err(SqlError::Internal(format!("{text} is no expression"))),
+    }
+}
+
+/// `SELECT <text>` as a syntax tree, to be filled.
+fn select_template(text: &str) -> Result<Select, SqlError> {
+    let mut statements = super::statement::parse(&format!("SELECT {text}"))?;
+    match statements.pop().map(|statement| *statement.ast) {
+        Some(ast::Statement::Query(query)) => match *query.body {
+            SetExpr::Select(select) => Ok(*select),
+            _ => Err(SqlError::Internal("the template is no SELECT".to_owned())),
+        },
+        _ => Err(SqlError::Internal("the template is no query".to_owned())),
+    }
+}
+
+fn only_table(from: &TableWithJoins, what: &str, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
+    refuse(&[(!from.joins.is_empty(), &format!("a join in {what}"))])?;
+    let TableFactor::Table { name, .. } = &from.relation else {
+        return Err(SqlError::unsupported(format!("{what} of anything but a table"), None));
+    };
+    let (namespace, name) = table_name(name)?;
+    Ok(find_table(env, namespace.as_deref(), &name)?.clone())
+}
+
+/// `SELECT key columns, values FROM table WHERE selection`.
+fn rows_query(
+    table: &Table,
+    values: Vec<Expr>,
+    from: &TableWithJoins,
+    selection: Option<Expr>,
+) -> Result<ast::Statement, SqlError> {
+    let keys = table.key.iter().filter_map(|id| table.column_by_id(*id));
+    let keys = keys.map(|column| Expr::Identifier(Ident::with_quote('"', &column.name)));
+    let item = |(at, expr): (usize, Expr)| {
+        // Numbered names: two expressions may spell the same.
+        SelectItem::ExprWithAlias { expr, alias: Ident::with_quote('"', format!("{at}")) }
+    };
+    let mut select = select_template("1")?;
+    select.projection = keys.chain(values).enumerate().map(item).collect();
+    select.from = vec![from.clone()];
+    select.selection = selection;
+    let mut query = template_query()?;
+    *query.body = SetExpr::Select(Box::new(select));
+    Ok(ast::Statement::Query(query))
+}
+
+fn template_query() -> Result<Box<Query>, SqlError> {
+    let mut statements = super::statement::parse("SELECT 1")?;
+    match statements.pop().map(|statement| *statement.ast) {
+        Some(ast::Statement::Query(query)) => Ok(query),
+        _ => Err(SqlError::Internal("the template is no query".to_owned())),
+    }
+}
+
+/// Turns the query's rows into writes; everything it holds is counted against the memory pool.
+pub(crate) struct Changes<'a> {
+    env: &'a RequestEnv,
+    table: Arc<Table>,
+    scope: Scope,
+    action: Action,
+    writes: Vec<RowWrite>,
+    /// Where in `writes` a key is: at most one write a key.
+    by_key: HashMap<Vec<u8>, usize>,
+    /// Rows whose key changes: taken away at once, put back when all old keys are gone.
+    moved: Vec<(Vec<Value>, Vec<u8>)>,
+    affected: u64,
+    memory: MemoryReservation,
+}
+
+impl<'a> Changes<'a> {
+    pub(crate) fn new(target: Target, env: &'a RequestEnv, runtime: &RuntimeEnv) -> Changes<'a> {
+        Changes {
+            env,
+            scope: scope_of(&target.table, &env.user),
+            table: target.table,
+            action: target.action,
+            writes: Vec::new(),
+            by_key: HashMap::new(),
+            moved: Vec::new(),
+            affected: 0,
+            memory: MemoryConsumer::new("change set").register(&runtime.memory_pool),
+        }
+    }
+
+    pub(crate) fn add(&mut self, batch: &RecordBatch) -> Result<(), SqlError> {
+        self.affected += batch.num_rows() as u64;
+        match &self.action {
+            Action::Insert(columns) => self.insert(batch, &columns.clone()),
+            Action::Update(columns) => self.update(batch, &columns.clone()),
+            Action::Delete => self.delete(batch),
+        }
+    }
+
+    pub(crate) fn finish(mut self) -> Result<ChangeSet, SqlError> {
+        for (key, image) in std::mem::take(&mut self.moved) {
+            self.put_new(&key, image)?;
+        }
+        Ok(ChangeSet { writes: self.writes, affected: self.affected })
+    }
+
+    fn insert(&mut self, batch: &RecordBatch, columns: &[Column]) -> Result<(), SqlError> {
+        if batch.num_columns() != columns.len() {
+            let message = format!("{} values for {} columns", batch.num_columns(), columns.len());
+            return Err(SqlError::invalid("column_count", message));
+        }
+        let cells = cast_columns(batch.columns(), columns)?;
+        let table = self.table.clone();
+        for row in 0..batch.num_rows() {
+            let mut values = HashMap::with_capacity(table.columns.len());
+            for (column, cells) in columns.iter().zip(&cells) {
+                values.insert(column.id, value_at(cells, row, column.ty));
+            }
+            for column in &table.columns {
+                let value = values.entry(column.id).or_insert_with(|| self.default(column));
+                check_null(&table, column, value)?;
+            }
+            let mut image = ImageBuilder::new(table.slots());
+            for (id, value) in &values {
+                image.set(*id, value);
+            }
+            let key: Vec<Value> = table.key.iter().map(|id| values.remove(id).unwrap_or(Value::Null)).collect();
+            self.put_new(&key, image.finish())?;
+        }
+        Ok(())
+    }
+
+    fn default(&self, column: &Column) -> Value {
+        let uuid = |uuid: Uuid| match column.ty {
+            Type::Uuid => Value::Uuid(uuid.into_bytes()),
+            _ => Value::Text(uuid.hyphenated().to_string()),
+        };
+        match &column.default {
+            // Time-ordered, so that rows lie in the order they came.
+            _ if is_generated(&self.table, column) => uuid(Uuid::now_v7()),
+            None => Value::Null,
+            Some(DefaultValue::Literal(value)) => value.clone(),
+            Some(DefaultValue::Now) => Value::Int(self.env.now),
+            Some(DefaultValue::Uuid) => uuid(Uuid::new_v4()),
+            Some(DefaultValue::CurrentUser) => Value::Text(self.env.user.to_string()),
+        }
+    }
+
+    fn update(&mut self, batch: &RecordBatch, columns: &[Column]) -> Result<(), SqlError> {
+        let table = self.table.clone();
+        let (keys, values) = batch.columns().split_at(table.key.len());
+        let values = cast_columns(values, columns)?;
+        for row in 0..batch.num_rows() {
+            let old_key = key_at(&table, keys, row);
+            let old = self.stored(&old_key)?;
+            let (image, ..) = ImageRef::parse(&old).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+            let mut new = ImageBuilder::new(table.slots());
+            let mut new_key = old_key.clone();
+            for column in &table.columns {
+                let set = columns.iter().position(|set| set.id == column.id);
+                let value = match set {
+                    Some(at) => value_at(&values[at], row, column.ty),
+                    None => {
+                        image.value(column.id, column.ty).map_err(|error| StoreError::Corrupt(error.to_string()))?
+                    }
+                };
+                if set.is_some() {
+                    check_null(&table, column, &value)?;
+                }
+                if let Some(at) = table.key.iter().position(|id| *id == column.id) {
+                    new_key[at] = value.clone();
+                }
+                new.set(column.id, &value);
+            }
+            let key = encode_key(&table, &old_key);
+            if new_key == old_key {
+                self.put(key, Some(old), Some(new.finish()))?;
+            } else {
+                self.put(key, Some(old), None)?;
+                self.moved.push((new_key, new.finish()));
+            }
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, batch: &RecordBatch) -> Result<(), SqlError> {
+        let table = self.table.clone();
+        for row in 0..batch.num_rows() {
+            let key = key_at(&table, batch.columns(), row);
+            let old = self.stored(&key)?;
+            self.put(encode_key(&table, &key), Some(old), None)?;
+        }
+        Ok(())
+    }
+
+    /// The image of a row that the query has just returned.
+    fn stored(&self, key: &[Value]) -> Result<Vec<u8>, SqlError> {
+        self.lookup(&encode_key(&self.table, key))?.ok_or_else(|| {
+            SqlError::Internal(format!("a row of table {:?} was read but cannot be found by its key", self.table.name))
+        })
+    }
+
+    /// The row as this transaction sees it.
+    fn lookup(&self, key: &[u8]) -> Result<Option<Vec<u8>>, SqlError> {
+        let pending = self.env.overlay.rows.get(&(self.table.id, self.scope.clone()));
+        match pending.and_then(|rows| rows.get(key)) {
+            Some(change) => Ok(change.clone()),
+            None => Ok(self.env.snapshot.get(&self.table, &self.scope, key)?),
+        }
+    }
+
+    /// A row under a key that must be free.
+    fn put_new(&mut self, key: &[Value], image: Vec<u8>) -> Result<(), SqlError> {
+        let encoded = encode_key(&self.table, key);
+        if let Some(at) = self.by_key.get(&encoded) {
+            let write = &mut self.writes[*at];
+            if write.new.is_some() {
+                return Err(self.duplicate(key));
+            }
+            self.memory.try_grow(image.len()).map_err(|error| from_datafusion(error, ""))?;
+            write.new = Some(image);
+            return Ok(());
+        }
+        if self.lookup(&encoded)?.is_some() {
+            return Err(self.duplicate(key));
+        }
+        self.put(encoded, None, Some(image))
+    }
+
+    fn put(&mut self, key: Vec<u8>, old: Option<Vec<u8>>, new: Option<Vec<u8>>) -> Result<(), SqlError> {
+        let size = |image: &Option<Vec<u8>>| image.as_ref().map_or(0, Vec::len);
+        let bytes = 2 * key.len() + size(&old) + size(&new) + size_of::<RowWrite>();
+        self.memory.try_grow(bytes).map_err(|error| from_datafusion(error, ""))?;
+        self.by_key.insert(key.clone(), self.writes.len());
+        self.writes.push(RowWrite { table: self.table.clone(), scope: self.scope.clone(), key, old, new });
+        Ok(())
+    }
+
+    fn duplicate(&self, key: &[Value]) -> SqlError {
+        let columns: Vec<&str> = self
+            .table
+            .key
+            .iter()
+            .filter_map(|id| self.table.column_by_id(*id))
+            .map(|column| column.name.as_str())
+            .collect();
+        let values: Vec<String> = self
+            .table
+            .key
+            .iter()
+            .zip(key)
+            .filter_map(|(id, value)| Some((self.table.column_by_id(*id)?, value)))
+            .map(|(column, value)| show_value(value, column.ty).unwrap_or_default().chars().take(80).collect())
+            .collect();
+        let message = format!(
+            "table {:?} has a row with the key ({}) = ({}) already",
+            self.table.name,
+            columns.join(", "),
+            values.join(", ")
+        );
+        SqlError::constraint("duplicate_key", message)
+    }
+}
+
+fn cast_columns(arrays: &[ArrayRef], columns: &[Column]) -> Result<Vec<ArrayRef>, SqlError> {
+    let cast =
+        |(array, column): (&ArrayRef, &Column)| cast_for(&CastTarget { name: &column.name, ty: column.ty }, array);
+    arrays.iter().zip(columns).map(cast).collect()
+}
+
+fn key_at(table: &Table, arrays: &[ArrayRef], row: usize) -> Vec<Value> {
+    let columns = table.key.iter().filter_map(|id| table.column_by_id(*id));
+    columns.zip(arrays).map(|(column, array)| value_at(array, row, column.ty)).collect()
+}
+
+fn check_null(table: &Table, column: &Column, value: &Value) -> Result<(), SqlError> {
+    if *value == Value::Null && !column.nullable {
+        let message = format!("column {:?} of table {:?} must not be NULL", column.name, table.name);
+        return Err(SqlError::constraint("not_null", message));
+    }
+    Ok(())
+}

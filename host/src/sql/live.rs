@@ -1,13 +1,35 @@
 //! A live query compiled: one table, one predicate, projections, evaluated over row images.
+//!
+//! Only the columns that the predicate (or the SELECT list) names are ever decoded.
 
-use std::ops::Bound;
+use std::collections::HashSet;
 use std::sync::Arc;
 
+use ::arrow::array::{Array, ArrayRef, AsArray};
+use ::arrow::datatypes::SchemaRef;
 use ::arrow::record_batch::RecordBatch;
-use wire::{ImageRef, Scope};
+use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
+use datafusion::common::{Column, DFSchema, DataFusionError};
+use datafusion::execution::context::ExecutionProps;
+use datafusion::logical_expr::simplify::SimplifyContext;
+use datafusion::logical_expr::utils::expr_to_columns;
+use datafusion::logical_expr::{Expr, LogicalPlan, physical_planning_context::PhysicalPlanningContext};
+use datafusion::optimizer::simplify_expressions::ExprSimplifier;
+use datafusion::physical_expr::{PhysicalExpr, create_physical_expr};
+use datafusion::sql::sqlparser::ast::{self, GroupByExpr, Query, SetExpr, TableFactor};
+use sha2::{Digest, Sha256};
+use wire::{ColumnDecl, ImageRef, Scope};
 
-use super::{OutputColumn, SqlError};
-use crate::catalog::Table;
+use super::arrow::{RowBatchBuilder, arrow_schema, batch_of, output_array, output_schema, output_type};
+use super::context::{bind, find_table, impure_function};
+use super::ddl::table_name;
+use super::error::from_datafusion;
+use super::provider::scope_of;
+use super::range::{hull, key_ranges};
+use super::session::Engine;
+use super::statement::parse;
+use super::{OutputColumn, RequestEnv, SqlError};
+use crate::catalog::{Table, TableKind};
 use crate::store::keys::KeyRange;
 
 /// The compiled plan; shared by every subscription of the group.
@@ -20,18 +42,263 @@ pub struct LivePlan {
     pub fingerprint: u64,
     /// Key range that a snapshot has to scan.
     pub range: KeyRange,
-    // compiled expressions: filled by the sql module's author
+    /// `None`: every row matches.
+    predicate: Option<Compiled>,
+    projection: Compiled,
+    output: SchemaRef,
+}
+
+/// Expressions over some columns of the table.
+struct Compiled {
+    columns: Vec<ColumnDecl>,
+    schema: SchemaRef,
+    exprs: Vec<Arc<dyn PhysicalExpr>>,
 }
 
 impl LivePlan {
     /// Which rows match: NULL is no match. Evaluation errors of matching-candidate rows fail the call.
-    pub fn matches(&self, _rows: &[ImageRef<'_>]) -> Result<Vec<bool>, SqlError> {
-        let _ = Bound::<()>::Unbounded;
-        todo!()
+    pub fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, SqlError> {
+        let Some(predicate) = &self.predicate else { return Ok(vec![true; rows.len()]) };
+        let arrays = predicate.evaluate(rows)?;
+        let [verdicts] = arrays.as_slice() else {
+            return Err(SqlError::Internal("one predicate, many results".into()));
+        };
+        let verdicts = verdicts
+            .as_boolean_opt()
+            .ok_or_else(|| SqlError::Internal(format!("a predicate of type {}", verdicts.data_type())))?;
+        Ok((0..rows.len()).map(|row| verdicts.is_valid(row) && verdicts.value(row)).collect())
     }
 
     /// The SELECT list over rows that matched.
-    pub fn project(&self, _rows: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
-        todo!()
+    pub fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
+        let arrays = self.projection.evaluate(rows)?;
+        let arrays = arrays.iter().zip(&self.columns).map(|(array, column)| output_array(array, column.ty));
+        batch_of(&self.output, arrays.collect::<Result<_, SqlError>>()?, rows.len())
     }
+}
+
+impl Compiled {
+    fn new(table: &Table, exprs: &[Expr]) -> Result<Compiled, DataFusionError> {
+        let mut named: HashSet<Column> = HashSet::new();
+        for expr in exprs {
+            expr_to_columns(expr, &mut named)?;
+        }
+        let mut schema = table.schema();
+        schema.columns.retain(|column| named.iter().any(|used| used.name == column.name));
+        let arrow = arrow_schema(&schema);
+        let names = DFSchema::try_from(arrow.clone())?;
+        let physical = |expr: &Expr| {
+            create_physical_expr(expr, &names, &ExecutionProps::new(), &PhysicalPlanningContext::default())
+        };
+        let exprs = exprs.iter().map(physical).collect::<Result<_, _>>()?;
+        Ok(Compiled { columns: schema.columns, schema: arrow, exprs })
+    }
+
+    fn evaluate(&self, rows: &[ImageRef<'_>]) -> Result<Vec<ArrayRef>, SqlError> {
+        let mut builder = RowBatchBuilder::new(&self.columns, rows.len()).with_schema(self.schema.clone());
+        for row in rows {
+            builder.push(row)?;
+        }
+        let batch = builder.finish()?;
+        let value = |expr: &Arc<dyn PhysicalExpr>| expr.evaluate(&batch)?.into_array(rows.len());
+        self.exprs.iter().map(value).collect::<Result<_, DataFusionError>>().map_err(|error| from_datafusion(error, ""))
+    }
+}
+
+pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<LivePlan, SqlError> {
+    let mut statements = parse(text)?;
+    let (Some(statement), true) = (statements.pop(), statements.is_empty()) else {
+        return Err(SqlError::invalid("syntax", "a live query is one SELECT"));
+    };
+    let ast::Statement::Query(query) = *statement.ast else {
+        return Err(SqlError::unsupported("anything but SELECT as a live query", None));
+    };
+    let table = only_table(&query, env)?;
+    let plan = engine.logical(ast::Statement::Query(query), env).map_err(|error| from_datafusion(error, text))?;
+    if let Some(function) = impure_function(&plan).map_err(|error| from_datafusion(error, text))? {
+        let hint = "its rows must depend on the table alone";
+        return Err(SqlError::unsupported(format!("{function}() in a live query"), Some(hint)));
+    }
+    let plan = bind(plan, env).and_then(|plan| engine.analyze(plan));
+    let parts = Parts::of(plan.map_err(|error| from_datafusion(error, text))?)?;
+    parts.compile(engine, table, env).map_err(|error| from_datafusion(error, text))
+}
+
+fn refuse(found: &[(bool, &str)]) -> Result<(), SqlError> {
+    match found.iter().find(|(there, _)| *there) {
+        Some((_, what)) => Err(SqlError::unsupported(format!("{what} in a live query"), None)),
+        None => Ok(()),
+    }
+}
+
+/// The table of `SELECT … FROM table [WHERE …]`; everything else is refused by name.
+fn only_table(query: &Query, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
+    refuse(&[
+        (query.with.is_some(), "WITH"),
+        (query.order_by.is_some(), "ORDER BY"),
+        (query.limit_clause.is_some(), "LIMIT"),
+    ])?;
+    let select = match &*query.body {
+        SetExpr::Select(select) => select,
+        SetExpr::Query(_) => return Err(SqlError::unsupported("a bracketed query as a live query", None)),
+        SetExpr::SetOperation { op, .. } => return Err(SqlError::unsupported(format!("{op} in a live query"), None)),
+        _ => return Err(SqlError::unsupported("VALUES in a live query", None)),
+    };
+    let grouped = match &select.group_by {
+        GroupByExpr::All(_) => true,
+        GroupByExpr::Expressions(exprs, modifiers) => !exprs.is_empty() || !modifiers.is_empty(),
+    };
+    refuse(&[
+        (select.distinct.is_some(), "DISTINCT"),
+        (grouped, "GROUP BY"),
+        (select.having.is_some(), "HAVING"),
+        (select.qualify.is_some(), "QUALIFY"),
+        (!select.named_window.is_empty(), "WINDOW"),
+        (select.from.len() > 1 || select.from.iter().any(|from| !from.joins.is_empty()), "a join"),
+        (select.from.is_empty(), "SELECT without FROM"),
+    ])?;
+    match select.from.first().map(|from| &from.relation) {
+        Some(TableFactor::Table { name, .. }) => {
+            let (namespace, name) = table_name(name)?;
+            Ok(find_table(env, namespace.as_deref(), &name)?.clone())
+        }
+        Some(TableFactor::Derived { .. }) => Err(SqlError::unsupported("a sub-query in a live query", None)),
+        _ => Err(SqlError::unsupported("anything but a table in a live query", None)),
+    }
+}
+
+/// A plan of the one shape that is incremental.
+struct Parts {
+    predicate: Option<Expr>,
+    projection: Vec<Expr>,
+}
+
+impl Parts {
+    fn of(plan: LogicalPlan) -> Result<Parts, SqlError> {
+        let LogicalPlan::Projection(projection) = plan else { return Err(shape(&plan)) };
+        let (predicate, mut input) = match projection.input.as_ref() {
+            LogicalPlan::Filter(filter) => (Some(filter.predicate.clone()), filter.input.clone()),
+            _ => (None, projection.input.clone()),
+        };
+        while let LogicalPlan::SubqueryAlias(alias) = input.as_ref() {
+            input = alias.input.clone();
+        }
+        let LogicalPlan::TableScan(_) = input.as_ref() else { return Err(shape(&input)) };
+        let parts = Parts { predicate, projection: projection.expr };
+        for expr in parts.predicate.iter().chain(&parts.projection) {
+            let sub_query = |expr: &Expr| {
+                Ok(matches!(
+                    expr,
+                    Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_)
+                ))
+            };
+            if expr.exists(sub_query).map_err(|error| from_datafusion(error, ""))? {
+                return Err(SqlError::unsupported("a sub-query in a live query", None));
+            }
+        }
+        Ok(parts)
+    }
+
+    fn compile(self, engine: &Engine, table: Arc<Table>, env: &RequestEnv) -> Result<LivePlan, DataFusionError> {
+        let names: Vec<String> = self.projection.iter().map(|expr| expr.qualified_name().1).collect();
+        unique(&names).map_err(SqlError::into_datafusion)?;
+        let schema = Arc::new(DFSchema::try_from(arrow_schema(&table.schema()))?);
+        let context = SimplifyContext::builder()
+            .with_schema(schema.clone())
+            .with_config_options(engine.state.config_options().clone())
+            .build();
+        let simplifier = ExprSimplifier::new(context);
+        let simplify = |expr: Expr| simplifier.simplify(unqualified(expr.unalias_nested().data)?);
+        let predicate = self.predicate.map(simplify).transpose()?;
+        let projection = self.projection.into_iter().map(simplify).collect::<Result<Vec<_>, _>>()?;
+        let compiled = Compiled::new(&table, &projection)?;
+        let columns = output_types(&compiled, names)?;
+        Ok(LivePlan {
+            scope: scope_of(&table, &env.user),
+            fingerprint: fingerprint(&table, predicate.as_ref(), &projection, &columns)?,
+            range: hull(&key_ranges(&table, predicate.as_slice())),
+            predicate: predicate.map(|predicate| Compiled::new(&table, &[predicate])).transpose()?,
+            projection: compiled,
+            output: output_schema(&columns),
+            columns,
+            table,
+        })
+    }
+}
+
+/// What the planner made of it that is no filter and projection.
+fn shape(plan: &LogicalPlan) -> SqlError {
+    let what = match plan {
+        LogicalPlan::Aggregate(_) => "an aggregate function",
+        LogicalPlan::Window(_) => "a window function",
+        LogicalPlan::Unnest(_) => "unnest",
+        LogicalPlan::Join(_) => "a join",
+        _ => "anything but a filter and a SELECT list",
+    };
+    SqlError::unsupported(format!("{what} in a live query"), None)
+}
+
+/// Events are JSON objects: one member a name.
+fn unique(names: &[String]) -> Result<(), SqlError> {
+    let mut seen = HashSet::new();
+    match names.iter().find(|name| !seen.insert(name.as_str())) {
+        Some(name) => {
+            let message = format!("a live query's columns need different names, {name:?} is there twice: use AS");
+            Err(SqlError::invalid("duplicate_column", message))
+        }
+        None => Ok(()),
+    }
+}
+
+/// There is one table: its columns need no qualifier, and no alias makes two queries differ.
+fn unqualified(expr: Expr) -> Result<Expr, DataFusionError> {
+    let expr = expr.transform(|expr| match expr {
+        Expr::Column(column) if column.relation.is_some() => {
+            Ok(Transformed::yes(Expr::Column(Column::new_unqualified(column.name))))
+        }
+        expr => Ok(Transformed::no(expr)),
+    })?;
+    Ok(expr.data)
+}
+
+fn output_types(compiled: &Compiled, names: Vec<String>) -> Result<Vec<OutputColumn>, DataFusionError> {
+    let typed = |(expr, name): (&Arc<dyn PhysicalExpr>, String)| {
+        Ok(OutputColumn { name, ty: output_type(expr.return_field(&compiled.schema)?.as_ref()) })
+    };
+    compiled.exprs.iter().zip(names).map(typed).collect()
+}
+
+/// Stable over restarts: it is part of positions that clients hold.
+fn fingerprint(
+    table: &Table,
+    predicate: Option<&Expr>,
+    projection: &[Expr],
+    columns: &[OutputColumn],
+) -> Result<u64, DataFusionError> {
+    let mut hash = Sha256::new();
+    let mut part = |text: &str| {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text.as_bytes());
+    };
+    let scope = if table.kind == TableKind::User { "user" } else { "shared" };
+    part(&format!("live 1, table {}, version {}, {scope}", table.id.0, table.schema_version));
+    part(if predicate.is_some() { "where" } else { "all" });
+    for expr in predicate.into_iter().chain(projection) {
+        part(&expr.to_string());
+        // Expressions print text literals without escapes: a literal that holds a quote could pass for two. Their
+        // own lengths tell them apart.
+        expr.apply(|expr| {
+            if let Expr::Literal(value, _) = expr {
+                part(&format!("{} {value}", value.data_type()));
+            }
+            Ok(TreeNodeRecursion::Continue)
+        })?;
+    }
+    for column in columns {
+        part(&format!("{:?}", column.ty));
+        part(&column.name);
+    }
+    let digest = hash.finalize();
+    let first: [u8; 8] = digest[..8].try_into().unwrap_or_default();
+    Ok(u64::from_le_bytes(first))
 }

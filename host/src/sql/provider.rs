@@ -1,1 +1,355 @@
-//! Table providers: scans with projection, key ranges, filters and LIMIT pushed down; rows stream from the store.
+//! Table providers: scans with projection, key ranges and LIMIT pushed down; rows stream from the store.
+//!
+//! A provider belongs to a table version, not to a user. Who asks, at which snapshot, travels in the task context
+//! ([`RequestEnv`]) and decides the key range when the scan starts: rows of other users are never read.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::ops::Bound;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ::arrow::datatypes::SchemaRef;
+use ::arrow::record_batch::RecordBatch;
+use datafusion::catalog::{Session, TableProvider};
+use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::common::{Result, internal_datafusion_err, internal_err};
+use datafusion::datasource::provider_as_source;
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::logical_expr::{Expr, TableProviderFilterPushDown, TableSource, TableType};
+use datafusion::physical_expr::expressions::Column as PhysicalColumn;
+use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr, PhysicalSortExpr};
+use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
+use datafusion::physical_plan::stream::RecordBatchReceiverStreamBuilder;
+use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
+use futures::future::BoxFuture;
+use tokio::sync::mpsc::Sender;
+use wire::{ColumnDecl, ImageRef, Scope};
+
+use super::arrow::{RowBatchBuilder, arrow_schema};
+use super::range::{KeyRanges, is_useful, key_ranges};
+use super::{RequestEnv, SqlError};
+use crate::catalog::{Table, TableId, TableKind};
+use crate::store::StoreError;
+use crate::store::keys::KeyRange;
+
+/// Batches that may wait for their reader.
+const WAITING_BATCHES: usize = 2;
+/// Table versions whose providers are kept. Beyond that all are made anew: they are cheap.
+const CACHED_TABLES: usize = 1_024;
+
+/// Providers by table version, so that an Arrow schema is made once.
+#[derive(Default)]
+pub(crate) struct Providers {
+    sources: Mutex<HashMap<(TableId, u32), Arc<dyn TableSource>>>,
+}
+
+impl Providers {
+    pub(crate) fn source(&self, table: &Arc<Table>) -> Arc<dyn TableSource> {
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        if sources.len() >= CACHED_TABLES {
+            sources.clear();
+        }
+        sources
+            .entry((table.id, table.schema_version))
+            .or_insert_with(|| provider_as_source(Arc::new(Rows::new(table.clone()))))
+            .clone()
+    }
+}
+
+/// The scope a user sees of a table.
+pub(crate) fn scope_of(table: &Table, user: &str) -> Scope {
+    match table.kind {
+        TableKind::Shared => Scope::Shared,
+        TableKind::User => Scope::User(user.to_owned()),
+    }
+}
+
+#[derive(Debug)]
+struct Rows {
+    table: Arc<Table>,
+    columns: Vec<ColumnDecl>,
+    schema: SchemaRef,
+}
+
+impl Rows {
+    fn new(table: Arc<Table>) -> Rows {
+        let schema = table.schema();
+        Rows { schema: arrow_schema(&schema), columns: schema.columns, table }
+    }
+
+    fn plan(&self, projection: Option<&Vec<usize>>, filters: &[Expr], limit: Option<usize>) -> Result<ScanExec> {
+        let (columns, schema) = match projection {
+            None => (self.columns.clone(), self.schema.clone()),
+            Some(picked) => {
+                let columns = picked.iter().map(|at| self.columns[*at].clone()).collect();
+                (columns, Arc::new(self.schema.project(picked)?))
+            }
+        };
+        let properties = Arc::new(properties(&self.table, &columns, &schema)?);
+        let ranges = key_ranges(&self.table, filters);
+        // Rows that a filter above drops would count against a limit here.
+        let limit = limit.filter(|_| filters.is_empty());
+        Ok(ScanExec { table: self.table.clone(), columns, schema, ranges, limit, properties })
+    }
+}
+
+impl TableProvider for Rows {
+    fn schema(&self) -> SchemaRef {
+        self.schema.clone()
+    }
+
+    fn table_type(&self) -> TableType {
+        TableType::Base
+    }
+
+    fn scan<'a, 'b, 'c, 'd, 'r>(
+        &'a self,
+        _state: &'b dyn Session,
+        projection: Option<&'c Vec<usize>>,
+        filters: &'d [Expr],
+        limit: Option<usize>,
+    ) -> BoxFuture<'r, Result<Arc<dyn ExecutionPlan>>>
+    where
+        'a: 'r,
+        'b: 'r,
+        'c: 'r,
+        'd: 'r,
+        Self: 'r,
+    {
+        let plan = self.plan(projection, filters, limit).map(|plan| Arc::new(plan) as Arc<dyn ExecutionPlan>);
+        Box::pin(std::future::ready(plan))
+    }
+
+    fn supports_filters_pushdown(&self, filters: &[&Expr]) -> Result<Vec<TableProviderFilterPushDown>> {
+        let judge = |filter: &&Expr| match is_useful(&self.table, filter) {
+            true => TableProviderFilterPushDown::Inexact,
+            false => TableProviderFilterPushDown::Unsupported,
+        };
+        Ok(filters.iter().map(judge).collect())
+    }
+}
+
+/// One partition, rows in key order.
+fn properties(table: &Table, columns: &[ColumnDecl], schema: &SchemaRef) -> Result<PlanProperties> {
+    let mut order = Vec::new();
+    for id in &table.key {
+        // The order holds for leading key columns, as far as they are read.
+        let Some(at) = columns.iter().position(|column| column.id == *id) else { break };
+        let column: Arc<dyn PhysicalExpr> = Arc::new(PhysicalColumn::new(&columns[at].name, at));
+        order.push(PhysicalSortExpr::new_default(column));
+    }
+    let equivalences = if order.is_empty() {
+        EquivalenceProperties::new(schema.clone())
+    } else {
+        EquivalenceProperties::new_with_orderings(schema.clone(), [order])
+    };
+    Ok(PlanProperties::new(
+        equivalences,
+        Partitioning::UnknownPartitioning(1),
+        EmissionType::Incremental,
+        Boundedness::Bounded,
+    ))
+}
+
+/// Reads the key ranges of one table, for whoever runs it.
+#[derive(Debug)]
+struct ScanExec {
+    table: Arc<Table>,
+    columns: Vec<ColumnDecl>,
+    schema: SchemaRef,
+    ranges: KeyRanges,
+    limit: Option<usize>,
+    properties: Arc<PlanProperties>,
+}
+
+impl DisplayAs for ScanExec {
+    fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter) -> fmt::Result {
+        let columns: Vec<&str> = self.columns.iter().map(|column| column.name.as_str()).collect();
+        let Table { namespace_name, name, .. } = &*self.table;
+        write!(
+            f,
+            "TableScan: {namespace_name}.{name}, keys=[{}], columns=[{}]",
+            self.ranges.shown,
+            columns.join(", ")
+        )?;
+        match self.limit {
+            Some(limit) => write!(f, ", limit={limit}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl ExecutionPlan for ScanExec {
+    fn name(&self) -> &str {
+        "TableScan"
+    }
+
+    fn schema(&self) -> SchemaRef {
+        self.schema.clone()
+    }
+
+    fn properties(&self) -> &Arc<PlanProperties> {
+        &self.properties
+    }
+
+    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
+        Vec::new()
+    }
+
+    fn apply_expressions(
+        &self,
+        _f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
+    ) -> Result<TreeNodeRecursion> {
+        Ok(TreeNodeRecursion::Continue)
+    }
+
+    fn replace_children(
+        self: Arc<Self>,
+        children: Vec<Arc<dyn ExecutionPlan>>,
+        _options: ReplaceChildrenOptions,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        if children.is_empty() { Ok(self) } else { internal_err!("a table scan has no children") }
+    }
+
+    fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
+        if children.is_empty() { Ok(self) } else { internal_err!("a table scan has no children") }
+    }
+
+    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
+        if partition != 0 {
+            return internal_err!("a table scan has one partition, not {partition}");
+        }
+        let config = context.session_config();
+        let env = config
+            .get_extension::<RequestEnv>()
+            .ok_or_else(|| internal_datafusion_err!("a scan was started outside of a request"))?;
+        let scan = Scan {
+            scope: scope_of(&self.table, &env.user),
+            table: self.table.clone(),
+            columns: self.columns.clone(),
+            schema: self.schema.clone(),
+            ranges: self.ranges.ranges.clone(),
+            left: self.limit.unwrap_or(usize::MAX),
+            batch_rows: config.batch_size(),
+            env,
+        };
+        let mut stream = RecordBatchReceiverStreamBuilder::new(self.schema.clone(), WAITING_BATCHES);
+        let batches = stream.tx();
+        stream.spawn_blocking(move || scan.run(&batches).map_err(SqlError::into_datafusion));
+        Ok(stream.build())
+    }
+}
+
+/// A running scan, on a blocking thread of its own.
+struct Scan {
+    env: Arc<RequestEnv>,
+    table: Arc<Table>,
+    scope: Scope,
+    columns: Vec<ColumnDecl>,
+    schema: SchemaRef,
+    ranges: Vec<KeyRange>,
+    left: usize,
+    batch_rows: usize,
+}
+
+type Batches = Sender<Result<RecordBatch>>;
+
+/// Whether anybody still wants rows.
+enum Wanted {
+    More,
+    Enough,
+}
+
+impl Scan {
+    fn run(mut self, batches: &Batches) -> std::result::Result<(), SqlError> {
+        let capacity = self.batch_rows.min(self.left).min(1_024);
+        let mut builder = RowBatchBuilder::new(&self.columns, capacity).with_schema(self.schema.clone());
+        for range in std::mem::take(&mut self.ranges) {
+            if let Wanted::Enough = self.range(range, &mut builder, batches)? {
+                break;
+            }
+        }
+        if builder.rows() > 0 {
+            send(&mut builder, batches)?;
+        }
+        Ok(())
+    }
+
+    /// One range of stored rows, with the uncommitted rows of the transaction merged in by key.
+    fn range(
+        &mut self,
+        range: KeyRange,
+        builder: &mut RowBatchBuilder,
+        batches: &Batches,
+    ) -> std::result::Result<Wanted, SqlError> {
+        let env = self.env.clone();
+        let none = BTreeMap::new();
+        let pending = env.overlay.rows.get(&(self.table.id, self.scope.clone())).unwrap_or(&none);
+        let mut pending = pending.range::<[u8], _>(bounds(&range)).peekable();
+        let mut stored = env.snapshot.scan(&self.table, &self.scope, range.clone());
+        while let Some((key, image)) = stored.next_row()? {
+            let mut replaced = false;
+            while let Some((at, change)) = pending.next_if(|(at, _)| at.as_slice() <= key) {
+                replaced |= at.as_slice() == key;
+                if let Wanted::Enough = self.take(change.as_deref(), builder, batches)? {
+                    return Ok(Wanted::Enough);
+                }
+            }
+            if !replaced && let Wanted::Enough = self.take(Some(image), builder, batches)? {
+                return Ok(Wanted::Enough);
+            }
+        }
+        for (_, change) in pending {
+            if let Wanted::Enough = self.take(change.as_deref(), builder, batches)? {
+                return Ok(Wanted::Enough);
+            }
+        }
+        Ok(Wanted::More)
+    }
+
+    fn take(
+        &mut self,
+        image: Option<&[u8]>,
+        builder: &mut RowBatchBuilder,
+        batches: &Batches,
+    ) -> std::result::Result<Wanted, SqlError> {
+        let Some(image) = image else { return Ok(Wanted::More) };
+        if self.left == 0 {
+            return Ok(Wanted::Enough);
+        }
+        let (image, ..) = ImageRef::parse(image).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+        builder.push(&image)?;
+        self.left -= 1;
+        if builder.rows() >= self.batch_rows && !send(builder, batches)? {
+            return Ok(Wanted::Enough);
+        }
+        Ok(if self.left == 0 { Wanted::Enough } else { Wanted::More })
+    }
+}
+
+/// Waits for room; `false` when the reader has gone.
+fn send(builder: &mut RowBatchBuilder, batches: &Batches) -> std::result::Result<bool, SqlError> {
+    let batch = builder.finish()?;
+    Ok(batches.blocking_send(Ok(batch)).is_ok())
+}
+
+/// A range that `BTreeMap` takes without panic: an upside-down one is empty.
+fn bounds(range: &KeyRange) -> (Bound<&[u8]>, Bound<&[u8]>) {
+    let (start, end) = (as_slice(&range.start), as_slice(&range.end));
+    match (start, end) {
+        (Bound::Included(least) | Bound::Excluded(least), Bound::Included(most) | Bound::Excluded(most))
+            if least > most || least == most && !matches!((start, end), (Bound::Included(_), Bound::Included(_))) =>
+        {
+            (Bound::Included(&[]), Bound::Excluded(&[]))
+        }
+        bounds => bounds,
+    }
+}
+
+fn as_slice(bound: &Bound<Vec<u8>>) -> Bound<&[u8]> {
+    match bound {
+        Bound::Unbounded => Bound::Unbounded,
+        Bound::Included(bytes) => Bound::Included(bytes),
+        Bound::Excluded(bytes) => Bound::Excluded(bytes),
+    }
+}

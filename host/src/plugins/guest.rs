@@ -1,0 +1,217 @@
+//! What a store carries for its instance: the budget of the call under way, memory limits, and what the guest said
+//! through its imports `log`, `metric` and `fail`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+use wasmtime::{Caller, Extern, Linker, Memory, ResourceLimiter, Store, UpdateDeadline};
+use wire::abi::import;
+
+use super::{PluginOptions, window};
+
+/// Wall time that a call may take, as a multiple of its CPU time: a busy machine is not the guest's fault, a guest
+/// that sleeps in a page fault for ever is nobody else's problem.
+const WALL_FACTOR: u32 = 10;
+
+/// What a log line costs beside its bytes, so that a million empty lines end too.
+const LOG_LINE_COST: usize = 64;
+
+/// Longest message of `fail` and name of `metric` that are taken.
+const FAIL_BYTES: usize = 1024;
+const METRIC_NAME_BYTES: usize = 64;
+
+/// Metrics that one call may add to.
+const METRICS_PER_CALL: usize = 32;
+
+/// The guest ran out of the time of its call.
+#[derive(Debug, thiserror::Error)]
+#[error("it ran for more than {} ms of CPU time (or {} ms in all)", cpu.as_millis(), (*cpu * WALL_FACTOR).as_millis())]
+pub struct OutOfTime {
+    cpu: Duration,
+}
+
+/// The data of an instance's store.
+pub struct Guest {
+    /// For logs and metrics: the plugin on whose behalf the present call is made.
+    plugin: Arc<str>,
+    memory_limit: usize,
+    table_limit: usize,
+    budget: Duration,
+    cpu_end: Duration,
+    wall_end: Instant,
+    log_limit: usize,
+    log_left: usize,
+    /// Rows of the present batch; 0 where rows make no sense.
+    rows: usize,
+    /// The memory limit refused a growth during the present call.
+    pub memory_refused: bool,
+    /// The first failure that the guest told: a row of the batch or the whole call.
+    pub failed: Option<(Option<usize>, String)>,
+    pub metrics: Vec<(String, f64)>,
+}
+
+impl Guest {
+    pub fn new(options: &PluginOptions, plugin: Arc<str>, memory_limit: usize) -> Guest {
+        Guest {
+            plugin,
+            memory_limit,
+            table_limit: options.table_elements,
+            budget: Duration::ZERO,
+            cpu_end: Duration::ZERO,
+            wall_end: Instant::now(),
+            log_limit: options.log_bytes,
+            log_left: 0,
+            rows: 0,
+            memory_refused: false,
+            failed: None,
+            metrics: Vec::new(),
+        }
+    }
+
+    /// Starts the clock of one call.
+    pub fn begin(&mut self, plugin: &Arc<str>, budget: Duration, rows: usize, cpu_now: Duration) {
+        if !Arc::ptr_eq(&self.plugin, plugin) {
+            self.plugin = plugin.clone();
+        }
+        self.budget = budget;
+        self.cpu_end = cpu_now + budget;
+        self.wall_end = Instant::now() + budget * WALL_FACTOR;
+        self.log_left = self.log_limit;
+        self.rows = rows;
+        self.memory_refused = false;
+        self.failed = None;
+        self.metrics.clear();
+    }
+
+    fn log(&mut self, level: i32, message: &str) {
+        let cost = message.len() + LOG_LINE_COST;
+        if self.log_left == 0 {
+            return;
+        }
+        if cost > self.log_left {
+            self.log_left = 0;
+            tracing::warn!(target: "plugin", plugin = &*self.plugin, "log limit of a call reached; the rest is dropped");
+            return;
+        }
+        self.log_left -= cost;
+        match level {
+            0 => tracing::error!(target: "plugin", plugin = &*self.plugin, "{message}"),
+            1 => tracing::warn!(target: "plugin", plugin = &*self.plugin, "{message}"),
+            2 => tracing::info!(target: "plugin", plugin = &*self.plugin, "{message}"),
+            _ => tracing::debug!(target: "plugin", plugin = &*self.plugin, "{message}"),
+        }
+    }
+
+    fn metric(&mut self, name: String, value: f64) {
+        let valid = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.'));
+        if name.is_empty() || !valid || !(value.is_finite() && value >= 0.0) {
+            self.log(
+                1,
+                &format!("metric `{name}` ({value}) is not counted: names are letters, digits, _ and ., values ≥ 0"),
+            );
+            return;
+        }
+        if let Some((_, sum)) = self.metrics.iter_mut().find(|(known, _)| *known == name) {
+            *sum += value;
+        } else if self.metrics.len() < METRICS_PER_CALL {
+            self.metrics.push((name, value));
+        } else {
+            self.log(1, &format!("metric `{name}` is not counted: a call has at most {METRICS_PER_CALL}"));
+        }
+    }
+}
+
+/// CPU time of the calling thread so far.
+pub fn thread_cpu() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+}
+
+/// Called at every tick while the guest runs: wall ticks only ask the thread's CPU clock.
+pub fn watch_deadline(store: &mut Store<Guest>) {
+    store.epoch_deadline_callback(|context| {
+        let guest = context.data();
+        if thread_cpu() >= guest.cpu_end || Instant::now() >= guest.wall_end {
+            return Err(wasmtime::Error::new(OutOfTime { cpu: guest.budget }));
+        }
+        Ok(UpdateDeadline::Continue(1))
+    });
+}
+
+impl ResourceLimiter for Guest {
+    fn memory_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let fits = desired <= self.memory_limit;
+        self.memory_refused |= !fits;
+        Ok(fits)
+    }
+
+    fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        Ok(desired <= self.table_limit)
+    }
+
+    fn instances(&self) -> usize {
+        1
+    }
+
+    fn memories(&self) -> usize {
+        1
+    }
+
+    fn tables(&self) -> usize {
+        super::check::MAX_TABLES as usize
+    }
+}
+
+/// The three imports. A pointer outside the memory traps.
+pub fn link(linker: &mut Linker<Guest>) -> wasmtime::Result<()> {
+    linker.func_wrap(
+        import::MODULE,
+        import::LOG,
+        |mut caller: Caller<'_, Guest>, level: i32, ptr: u32, len: u32| {
+            let most = caller.data().log_left;
+            let message = message(&mut caller, "log", ptr, len, most)?;
+            caller.data_mut().log(level, &message);
+            wasmtime::Result::Ok(())
+        },
+    )?;
+    linker.func_wrap(
+        import::MODULE,
+        import::METRIC,
+        |mut caller: Caller<'_, Guest>, ptr: u32, len: u32, value: f64| {
+            let name = message(&mut caller, "metric", ptr, len, METRIC_NAME_BYTES)?;
+            caller.data_mut().metric(name, value);
+            wasmtime::Result::Ok(())
+        },
+    )?;
+    linker.func_wrap(
+        import::MODULE,
+        import::FAIL,
+        |mut caller: Caller<'_, Guest>, index: i32, ptr: u32, len: u32| {
+            let rows = caller.data().rows;
+            let index = match usize::try_from(index) {
+                Ok(index) if index < rows => Some(index),
+                Ok(_) => return Err(wasmtime::Error::msg(format!("fail: row {index} of a batch of {rows}"))),
+                Err(_) if index == -1 => None,
+                Err(_) => return Err(wasmtime::Error::msg(format!("fail: row {index} (a row of the batch or -1)"))),
+            };
+            // The first failure of the lowest row is what is told; a failure of the whole call counts before any row.
+            if caller.data().failed.as_ref().is_some_and(|(known, _)| *known <= index) {
+                return Ok(());
+            }
+            let text = message(&mut caller, "fail", ptr, len, FAIL_BYTES)?;
+            caller.data_mut().failed = Some((index, text));
+            Ok(())
+        },
+    )?;
+    Ok(())
+}
+
+fn message(caller: &mut Caller<'_, Guest>, import: &str, ptr: u32, len: u32, most: usize) -> wasmtime::Result<String> {
+    let memory: Memory = match caller.get_export(wire::abi::export::MEMORY) {
+        Some(Extern::Memory(memory)) => memory,
+        _ => return Err(wasmtime::Error::msg("the guest has no memory")),
+    };
+    window::read_message(&*caller, memory, ptr, len, most)
+        .ok_or_else(|| wasmtime::Error::msg(format!("{import}: {len} bytes at {ptr} do not lie in the memory")))
+}

@@ -1,0 +1,451 @@
+//! One instance of a module: made, given its window, configured, called. Every call has its budget, and nothing it
+//! returned is believed before the window is known to be untouched.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use wasmtime::{Instance as WasmInstance, Memory, Store, Trap, TypedFunc, WasmBacktrace, WasmParams, WasmResults};
+use wire::Schema;
+use wire::abi::{ABI, CONFIGURE_BYTES, Configure, Configured, Descriptor, WINDOW_ALIGN, export};
+use wire::image::ImageAt;
+
+use super::engine::Compiled;
+use super::guest::{self, Guest, OutOfTime};
+use super::registry::Shared;
+use super::window::{self, GuestWindow, Mapping, PART_ROWS_AT, Ring, WindowError, WorkerPart};
+use super::{FaultCause, PluginError, abi, check};
+use crate::catalog::{NamespaceId, PluginKind};
+
+/// What a guest's allocator may need around the window to align it.
+const WINDOW_SLACK: usize = 2 * WINDOW_ALIGN as usize;
+
+/// Why a call failed.
+#[derive(Clone, Debug)]
+pub struct CallFault {
+    pub cause: FaultCause,
+    /// The row of the batch, where the guest named one.
+    pub row: Option<usize>,
+    pub message: String,
+}
+
+impl CallFault {
+    pub fn new(cause: FaultCause, message: impl Into<String>) -> CallFault {
+        CallFault { cause, row: None, message: message.into() }
+    }
+
+    pub fn of(self, plugin: &str, index: Option<usize>) -> PluginError {
+        PluginError::Fault { plugin: plugin.to_owned(), cause: self.cause, index, message: self.message }
+    }
+}
+
+/// A module with parameters for one input: what an instance is configured with.
+pub struct Setup {
+    pub plugin: Arc<str>,
+    pub module: Arc<Compiled>,
+    /// Of everything below: equal keys share a handle.
+    pub key: [u8; 32],
+    pub params: Vec<u8>,
+    pub params_at: ImageAt,
+    pub reads: Vec<u8>,
+    /// The input schema as postcard.
+    pub input: Vec<u8>,
+}
+
+/// The two parts that make the windows of one worker in one namespace.
+pub struct Space {
+    pub namespace: NamespaceId,
+    /// `Err`: no ring, only its length (throw-away instances).
+    pub ring: Result<Arc<Ring>, u32>,
+    pub part: WorkerPart,
+}
+
+impl Space {
+    fn ring(&self) -> Result<&Ring, u32> {
+        self.ring.as_deref().map_err(|len| *len)
+    }
+}
+
+/// A configured handle of a guest.
+struct Handle {
+    number: u32,
+    output: Option<Schema>,
+}
+
+pub struct Instance {
+    shared: Arc<Shared>,
+    store: Store<Guest>,
+    memory: Memory,
+    window: GuestWindow,
+    configure: TypedFunc<u32, u64>,
+    release: Option<TypedFunc<u32, ()>>,
+    /// `tg_filter` or `tg_transform`.
+    run: TypedFunc<(u32, u32, u32), u64>,
+    handles: HashMap<[u8; 32], Handle>,
+}
+
+impl Instance {
+    pub fn new(
+        shared: &Arc<Shared>,
+        plugin: &Arc<str>,
+        module: &Compiled,
+        space: &Space,
+    ) -> Result<Instance, CallFault> {
+        let options = &shared.options;
+        let window_len = space.ring().map_or_else(|len| len, Ring::len) + space.part.len();
+        let memory_limit = options.memory_bytes + window_len as usize + WINDOW_SLACK;
+        let mut store = Store::new(&shared.engine.wasm, Guest::new(options, plugin.clone(), memory_limit));
+        store.limiter(|guest| guest);
+        guest::watch_deadline(&mut store);
+
+        let mut start = Call { shared, plugin, budget: options.init_time, rows: 0 };
+        let instance = start.run(&mut store, |store| module.pre.instantiate(store))?;
+        if instance.get_func(&mut store, export::INITIALIZE).is_some() {
+            let initialize: TypedFunc<(), ()> = func(&instance, &mut store, export::INITIALIZE)?;
+            start.run(&mut store, |store| initialize.call(store, ()))?;
+        }
+        let abi: TypedFunc<(), u32> = func(&instance, &mut store, export::ABI)?;
+        let found = start.run(&mut store, |store| abi.call(store, ()))?;
+        if found != ABI {
+            return Err(CallFault::new(FaultCause::Abi, check::wrong_abi(i64::from(found))));
+        }
+        let open: TypedFunc<u32, u32> = func(&instance, &mut store, export::WINDOW)?;
+        let addr = start.run(&mut store, |store| open.call(store, window_len))?;
+        let memory = instance
+            .get_memory(&mut store, export::MEMORY)
+            .ok_or_else(|| CallFault::new(FaultCause::Abi, "the module exports no memory"))?;
+        let window = GuestWindow::open(&mut store, memory, addr, space.ring(), &space.part, shared.mapping)
+            .map_err(|error| window_fault(error, &store))?;
+
+        let run = match module.kind {
+            PluginKind::RowFilter => export::FILTER,
+            PluginKind::RowTransform => export::TRANSFORM,
+        };
+        let release = instance.get_func(&mut store, export::RELEASE).is_some();
+        let release = release.then(|| func(&instance, &mut store, export::RELEASE)).transpose()?;
+        let configure = func(&instance, &mut store, export::CONFIGURE)?;
+        let run = func(&instance, &mut store, run)?;
+        shared.metrics.plugin_instances.inc();
+        let shared = shared.clone();
+        Ok(Instance { shared, store, memory, window, configure, release, run, handles: HashMap::new() })
+    }
+
+    /// Makes sure that the setup has a handle; its output schema, for a transform.
+    pub fn configure(&mut self, setup: &Setup, part: &mut WorkerPart) -> Result<Option<Schema>, CallFault> {
+        if let Some(handle) = self.handles.get(&setup.key) {
+            return Ok(handle.output.clone());
+        }
+        let used = self.write_configure(setup, part)?;
+        let at = self.window.part_at() + PART_ROWS_AT as u32;
+        let configure = self.configure.clone();
+        let packed =
+            self.call(&setup.plugin, self.shared.options.init_time, 0, part, used, |store| configure.call(store, at))?;
+        let Some(Configured { handle: number, schema }) = Configured::unpack(packed) else {
+            return Err(CallFault::new(
+                FaultCause::Failed,
+                "tg_configure failed without saying why (it should call `fail`)",
+            ));
+        };
+        let output = match setup.module.kind {
+            PluginKind::RowFilter => None,
+            PluginKind::RowTransform => Some(self.read_schema(schema)?),
+        };
+        self.handles.insert(setup.key, Handle { number, output: output.clone() });
+        Ok(output)
+    }
+
+    /// The configure message and what it points to, behind one another; the bytes of the part that are used.
+    fn write_configure(&self, setup: &Setup, part: &mut WorkerPart) -> Result<usize, CallFault> {
+        let base = self.window.part_at() as usize;
+        let params = PART_ROWS_AT + CONFIGURE_BYTES;
+        let reads = (params + setup.params.len()).next_multiple_of(4);
+        let input = reads + setup.reads.len();
+        let end = input + setup.input.len();
+        if end > part.len() as usize {
+            return Err(CallFault::new(
+                FaultCause::Memory,
+                format!(
+                    "parameters and schema take {end} bytes, more than the worker part has ({}; raise plugins.worker_bytes)",
+                    part.len()
+                ),
+            ));
+        }
+        let message = Configure {
+            params: Descriptor::new(setup.params_at, (base + params) as u32),
+            reads: (base + reads) as u32,
+            reads_len: (setup.reads.len() / 4) as u32,
+            schema: (base + input) as u32,
+            schema_len: setup.input.len() as u32,
+        };
+        part.write(PART_ROWS_AT, &message.to_bytes());
+        part.write(params, &setup.params);
+        part.write(reads, &setup.reads);
+        part.write(input, &setup.input);
+        Ok(end)
+    }
+
+    fn read_schema(&self, addr: u32) -> Result<Schema, CallFault> {
+        let wrong = |message: String| CallFault::new(FaultCause::Abi, message);
+        let head = self.take(addr, 4).map_err(|message| wrong(format!("the output schema's length: {message}")))?;
+        let len = u32::from_le_bytes([head[0], head[1], head[2], head[3]]);
+        if len > abi::SCHEMA_BYTES {
+            return Err(wrong(format!("the output schema has {len} bytes; at most {} are allowed", abi::SCHEMA_BYTES)));
+        }
+        let start = addr.checked_add(4).ok_or_else(|| wrong("the output schema lies outside the memory".to_owned()))?;
+        let message = self.take(start, len).map_err(|message| wrong(format!("the output schema: {message}")))?;
+        abi::output_schema(&message).map_err(wrong)
+    }
+
+    /// Where the worker part begins, from the window's first byte.
+    pub fn part_at(&self) -> u32 {
+        self.window.part_at()
+    }
+
+    /// Bytes of the guest's memory, outside the window.
+    fn take(&self, addr: u32, len: u32) -> Result<Vec<u8>, String> {
+        if self.window.overlaps(addr, len) {
+            return Err(format!("{len} bytes at {addr} lie in the window"));
+        }
+        window::copy_out(&self.store, self.memory, addr, len)
+            .ok_or_else(|| format!("{len} bytes at {addr} do not lie in the memory"))
+    }
+
+    /// `tg_filter` over the descriptors at the front of the worker part: bit i set = row i is kept.
+    pub fn filter(&mut self, setup: &Setup, rows: usize, part: &mut WorkerPart, used: usize) -> Result<u64, CallFault> {
+        let kept = self.run(setup, rows, part, used)?;
+        if rows < 64 && kept >> rows != 0 {
+            return Err(CallFault::new(
+                FaultCause::Abi,
+                format!("tg_filter set bits beyond the {rows} rows of its batch ({kept:#x})"),
+            ));
+        }
+        Ok(kept)
+    }
+
+    /// `tg_transform`: one image per row.
+    pub fn transform(
+        &mut self,
+        setup: &Setup,
+        rows: usize,
+        part: &mut WorkerPart,
+        used: usize,
+    ) -> Result<Vec<Vec<u8>>, CallFault> {
+        let packed = self.run(setup, rows, part, used)?;
+        let (addr, len) = (packed as u32, (packed >> 32) as u32);
+        let most = self.shared.options.output_bytes;
+        if len as usize > most {
+            let message =
+                format!("tg_transform answered {len} bytes; at most {most} are allowed (plugins.output_bytes)");
+            return Err(CallFault::new(FaultCause::Output, message));
+        }
+        let output = self
+            .take(addr, len)
+            .map_err(|message| CallFault::new(FaultCause::Output, format!("the output: {message}")))?;
+        let schema = self.handles.get(&setup.key).and_then(|handle| handle.output.as_ref());
+        let schema = schema.ok_or_else(|| CallFault::new(FaultCause::Abi, "a transform without an output schema"))?;
+        abi::output_images(&output, rows, schema).map_err(|message| CallFault::new(FaultCause::Output, message))
+    }
+
+    fn run(&mut self, setup: &Setup, rows: usize, part: &mut WorkerPart, used: usize) -> Result<u64, CallFault> {
+        let handle = self.handles.get(&setup.key).map(|handle| handle.number);
+        let handle = handle.ok_or_else(|| CallFault::new(FaultCause::Abi, "the call has no handle"))?;
+        let arguments = (handle, self.window.part_at(), rows as u32);
+        let run = self.run.clone();
+        let budget = self.shared.options.batch_time;
+        let answer = self.call(&setup.plugin, budget, rows, part, used, |store| run.call(store, arguments))?;
+        self.shared.metrics.plugin_calls.inc();
+        self.shared.metrics.plugin_rows.inc_by(rows as u64);
+        Ok(answer)
+    }
+
+    /// Gives a handle back. A guest that fails here is no good any more.
+    pub fn release(&mut self, setup: &Setup, part: &WorkerPart) -> Result<(), CallFault> {
+        let Some(handle) = self.handles.remove(&setup.key) else { return Ok(()) };
+        let Some(release) = self.release.clone() else { return Ok(()) };
+        self.call(&setup.plugin, self.shared.options.init_time, 0, part, 0, |store| release.call(store, handle.number))
+    }
+
+    fn call<R>(
+        &mut self,
+        plugin: &Arc<str>,
+        budget: Duration,
+        rows: usize,
+        part: &WorkerPart,
+        used: usize,
+        call: impl FnOnce(&mut Store<Guest>) -> wasmtime::Result<R>,
+    ) -> Result<R, CallFault> {
+        if self.shared.mapping == Mapping::Copy {
+            self.window.copy_part(&mut self.store, self.memory, part, used);
+            self.shared.metrics.guest_bytes_copied.inc_by(used as u64);
+        }
+        let shared = self.shared.clone();
+        let answer = Call { shared: &shared, plugin, budget, rows }.run(&mut self.store, call);
+        if self.window.was_written() {
+            return Err(CallFault::new(FaultCause::WindowWrite, "it wrote into its window, which is for reading only"));
+        }
+        let answer = answer?;
+        let guest = self.store.data_mut();
+        if let Some((row, message)) = guest.failed.take() {
+            return Err(CallFault { cause: FaultCause::Failed, row, message });
+        }
+        self.shared.count_guest_metrics(plugin, &mut guest.metrics);
+        Ok(answer)
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        self.shared.metrics.plugin_instances.dec();
+    }
+}
+
+fn window_fault(error: WindowError, store: &Store<Guest>) -> CallFault {
+    let refused = if store.data().memory_refused { "; its memory limit refused to grow for it" } else { "" };
+    match error {
+        WindowError::Guest(message) => CallFault::new(FaultCause::Abi, format!("{message}{refused}")),
+        WindowError::Host(_) => CallFault::new(FaultCause::Memory, error.to_string()),
+    }
+}
+
+fn func<P: WasmParams, R: WasmResults>(
+    instance: &WasmInstance,
+    store: &mut Store<Guest>,
+    name: &str,
+) -> Result<TypedFunc<P, R>, CallFault> {
+    instance
+        .get_typed_func(store, name)
+        .map_err(|error| CallFault::new(FaultCause::Abi, format!("export `{name}`: {error}")))
+}
+
+/// One call into a guest with its budget.
+struct Call<'a> {
+    shared: &'a Shared,
+    plugin: &'a Arc<str>,
+    budget: Duration,
+    rows: usize,
+}
+
+impl Call<'_> {
+    fn run<R>(
+        &mut self,
+        store: &mut Store<Guest>,
+        call: impl FnOnce(&mut Store<Guest>) -> wasmtime::Result<R>,
+    ) -> Result<R, CallFault> {
+        let before = guest::thread_cpu();
+        store.data_mut().begin(self.plugin, self.budget, self.rows, before);
+        store.set_epoch_deadline(1);
+        let running = self.shared.engine.ticker.running();
+        let answer = call(store);
+        drop(running);
+        let cpu = guest::thread_cpu().saturating_sub(before);
+        self.shared.metrics.plugin_nanos.inc_by(u64::try_from(cpu.as_nanos()).unwrap_or(u64::MAX));
+        answer.map_err(|error| fault(&error, store.data()))
+    }
+}
+
+/// Tells the causes apart and says them in one line.
+fn fault(error: &wasmtime::Error, guest: &Guest) -> CallFault {
+    if let Some(late) = error.downcast_ref::<OutOfTime>() {
+        return CallFault::new(FaultCause::Deadline, late.to_string());
+    }
+    let trap = error.downcast_ref::<Trap>();
+    let mut message = match trap {
+        Some(trap) => trap.to_string(),
+        None => error.root_cause().to_string(),
+    };
+    let frames = error.downcast_ref::<WasmBacktrace>().map_or(&[][..], WasmBacktrace::frames);
+    if let Some(name) = frames.first().and_then(|frame| frame.func_name()) {
+        message = format!("{message} (in {name})");
+    }
+    // A panicking guest says why through `fail` before it traps.
+    if let Some((_, said)) = &guest.failed {
+        message = format!("{said}: {message}");
+    }
+    if guest.memory_refused {
+        return CallFault::new(
+            FaultCause::Memory,
+            format!("its memory limit (plugins.memory_bytes) was reached: {message}"),
+        );
+    }
+    CallFault::new(FaultCause::Trap, message)
+}
+
+/// The instances of one worker: at most so many, the longest unused goes first.
+pub struct Instances {
+    shared: Arc<Shared>,
+    limit: usize,
+    clock: u64,
+    random: u64,
+    map: HashMap<(Arc<str>, NamespaceId), (u64, Instance)>,
+}
+
+impl Instances {
+    pub fn new(shared: Arc<Shared>, limit: usize) -> Instances {
+        Instances { shared, limit: limit.max(1), clock: 0, random: 0, map: HashMap::new() }
+    }
+
+    /// The instance of a setup's module, made where there is none, with the setup configured.
+    pub fn get(&mut self, setup: &Setup, space: &mut Space) -> Result<(&mut Instance, Option<Schema>), CallFault> {
+        self.drop_at_random(&setup.module.sha256, space.namespace);
+        self.clock += 1;
+        let key = (setup.module.sha256.clone(), space.namespace);
+        if !self.map.contains_key(&key) {
+            self.make_room();
+            let instance = Instance::new(&self.shared, &setup.plugin, &setup.module, space)?;
+            self.map.insert(key.clone(), (self.clock, instance));
+        }
+        let (used, instance) = self.map.get_mut(&key).expect("it was there or has just been put there");
+        *used = self.clock;
+        let output = instance.configure(setup, &mut space.part)?;
+        Ok((instance, output))
+    }
+
+    /// Drops the instance of a setup's module, if there is one.
+    pub fn forget(&mut self, setup: &Setup, namespace: NamespaceId) {
+        self.map.remove(&(setup.module.sha256.clone(), namespace));
+    }
+
+    pub fn release(&mut self, setup: &Setup, space: &Space) {
+        let key = (setup.module.sha256.clone(), space.namespace);
+        if let Some((_, instance)) = self.map.get_mut(&key)
+            && let Err(fault) = instance.release(setup, &space.part)
+        {
+            tracing::warn!(
+                plugin = &*setup.plugin,
+                cause = fault.cause.as_str(),
+                "tg_release failed: {}",
+                fault.message
+            );
+            self.map.remove(&key);
+        }
+    }
+
+    /// All instances of a namespace: nothing there uses plugins any more.
+    pub fn leave(&mut self, namespace: NamespaceId) {
+        self.map.retain(|(_, of), _| *of != namespace);
+    }
+
+    fn make_room(&mut self) {
+        while self.map.len() >= self.limit {
+            let oldest = self.map.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| key.clone());
+            let Some(oldest) = oldest else { return };
+            self.map.remove(&oldest);
+        }
+    }
+
+    /// Plugins are pure: losing an instance between two calls must change nothing. Tests switch this on to prove it.
+    fn drop_at_random(&mut self, sha256: &Arc<str>, namespace: NamespaceId) {
+        let seed = self.shared.chaos();
+        if seed == 0 {
+            return;
+        }
+        self.random = if self.random == 0 { seed } else { self.random };
+        // xorshift64
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        if self.random.is_multiple_of(3) {
+            self.map.remove(&(sha256.clone(), namespace));
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! Names as one request sees them, for DataFusion's SQL planner; and a plan bound to that request.
+//!
+//! Planning reads the shared session's functions and settings and the request's own catalog snapshot. What depends on
+//! the request (`$1`, `now()`, `current_user`) stays symbolic in the logical plan until [`bind`].
+
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use ::arrow::datatypes::{DataType, Field, FieldRef, SchemaRef};
+use datafusion::common::config::ConfigOptions;
+use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
+use datafusion::common::{DFSchema, DataFusionError, ParamValues, Result, ScalarValue, TableReference};
+use datafusion::datasource::cte_worktable::CteWorkTable;
+use datafusion::datasource::provider_as_source;
+use datafusion::execution::SessionState;
+use datafusion::logical_expr::expr::ScalarFunction;
+use datafusion::logical_expr::expr_rewriter::NamePreserver;
+use datafusion::logical_expr::planner::{ContextProvider, ExprPlanner};
+use datafusion::logical_expr::simplify::{ExprSimplifyResult, SimplifyContext};
+use datafusion::logical_expr::{
+    AggregateUDF, Expr, HigherOrderUDF, LogicalPlan, LogicalPlanBuilder, ScalarUDF, TableSource, Values, Volatility,
+    WindowUDF,
+};
+use datafusion::sql::planner::{ParserOptions, PlannerContext, SqlToRel};
+use datafusion::sql::sqlparser::ast;
+
+use super::functions::{CURRENT_USER, current_user_literal};
+use super::information::{self, CATALOG_NAME, INFORMATION_SCHEMA};
+use super::provider::Providers;
+use super::{Param, RequestEnv, SqlError};
+use crate::catalog::Table;
+
+const MAX_PARAMS: usize = 1_000;
+
+/// The names of one request.
+pub(crate) struct Names<'a> {
+    pub(crate) state: &'a SessionState,
+    pub(crate) providers: &'a Providers,
+    pub(crate) env: &'a RequestEnv,
+}
+
+impl Names<'_> {
+    /// The statement as a logical plan, parameters and request functions still symbolic.
+    pub(crate) fn plan(&self, statement: ast::Statement) -> Result<LogicalPlan> {
+        if self.env.params.len() > MAX_PARAMS {
+            let message = format!("{} parameters, more than {MAX_PARAMS}", self.env.params.len());
+            return Err(SqlError::Limit(message).into_datafusion());
+        }
+        let types = self.env.params.iter().map(|param| Some(param_field(param))).collect();
+        let mut context = PlannerContext::new().with_prepare_param_data_types(types);
+        self.sql_to_rel().sql_statement_to_plan_with_context(statement, &mut context)
+    }
+
+    fn sql_to_rel(&self) -> SqlToRel<'_, Self> {
+        let options = ParserOptions::from(&self.state.config_options().sql_parser);
+        SqlToRel::new_with_options(self, options)
+    }
+
+    fn table(&self, name: &TableReference) -> Result<&Arc<Table>, SqlError> {
+        let namespace = name.schema().unwrap_or(&self.env.namespace);
+        find_table(self.env, Some(namespace), name.table())
+    }
+}
+
+/// The table of a request's catalog, or the error that says what is there instead.
+pub(crate) fn find_table<'a>(
+    env: &'a RequestEnv,
+    namespace: Option<&str>,
+    name: &str,
+) -> Result<&'a Arc<Table>, SqlError> {
+    let namespace = namespace.unwrap_or(&env.namespace);
+    if env.catalog.namespace(namespace).is_none() {
+        return Err(SqlError::invalid("unknown_namespace", format!("there is no namespace {namespace:?}")));
+    }
+    env.catalog.table(namespace, name).ok_or_else(|| {
+        SqlError::invalid("unknown_table", format!("there is no table {name:?} in namespace {namespace:?}"))
+    })
+}
+
+impl ContextProvider for Names<'_> {
+    fn get_table_source(&self, name: TableReference) -> Result<Arc<dyn TableSource>> {
+        if name.catalog().is_some_and(|catalog| catalog != CATALOG_NAME) {
+            let message = format!("there is no catalog {:?}", name.catalog().unwrap_or_default());
+            return Err(SqlError::invalid("unknown_table", message).into_datafusion());
+        }
+        match name.schema() {
+            Some(INFORMATION_SCHEMA) => information::source(&self.env.catalog, name.table()).unwrap_or_else(|| {
+                let what = format!("information_schema.{}", name.table());
+                Err(SqlError::unsupported(what, Some("there are information_schema.tables and .columns"))
+                    .into_datafusion())
+            }),
+            Some("system") => {
+                Err(SqlError::unsupported(format!("the system table {}", name.table()), None).into_datafusion())
+            }
+            _ => Ok(self.providers.source(self.table(&name).map_err(SqlError::into_datafusion)?)),
+        }
+    }
+
+    fn get_table_function_source(&self, name: &str, _args: Vec<Expr>) -> Result<Arc<dyn TableSource>> {
+        Err(SqlError::unsupported(format!("the table function {name}"), None).into_datafusion())
+    }
+
+    fn create_cte_work_table(&self, name: &str, schema: SchemaRef) -> Result<Arc<dyn TableSource>> {
+        Ok(provider_as_source(Arc::new(CteWorkTable::new(name, schema))))
+    }
+
+    fn get_expr_planners(&self) -> &[Arc<dyn ExprPlanner>] {
+        self.state.expr_planners()
+    }
+
+    fn get_function_meta(&self, name: &str) -> Option<Arc<ScalarUDF>> {
+        self.state.scalar_functions().get(name).cloned()
+    }
+
+    fn get_higher_order_meta(&self, name: &str) -> Option<Arc<HigherOrderUDF>> {
+        self.state.higher_order_functions().get(name).cloned()
+    }
+
+    fn get_aggregate_meta(&self, name: &str) -> Option<Arc<AggregateUDF>> {
+        self.state.aggregate_functions().get(name).cloned()
+    }
+
+    fn get_window_meta(&self, name: &str) -> Option<Arc<WindowUDF>> {
+        self.state.window_functions().get(name).cloned()
+    }
+
+    fn get_variable_type(&self, _variable_names: &[String]) -> Option<DataType> {
+        None
+    }
+
+    fn options(&self) -> &ConfigOptions {
+        self.state.config_options()
+    }
+
+    fn udf_names(&self) -> Vec<String> {
+        self.state.scalar_functions().keys().cloned().collect()
+    }
+
+    fn higher_order_function_names(&self) -> Vec<String> {
+        self.state.higher_order_functions().keys().cloned().collect()
+    }
+
+    fn udaf_names(&self) -> Vec<String> {
+        self.state.aggregate_functions().keys().cloned().collect()
+    }
+
+    fn udwf_names(&self) -> Vec<String> {
+        self.state.window_functions().keys().cloned().collect()
+    }
+}
+
+fn param_value(param: &Param) -> ScalarValue {
+    match param {
+        Param::Null => ScalarValue::Null,
+        Param::Bool(v) => ScalarValue::Boolean(Some(*v)),
+        Param::Int(v) => ScalarValue::Int64(Some(*v)),
+        Param::Float(v) => ScalarValue::Float64(Some(*v)),
+        Param::Text(v) => ScalarValue::Utf8(Some(v.clone())),
+    }
+}
+
+fn param_field(param: &Param) -> FieldRef {
+    Arc::new(Field::new("", param_value(param).data_type(), true))
+}
+
+/// Puts parameters, the user and the time of the request in their places.
+pub(crate) fn bind(plan: LogicalPlan, env: &RequestEnv) -> Result<LogicalPlan> {
+    let plan = with_params(plan, env)?;
+    let plan = plan.transform_up_with_subqueries(|plan| {
+        let names = NamePreserver::new(&plan);
+        let bound = plan.map_expressions(|expr| {
+            if !expr.exists(|expr| Ok(is_request_function(expr)))? {
+                return Ok(Transformed::no(expr));
+            }
+            let name = names.save(&expr);
+            Ok(expr.transform_up(|expr| bind_function(expr, env))?.update_data(|expr| name.restore(expr)))
+        })?;
+        if bound.transformed { bound.map_data(with_new_types) } else { Ok(bound) }
+    })?;
+    Ok(plan.data)
+}
+
+fn with_params(plan: LogicalPlan, env: &RequestEnv) -> Result<LogicalPlan> {
+    let highest = plan.get_parameter_names()?.iter().filter_map(|name| name[1..].parse::<usize>().ok()).max();
+    if let Some(missing) = highest.filter(|highest| *highest > env.params.len()) {
+        let message = format!("parameter ${missing} is used, but {} were sent", env.params.len());
+        return Err(SqlError::invalid("parameters", message).into_datafusion());
+    }
+    if highest.is_none() {
+        return Ok(plan);
+    }
+    let values: Vec<ScalarValue> = env.params.iter().map(param_value).collect();
+    plan.with_param_values(ParamValues::from(values))
+}
+
+/// VALUES takes its column types from its cells; every other node from its children.
+fn with_new_types(plan: LogicalPlan) -> Result<LogicalPlan> {
+    match plan {
+        LogicalPlan::Values(Values { values, .. }) => LogicalPlanBuilder::values(values)?.build(),
+        plan => plan.recompute_schema(),
+    }
+}
+
+/// Functions that are the same for one request and differ between requests.
+pub(crate) fn is_request_function(expr: &Expr) -> bool {
+    matches!(expr, Expr::ScalarFunction(call)
+        if call.args.is_empty() && call.func.signature().volatility == Volatility::Stable)
+}
+
+fn bind_function(expr: Expr, env: &RequestEnv) -> Result<Transformed<Expr>> {
+    if !is_request_function(&expr) {
+        return Ok(Transformed::no(expr));
+    }
+    let Expr::ScalarFunction(ScalarFunction { func, args }) = expr else { return Ok(Transformed::no(expr)) };
+    let literal = match func.name() {
+        CURRENT_USER => current_user_literal(&env.user),
+        // Microseconds, as every TIMESTAMP column has: nanoseconds would overflow when compared with far years.
+        "now" => Expr::Literal(ScalarValue::TimestampMicrosecond(Some(env.now), Some("+00:00".into())), None),
+        _ => {
+            let info = SimplifyContext::builder()
+                .with_schema(Arc::new(DFSchema::empty()))
+                .with_query_execution_start_time(Some(start_time(env).into()))
+                .build();
+            match func.simplify(args, &info)? {
+                ExprSimplifyResult::Simplified(expr) => expr,
+                ExprSimplifyResult::Original(args) => {
+                    return Ok(Transformed::no(Expr::ScalarFunction(ScalarFunction { func, args })));
+                }
+            }
+        }
+    };
+    Ok(Transformed::yes(literal))
+}
+
+fn start_time(env: &RequestEnv) -> std::time::SystemTime {
+    let since = Duration::from_micros(env.now.unsigned_abs());
+    if env.now >= 0 { UNIX_EPOCH + since } else { UNIX_EPOCH - since }
+}
+
+/// The first call of a function that makes a live query's rows depend on more than the row, by name.
+pub(crate) fn impure_function(plan: &LogicalPlan) -> Result<Option<String>, DataFusionError> {
+    let mut found = None;
+    plan.apply_with_subqueries(|plan| {
+        plan.apply_expressions(|expr| {
+            expr.apply(|expr| {
+                if let Expr::ScalarFunction(call) = expr
+                    && call.func.signature().volatility != Volatility::Immutable
+                    && call.func.name() != CURRENT_USER
+                {
+                    found = Some(call.func.name().to_owned());
+                    return Ok(TreeNodeRecursion::Stop);
+                }
+                Ok(TreeNodeRecursion::Continue)
+            })
+        })
+    })?;
+    Ok(found)
+}

@@ -1,0 +1,192 @@
+//! DataFusion's errors as ours, in one place: what the caller did wrong, which limit was reached, what is our own bug.
+
+use datafusion::common::{DataFusionError, SchemaError};
+use datafusion::sql::sqlparser::parser::ParserError;
+use datafusion::sql::sqlparser::tokenizer::{Location, Span};
+
+use super::SqlError;
+
+impl SqlError {
+    pub(crate) fn invalid(code: &'static str, message: impl Into<String>) -> SqlError {
+        SqlError::Invalid { code, message: message.into(), position: None }
+    }
+
+    pub(crate) fn unsupported(what: impl Into<String>, hint: Option<&str>) -> SqlError {
+        SqlError::Unsupported { what: what.into(), hint: hint.map(str::to_owned), position: None }
+    }
+
+    pub(crate) fn constraint(code: &'static str, message: impl Into<String>) -> SqlError {
+        SqlError::Constraint { code, message: message.into() }
+    }
+
+    /// Says where, unless that is known already.
+    pub(crate) fn at(mut self, offset: Option<usize>) -> SqlError {
+        if let SqlError::Invalid { position, .. } | SqlError::Unsupported { position, .. } = &mut self {
+            *position = position.or(offset);
+        }
+        self
+    }
+
+    pub(crate) fn at_span(self, text: &str, span: Span) -> SqlError {
+        self.at(offset(text, span.start))
+    }
+
+    /// To travel through DataFusion and come out whole ([`from_datafusion`]).
+    pub(crate) fn into_datafusion(self) -> DataFusionError {
+        DataFusionError::External(Box::new(self))
+    }
+}
+
+/// The byte offset of a tokenizer's location; `None` for the empty location (0, 0).
+pub(crate) fn offset(text: &str, location: Location) -> Option<usize> {
+    let line = usize::try_from(location.line).ok()?.checked_sub(1)?;
+    let column = usize::try_from(location.column).ok()?.checked_sub(1)?;
+    let start: usize = text.split_inclusive('\n').take(line).map(str::len).sum();
+    let rest = text.get(start..)?;
+    Some(start + rest.char_indices().nth(column).map_or(rest.len(), |(at, _)| at))
+}
+
+/// Where the parser stumbled: it says so only in its message.
+fn parser_offset(text: &str, message: &str) -> Option<usize> {
+    let (_, place) = message.rsplit_once("at Line: ")?;
+    let (line, column) = place.split_once(", Column: ")?;
+    let column: String = column.chars().take_while(char::is_ascii_digit).collect();
+    offset(text, Location { line: line.parse().ok()?, column: column.parse().ok()? })
+}
+
+pub(crate) fn from_parser(error: ParserError, text: &str) -> SqlError {
+    match error {
+        ParserError::ParserError(message) | ParserError::TokenizerError(message) => {
+            let position = parser_offset(text, &message);
+            SqlError::Invalid { code: "syntax", message, position }
+        }
+        ParserError::RecursionLimitExceeded => SqlError::Limit("the statement is nested too deeply".to_owned()),
+    }
+}
+
+/// Planning and execution errors; `text` is the SQL that positions refer to.
+pub(crate) fn from_datafusion(error: DataFusionError, text: &str) -> SqlError {
+    match error {
+        DataFusionError::External(cause) => match cause.downcast::<SqlError>() {
+            Ok(ours) => *ours,
+            Err(cause) => SqlError::Internal(cause.to_string()),
+        },
+        DataFusionError::Diagnostic(diagnostic, cause) => {
+            let position = diagnostic
+                .span
+                .and_then(|span| offset(text, Location { line: span.start.line, column: span.start.column }));
+            from_datafusion(*cause, text).at(position)
+        }
+        DataFusionError::Context(_, cause) => from_datafusion(*cause, text),
+        DataFusionError::Collection(mut causes) if !causes.is_empty() => from_datafusion(causes.swap_remove(0), text),
+        DataFusionError::Shared(cause) => match std::sync::Arc::try_unwrap(cause) {
+            Ok(cause) => from_datafusion(cause, text),
+            Err(shared) => from_shared(&shared),
+        },
+        DataFusionError::SQL(cause, _) => from_parser(*cause, text),
+        DataFusionError::ArrowError(cause, _) => from_arrow(*cause),
+        DataFusionError::SchemaError(cause, _) => from_schema(*cause),
+        DataFusionError::Plan(message) => from_plan(message),
+        DataFusionError::NotImplemented(message) => SqlError::unsupported(subject(&message), None),
+        DataFusionError::ResourcesExhausted(message) => SqlError::Limit(exhausted(&message)),
+        DataFusionError::Execution(message) | DataFusionError::Configuration(message) => {
+            SqlError::invalid("evaluation", message)
+        }
+        other => SqlError::Internal(other.to_string()),
+    }
+}
+
+/// An error that several consumers of one plan hold at once (both sides of a join wait for the same scan).
+fn from_shared(error: &DataFusionError) -> SqlError {
+    let root = error.find_root();
+    match root {
+        DataFusionError::ResourcesExhausted(message) => SqlError::Limit(exhausted(message)),
+        DataFusionError::Execution(message) | DataFusionError::Plan(message) => {
+            SqlError::invalid("evaluation", message.clone())
+        }
+        other => SqlError::Internal(other.to_string()),
+    }
+}
+
+fn from_plan(message: String) -> SqlError {
+    let code = if message.starts_with("Invalid function") {
+        "unknown_function"
+    } else if ["coerce", "type", "Type", "cast"].iter().any(|word| message.contains(word)) {
+        "type_mismatch"
+    } else {
+        "invalid"
+    };
+    SqlError::invalid(code, message)
+}
+
+fn from_schema(error: SchemaError) -> SqlError {
+    match error {
+        SchemaError::FieldNotFound { field, valid_fields } => {
+            let known: Vec<String> = valid_fields.iter().take(40).map(|column| column.flat_name()).collect();
+            let known = if known.is_empty() { String::new() } else { format!("; there are: {}", known.join(", ")) };
+            SqlError::invalid("unknown_column", format!("there is no column {:?} here{known}", field.flat_name()))
+        }
+        SchemaError::AmbiguousReference { field } => {
+            let message = format!("column {:?} is ambiguous: say which table's it is", field.flat_name());
+            SqlError::invalid("ambiguous_column", message)
+        }
+        other => SqlError::invalid("duplicate_column", other.to_string()),
+    }
+}
+
+pub(crate) fn from_arrow(error: ::arrow::error::ArrowError) -> SqlError {
+    use ::arrow::error::ArrowError;
+    match error {
+        ArrowError::DivideByZero => SqlError::invalid("division_by_zero", "division by zero"),
+        ArrowError::ArithmeticOverflow(message) => SqlError::constraint("out_of_range", message),
+        ArrowError::CastError(message) | ArrowError::ParseError(message) => SqlError::invalid("type_mismatch", message),
+        ArrowError::ComputeError(message) | ArrowError::InvalidArgumentError(message) => {
+            SqlError::invalid("evaluation", message)
+        }
+        ArrowError::ExternalError(cause) => match cause.downcast::<DataFusionError>() {
+            Ok(cause) => from_datafusion(*cause, ""),
+            Err(cause) => SqlError::Internal(cause.to_string()),
+        },
+        other => SqlError::Internal(other.to_string()),
+    }
+}
+
+/// What DataFusion says is missing, fit to stand before "is not supported".
+fn subject(message: &str) -> String {
+    let mut subject = message.trim().trim_end_matches('.');
+    for tail in [" is not supported yet", " is not supported", " not supported", " not implemented", " is"] {
+        subject = subject.strip_suffix(tail).unwrap_or(subject);
+    }
+    subject.strip_prefix("Unsupported ").unwrap_or(subject).to_owned()
+}
+
+fn exhausted(message: &str) -> String {
+    let setting = if message.contains("disk") { "sql.spill_bytes" } else { "sql.memory_bytes" };
+    let first = message.lines().next().unwrap_or_default();
+    format!("the query needs more than {setting} allows: narrow it, or raise the setting ({first})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locations_become_byte_offsets() {
+        let text = "SELECT 'ü',\n  x FROM t";
+        let at = |line, column| offset(text, Location { line, column });
+        assert_eq!(at(1, 1), Some(0));
+        assert_eq!(at(1, 11), Some(text.find(',').unwrap()));
+        assert_eq!(at(2, 3), Some(text.find('x').unwrap()));
+        assert_eq!(at(0, 0), None);
+        let error = ParserError::ParserError("Expected: x, found: FROM at Line: 2, Column: 5".to_owned());
+        let SqlError::Invalid { position, .. } = from_parser(error, text) else { panic!("not a syntax error") };
+        assert_eq!(position, Some(text.find("FROM").unwrap()));
+    }
+
+    #[test]
+    fn a_wrapped_error_comes_out_whole() {
+        let inner = SqlError::constraint("not_null", "x");
+        let wrapped = inner.into_datafusion().context("somewhere");
+        assert!(matches!(from_datafusion(wrapped, ""), SqlError::Constraint { code: "not_null", .. }));
+    }
+}

@@ -1,0 +1,87 @@
+//! Threads with large stacks, for parsing and planning.
+//!
+//! Planning can be neither awaited nor cancelled, and its recursion follows the statement's shape. So it runs on a few
+//! threads of its own: a statement that plans for ever holds one of them, never an async worker.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::oneshot;
+
+use super::SqlError;
+
+/// Only what is touched costs memory.
+const STACK_BYTES: usize = 32 * 1024 * 1024;
+/// Statements that may wait for a planning thread.
+const QUEUE: usize = 64;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+pub(crate) struct Planner {
+    jobs: SyncSender<Job>,
+}
+
+impl Planner {
+    /// The threads end when the planner is dropped and their last job is done.
+    pub(crate) fn start() -> Result<Planner, SqlError> {
+        let (jobs, queue) = sync_channel::<Job>(QUEUE);
+        let queue = Arc::new(Mutex::new(queue));
+        let threads = std::thread::available_parallelism().map_or(2, |cores| cores.get()).clamp(2, 8);
+        for number in 0..threads {
+            let queue = queue.clone();
+            std::thread::Builder::new()
+                .name(format!("plan-{number}"))
+                .stack_size(STACK_BYTES)
+                .spawn(move || work(&queue))
+                .map_err(|error| SqlError::Internal(format!("cannot start a planning thread: {error}")))?;
+        }
+        Ok(Planner { jobs })
+    }
+
+    pub(crate) async fn run<T, F>(&self, job: F) -> Result<T, SqlError>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> Result<T, SqlError> + Send + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let job: Job = Box::new(move || {
+            // Nobody listens any more when the deadline has passed: then there is no need to start.
+            if !answer.is_closed() {
+                let _gone = answer.send(caught(job));
+            }
+        });
+        self.jobs.try_send(job).map_err(|error| match error {
+            TrySendError::Full(_) => SqlError::Limit(format!("{QUEUE} statements wait to be planned; try again")),
+            TrySendError::Disconnected(_) => SqlError::Internal("the planning threads are gone".to_owned()),
+        })?;
+        answered.await.map_err(|_| SqlError::Internal("planning was given up".to_owned()))?
+    }
+}
+
+fn work(queue: &Mutex<Receiver<Job>>) {
+    loop {
+        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        match job {
+            Ok(job) => job(),
+            Err(_) => return,
+        }
+    }
+}
+
+/// A panic in DataFusion's planner ends that statement, not the thread.
+fn caught<T>(job: impl FnOnce() -> Result<T, SqlError>) -> Result<T, SqlError> {
+    catch_unwind(AssertUnwindSafe(job)).unwrap_or_else(|cause| {
+        let cause = cause.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        Err(SqlError::Internal(format!("planning panicked: {}", cause.unwrap_or_default())))
+    })
+}
+
+/// Runs `job` at once, on a thread made for it: for the few callers that cannot wait asynchronously.
+pub(crate) fn on_large_stack<T: Send>(job: impl FnOnce() -> T + Send) -> Result<T, SqlError> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, job);
+        let thread = thread.map_err(|error| SqlError::Internal(format!("cannot start a thread: {error}")))?;
+        thread.join().map_err(|_| SqlError::Internal("planning panicked".to_owned()))
+    })
+}

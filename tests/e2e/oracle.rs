@@ -1,0 +1,192 @@
+//! The oracle: folding the events by key gives exactly `pipeline(SELECT)` at every id.
+//!
+//! Random tables, predicates, projections and multi-statement transactions; subscribers that come late, break off and
+//! resume; servers that stop and are killed. One writer does one transaction at a time and notes what the same SELECT
+//! answers right after it. A subscriber's fold has to be, at each id, the next of these answers that differs from the
+//! one before: none skipped (a hole), none twice, none in between (a commit torn apart).
+//!
+//! A failure prints its seed; `SEED=… sh tests/run.sh oracle` repeats the run.
+
+mod follower;
+mod random;
+
+use std::panic::AssertUnwindSafe;
+
+use futures::FutureExt;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
+use tests::live::seq;
+use tests::{Client, LiveQuery, TestServer, plugin};
+
+use follower::{Follower, Item, Query, replay};
+use random::{Table, Transactions};
+
+const TRANSACTIONS: usize = 60;
+
+/// What a run is made of.
+struct Plan {
+    table: Table,
+    queries: Vec<Query>,
+    /// Whose rows: other users write as well where the table is a user table.
+    user: &'static str,
+}
+
+#[tokio::test]
+async fn folded_events_are_the_select_at_every_id() {
+    let first = tests::seed();
+    // A given seed is one run; otherwise several, small ones.
+    let runs = if std::env::var_os("SEED").is_some() { 1 } else { 4 };
+    for seed in (0..runs).map(|run| first.wrapping_add(run)) {
+        run_seeded(seed, plain_plan).await;
+    }
+}
+
+#[tokio::test]
+async fn folded_events_are_the_pipeline_of_the_select_at_every_id() {
+    let first = tests::seed();
+    let runs = if std::env::var_os("SEED").is_some() { 1 } else { 2 };
+    for seed in (0..runs).map(|run| first.wrapping_add(run)) {
+        run_seeded(seed, piped_plan).await;
+    }
+}
+
+/// A random table, user's or shared, with random predicates and projections.
+fn plain_plan(random: &mut StdRng) -> Plan {
+    let user_table = random.random_bool(0.3);
+    let table = Table::random(random, user_table);
+    let queries = (0..3).map(|_| Query::plain(table.live_query(random))).collect();
+    Plan { table, queries, user: if user_table { "alice" } else { "admin" } }
+}
+
+/// A table that the sample plugins fit, through a filter, a transform, and both.
+fn piped_plan(random: &mut StdRng) -> Plan {
+    let table = Table::flights(random);
+    let minutes = random.random_range(0..60);
+    let late = format!("late:{}", json!({"minutes": minutes}));
+    let units = format!("local_units:{}", json!({"late_from": 10, "very_late_from": 40}));
+    let keep = Box::new(move |row: &Value| delay(row).is_some_and(|delay| delay >= f64::from(minutes)));
+    let all = "SELECT * FROM t".to_owned();
+    let some = format!("SELECT * FROM t WHERE {}", table.predicate(random));
+    let queries = vec![
+        Query::plain(all.clone()).filtered(&late, keep.clone()),
+        Query::plain(some).transformed(&units, Box::new(local_units)),
+        Query::plain(all).filtered(&late, keep).transformed(&units, Box::new(local_units)),
+    ];
+    Plan { table, queries, user: "admin" }
+}
+
+/// A DECIMAL is a string.
+fn delay(row: &Value) -> Option<f64> {
+    let delay = &row["dep_delay"];
+    delay.as_f64().or_else(|| delay.as_str()?.parse().ok())
+}
+
+/// The transform, natively.
+fn local_units(row: &Value) -> Value {
+    let delay = delay(row);
+    let class = match delay {
+        None => "unknown",
+        Some(delay) if delay >= 40.0 => "very late",
+        Some(delay) if delay >= 10.0 => "late",
+        Some(_) => "on time",
+    };
+    let km = row["distance"].as_f64().map(|miles| (miles * 1.609_344 * 10.0).round() / 10.0);
+    json!({
+        "carrier": row["carrier"], "flight": row["flight"], "origin": row["origin"], "dest": row["dest"],
+        "km": km, "delay_class": class, "dep_delay_minutes": delay,
+    })
+}
+
+/// One run; when it fails, it says with which seed.
+async fn run_seeded(seed: u64, plan: fn(&mut StdRng) -> Plan) {
+    let mut random = StdRng::seed_from_u64(seed);
+    let plan = plan(&mut random);
+    let described = format!("{}\n{:#?}", plan.table.create(), plan.queries.iter().map(Query::text).collect::<Vec<_>>());
+    if let Err(panic) = AssertUnwindSafe(run(&mut random, plan)).catch_unwind().await {
+        eprintln!("SEED={seed} failed on\n{described}");
+        std::panic::resume_unwind(panic);
+    }
+}
+
+async fn run(random: &mut StdRng, plan: Plan) {
+    let mut server = TestServer::start().await;
+    let admin = server.admin();
+    for name in ["late", "local_units"] {
+        admin.put_plugin(name, plugin(&format!("{name}.wasm"))).await;
+    }
+    admin.sql(&plan.table.create()).await;
+    let db = server.client(plan.user);
+    let mut transactions = Transactions::new(&plan.table);
+    let mut followers: Vec<Follower> = Vec::new();
+    for query in plan.queries {
+        followers.push(Follower::new(query, db.clone(), &plan.table));
+    }
+
+    for step in 0..TRANSACTIONS {
+        let sql = transactions.next(random, &db).await;
+        let answer = db.try_sql(&sql, json!([])).await;
+        let answer = answer.unwrap_or_else(|failure| panic!("step {step}: {failure:?}\n{sql}"));
+        if plan.table.user_table {
+            disturb(random, &server.client("bob"), &plan.table).await;
+        }
+        for follower in &mut followers {
+            follower.committed(seq(&answer)).await;
+            follower.move_on(random).await;
+        }
+        match random.random_range(0..60) {
+            0 => {
+                server.kill9();
+                server.restart().await;
+                followers.iter_mut().for_each(Follower::lost);
+            }
+            1 => {
+                assert!(server.sigterm().await.success());
+                server.restart().await;
+                followers.iter_mut().for_each(Follower::lost);
+            }
+            _ => {}
+        }
+    }
+    for follower in &mut followers {
+        follower.finish().await;
+        eprintln!("{}", follower.summary());
+        controls(follower.history());
+    }
+}
+
+/// Another user writes into the same user table: nothing of it may show.
+async fn disturb(random: &mut StdRng, other: &Client, table: &Table) {
+    let key = random.random_range(0..1_000_000);
+    // A key of the disturber's own that may be there already: then the statement is refused, which is as good.
+    let _ = other.try_sql(&table.insert_anything(random, key), json!([])).await;
+}
+
+/// The same history with one thing wrong has to be refused; each control applies where the history has such an event.
+fn controls(history: &[Item]) {
+    replay(history).expect("the history itself is right");
+    let last_of_commit =
+        |item: &Item| matches!(item, Item::Event(event) if event.id.is_some() && event.name != "uptodate");
+    let moved_out = |item: &Item| matches!(item, Item::Event(event) if event.data["reason"] == "moved_out");
+    if let Some(at) = history.iter().position(|item| last_of_commit(item) && moved_out(item)) {
+        let mut dropped = history.to_vec();
+        dropped.remove(at);
+        assert!(replay(&dropped).is_err(), "a dropped moved_out was not noticed");
+    }
+    if let Some(at) = history.iter().position(last_of_commit) {
+        let mut doubled = history.to_vec();
+        doubled.insert(at, history[at].clone());
+        assert!(replay(&doubled).is_err(), "a doubled event was not noticed");
+
+        // Every event before its commit.
+        let (commits, others): (Vec<Item>, Vec<Item>) =
+            history.iter().cloned().partition(|item| matches!(item, Item::Committed(..)));
+        let early = [others, commits].concat();
+        assert!(replay(&early).is_err(), "events before their commits were not noticed");
+    }
+}
+
+/// What is asked of the server.
+fn subscription(sql: &str, stages: &[String]) -> LiveQuery {
+    stages.iter().fold(LiveQuery::new(sql), |query, stage| query.plugin(stage))
+}
