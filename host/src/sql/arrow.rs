@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ::arrow::array::{
     Array, ArrayRef, ArrowPrimitiveType, AsArray, BinaryArray, BinaryBuilder, BooleanBuilder, Date32Builder,
     Decimal128Builder, Float32Builder, Float64Builder, Int16Builder, Int32Builder, Int64Builder, StringArray,
-    StringBuilder, Time64MicrosecondBuilder, TimestampMicrosecondBuilder,
+    StringBuilder, Time64MicrosecondBuilder, TimestampMicrosecondBuilder, new_null_array,
 };
 use ::arrow::compute::{CastOptions, cast_with_options};
 use ::arrow::datatypes::{
@@ -174,6 +174,7 @@ fn json_at(array: &ArrayRef, row: usize) -> Result<serde_json::Value, SqlError> 
         (0..items.len()).map(|at| json_at(&items, at)).collect::<Result<Vec<_>, _>>().map(Json::Array)
     };
     match array.data_type() {
+        DataType::Null => Ok(Json::Null),
         DataType::Boolean => Ok(Json::Bool(array.as_boolean().value(row))),
         DataType::List(_) => list(array.as_list::<i32>().value(row)),
         DataType::LargeList(_) => list(array.as_list::<i64>().value(row)),
@@ -384,6 +385,9 @@ pub(crate) struct CastTarget<'a> {
 /// Casts what a statement computed to a column's type: never silently to NULL, never with a fraction lost.
 pub(crate) fn cast_for(target: &CastTarget<'_>, array: &ArrayRef) -> Result<ArrayRef, SqlError> {
     let from = array.data_type();
+    if *from == DataType::Null {
+        return Ok(new_null_array(&arrow_type(target.ty), array.len()));
+    }
     if !assignable(from, target.ty) {
         let message =
             format!("column {:?} is {}, but the value is {}", target.name, type_name(target.ty), plain_type(from));
@@ -407,7 +411,6 @@ fn assignable(from: &DataType, to: Type) -> bool {
     use DataType::*;
     let numeric = from.is_numeric();
     match from {
-        Null => true,
         Utf8 | LargeUtf8 | Utf8View => true,
         Dictionary(_, value) => assignable(value, to),
         Boolean => matches!(to, Type::Boolean | Type::Text),

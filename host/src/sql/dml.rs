@@ -223,7 +223,7 @@ fn text_expr(text: &str) -> Expr {
 }
 
 /// A stored literal as text that [`cast_for`] reads back as the same value.
-fn show_value(value: &Value, ty: Type) -> Result<String, SqlError> {
+pub(crate) fn show_value(value: &Value, ty: Type) -> Result<String, SqlError> {
     if let (Value::Bytes(bytes), Type::Bytea) = (value, ty) {
         return Ok(bytes.iter().fold("\\x".to_owned(), |text, byte| text + &format!("{byte:02x}")));
     }

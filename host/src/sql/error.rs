@@ -111,6 +111,8 @@ fn from_shared(error: &DataFusionError) -> SqlError {
 fn from_plan(message: String) -> SqlError {
     let code = if message.starts_with("Invalid function") {
         "unknown_function"
+    } else if message.starts_with("Projections require unique") {
+        "duplicate_column"
     } else if ["coerce", "type", "Type", "cast"].iter().any(|word| message.contains(word)) {
         "type_mismatch"
     } else {

@@ -23,6 +23,10 @@ const MAX_CTES: usize = 16;
 const MAX_CASE_DEPTH: usize = 8;
 const MAX_SUBQUERY_DEPTH: usize = 8;
 const MAX_STATEMENTS: usize = 100;
+/// Calls of functions whose results can be far larger than what they are given: each has a cap of its own, this
+/// bounds them together.
+const MAX_GROWING_CALLS: usize = 64;
+const GROWING: &[&str] = &["repeat", "lpad", "rpad", "encode", "replace", "regexp_replace", "concat", "concat_ws"];
 /// Up to here a tree is too small to trouble an ordinary thread's stack.
 const SMALL_TOKENS: usize = 256;
 
@@ -69,6 +73,7 @@ struct Gate {
     unions: usize,
     joins: usize,
     ctes: usize,
+    growing: usize,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -132,7 +137,11 @@ impl Gate {
 
     fn token(&mut self, tokens: &[TokenWithSpan], at: usize) -> Result<(), String> {
         match &tokens[at].token {
-            Token::LParen | Token::LBracket | Token::LBrace => self.open(bracket_kind(tokens, at))?,
+            Token::LParen | Token::LBracket | Token::LBrace => {
+                self.growing += usize::from(at > 0 && GROWING.iter().any(|name| is_name(tokens, at - 1, name)));
+                bound(self.growing, MAX_GROWING_CALLS, "calls of repeat, lpad, replace, concat and their like")?;
+                self.open(bracket_kind(tokens, at))?;
+            }
             Token::RParen | Token::RBracket | Token::RBrace => self.close(),
             Token::Comma => self.comma()?,
             Token::Word(word) if word.quote_style.is_none() => self.word(word, tokens, at)?,
@@ -375,6 +384,12 @@ fn is_word(tokens: &[TokenWithSpan], at: usize, expected: &str) -> bool {
         Some(Token::Word(word)) if word.quote_style.is_none() && word.value.eq_ignore_ascii_case(expected))
 }
 
+/// Quoted or not: both call the function.
+fn is_name(tokens: &[TokenWithSpan], at: usize, expected: &str) -> bool {
+    matches!(tokens.get(at).map(|token| &token.token),
+        Some(Token::Word(word)) if word.value.eq_ignore_ascii_case(expected))
+}
+
 fn plain_word(token: &TokenWithSpan) -> Option<String> {
     match &token.token {
         Token::Word(word) if word.quote_style.is_none() => Some(word.value.to_uppercase()),
@@ -488,6 +503,7 @@ mod tests {
             (cases(9), "levels of CASE"),
             (queries(9), "levels of sub-queries"),
             ("SELECT 1;".repeat(101), "more than 100 statements"),
+            (format!("SELECT {}", vec!["\"repeat\"('x', 9)"; 65].join(",")), "calls of repeat"),
             (format!("SELECT {}", "1,".repeat(12_000)), "tokens"),
             (format!("SELECT '{}'", "x".repeat(MAX_TEXT)), "bytes"),
         ];

@@ -9,7 +9,10 @@ use datafusion::common::Result;
 use datafusion::datasource::{MemTable, provider_as_source};
 use datafusion::logical_expr::TableSource;
 
+use wire::{Type, Value};
+
 use super::arrow::type_name;
+use super::dml::show_value;
 use crate::catalog::{Catalog, Column, DefaultValue, Table};
 
 pub(crate) const INFORMATION_SCHEMA: &str = "information_schema";
@@ -53,14 +56,23 @@ fn columns(catalog: &Catalog) -> Result<Arc<dyn TableSource>> {
         ("ordinal_position", Arc::new(Int32Array::from_iter(positions)) as ArrayRef),
         text("data_type", rows.iter().map(|(.., column)| Some(type_name(column.ty)))),
         text("is_nullable", rows.iter().map(|(.., column)| yes(column.nullable))),
-        text("column_default", rows.iter().map(|(.., column)| column.default.as_ref().map(show_default))),
+        text(
+            "column_default",
+            rows.iter().map(|(.., column)| column.default.as_ref().map(|default| show_default(default, column.ty))),
+        ),
         text("is_key", rows.iter().map(|(table, _, column)| yes(table.is_key(column.id)))),
     ])
 }
 
-fn show_default(default: &DefaultValue) -> String {
+/// As it could be written in CREATE TABLE.
+fn show_default(default: &DefaultValue, ty: Type) -> String {
     match default {
-        DefaultValue::Literal(value) => format!("{value:?}"),
+        DefaultValue::Literal(value) => {
+            let text = show_value(value, ty).unwrap_or_default();
+            let bare = matches!(value, Value::Bool(_) | Value::Decimal(_) | Value::Float(_))
+                || matches!(ty, Type::SmallInt | Type::Int | Type::BigInt);
+            if bare { text } else { format!("'{}'", text.replace('\'', "''")) }
+        }
         DefaultValue::Now => "now()".to_owned(),
         DefaultValue::Uuid => "uuid()".to_owned(),
         DefaultValue::CurrentUser => "current_user".to_owned(),

@@ -137,6 +137,8 @@ fn limits(column: &Column, conjuncts: &[&Expr]) -> Limits {
     }
     for conjunct in conjuncts {
         match conjunct {
+            // The optimizer writes short IN lists as OR.
+            Expr::BinaryExpr(BinaryExpr { op: Operator::Or, .. }) => limits.one_of(alternatives(conjunct, column)),
             Expr::BinaryExpr(BinaryExpr { left, op, right }) => {
                 if is_column(left, column)
                     && let Some(value) = literal(right, column)
@@ -148,10 +150,7 @@ fn limits(column: &Column, conjuncts: &[&Expr]) -> Limits {
                     limits.compare(op, value);
                 }
             }
-            Expr::InList(list) if !list.negated && is_column(&list.expr, column) => {
-                let values: Option<Vec<Value>> = list.list.iter().map(|item| literal(item, column)).collect();
-                limits.one_of(values);
-            }
+            Expr::InList(_) => limits.one_of(alternatives(conjunct, column)),
             Expr::Between(Between { expr, negated: false, low, high }) if is_column(expr, column) => {
                 if let (Some(low), Some(high)) = (literal(low, column), literal(high, column)) {
                     limits.compare(Operator::GtEq, low);
@@ -162,6 +161,29 @@ fn limits(column: &Column, conjuncts: &[&Expr]) -> Limits {
         }
     }
     limits
+}
+
+/// The values of `column = a OR column IN (b, c) …`; `None` when anything else is in it.
+fn alternatives(expr: &Expr, column: &Column) -> Option<Vec<Value>> {
+    match expr {
+        Expr::BinaryExpr(BinaryExpr { left, op: Operator::Or, right }) => {
+            let mut values = alternatives(left, column)?;
+            values.extend(alternatives(right, column)?);
+            Some(values)
+        }
+        Expr::BinaryExpr(BinaryExpr { left, op: Operator::Eq, right }) => {
+            let other = match (is_column(left, column), is_column(right, column)) {
+                (true, false) => right,
+                (false, true) => left,
+                _ => return None,
+            };
+            literal(other, column).map(|value| vec![value])
+        }
+        Expr::InList(list) if !list.negated && is_column(&list.expr, column) => {
+            list.list.iter().map(|item| literal(item, column)).collect()
+        }
+        _ => None,
+    }
 }
 
 impl Limits {

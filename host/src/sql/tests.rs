@@ -495,8 +495,8 @@ async fn limits_hold() {
         "SELECT repeat('x', 2147483647)",
         "SELECT length(lpad('x', 2147483647))",
         "SELECT repeat(repeat('x', 1000000), 1000000)",
-        &format!("SELECT {}", vec!["repeat('x', 1000000)"; 300].join(" || ")),
-        &format!("SELECT concat({})", vec!["repeat('x', 1000000)"; 300].join(", ")),
+        &format!("SELECT {}", vec!["repeat('x', 1000000)"; 60].join(" || ")),
+        &format!("SELECT concat({})", vec!["repeat('x', 1000000)"; 30].join(", ")),
         "SELECT replace(repeat('a', 1000000), 'a', repeat('b', 1000000))",
     ] {
         assert!(matches!(bench.run_as("alice", text, &[]).await, Err(SqlError::Limit(_))), "{text}");
@@ -595,7 +595,7 @@ async fn what_cannot_be_live_is_refused_by_name() {
             "now() in a live query is not supported: its rows must depend on the table alone",
         ),
         (
-            "SELECT id, dist, id FROM flights",
+            "SELECT id, dist, carrier AS id FROM flights",
             "a live query's columns need different names, \"id\" is there twice: use AS",
         ),
         ("DELETE FROM flights", "anything but SELECT as a live query is not supported"),
