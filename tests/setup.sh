@@ -177,7 +177,10 @@ setup() {
         packages=
     fi
     find_cargo || rustup_toolchain || packages="$packages rustc-web cargo-web"
-    find_wasm || rustup_wasm || packages="$packages rustc-web cargo-web rust-web-src lld-22"
+    if ! find_wasm && ! rustup_wasm; then
+        case $packages in *cargo-web*) ;; *) packages="$packages rustc-web cargo-web" ;; esac
+        packages="$packages rust-web-src lld-22"
+    fi
     [ -z "$packages" ] || install_packages "$packages"
     find_cargo || die "no cargo of 1.$RUST_MINOR or newer; install one (https://rustup.rs) and start again"
     find_wasm || die "no Rust for WebAssembly: 'rustup target add wasm32-unknown-unknown' would bring it"

@@ -1,6 +1,7 @@
 //! DataFusion: the token gate, planning, streaming scans, DML as change sets, compiled live predicates.
 
 pub mod arrow;
+pub mod concat;
 pub mod context;
 pub mod ddl;
 pub mod dml;
@@ -14,6 +15,8 @@ pub mod provider;
 pub mod range;
 pub mod session;
 pub mod statement;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -101,8 +104,11 @@ pub enum Param {
 /// Uncommitted rows of a running transaction: new image, or `None` for a deleted row; by encoded key.
 #[derive(Clone, Debug, Default)]
 pub struct Overlay {
-    pub rows: BTreeMap<(TableId, Scope), BTreeMap<Vec<u8>, Option<Vec<u8>>>>,
+    pub rows: BTreeMap<(TableId, Scope), OverlayRows>,
 }
+
+/// By encoded key.
+pub type OverlayRows = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
 /// A parsed, classified statement. Construct with [`session::Sql::parse`].
 #[derive(Debug, Clone)]
@@ -123,8 +129,11 @@ pub enum StatementKind {
 /// A running query. Every column of a batch has exactly the Arrow type of its [`OutputColumn`] ([`arrow::arrow_type`]).
 pub struct RowStream {
     pub columns: Vec<OutputColumn>,
-    pub batches: Pin<Box<dyn Stream<Item = Result<RecordBatch, SqlError>> + Send>>,
+    pub batches: Batches,
 }
+
+/// The rows of a query as they are made; an error is the last item.
+pub type Batches = Pin<Box<dyn Stream<Item = Result<RecordBatch, SqlError>> + Send>>;
 
 /// What a DML statement does: the rows to write, in order; at most one per key.
 #[derive(Debug, Default)]

@@ -198,7 +198,7 @@ impl Fold {
         }
         let carrier = text(row, "carrier");
         println!(
-            "{event:<6}  {carrier:>2} {:<5} {} → {}  {:>7.1} km  {delay:>14}  {class:<10}  {}",
+            "{event:<6}  {carrier:>2} {:<5} {} → {}  {:>7.1} km  {delay:>17}  {class:<10}  {}",
             row["flight"].to_string(),
             text(row, "origin"),
             text(row, "dest"),

@@ -17,13 +17,17 @@ use datafusion::logical_expr::expr::ScalarFunction;
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::planner::{ContextProvider, ExprPlanner};
 use datafusion::logical_expr::simplify::{ExprSimplifyResult, SimplifyContext};
+use datafusion::logical_expr::utils::merge_schema;
 use datafusion::logical_expr::{
-    AggregateUDF, Expr, HigherOrderUDF, LogicalPlan, LogicalPlanBuilder, ScalarUDF, TableSource, Values, Volatility,
-    WindowUDF,
+    AggregateUDF, Expr, HigherOrderUDF, LogicalPlan, LogicalPlanBuilder, Operator, ScalarUDF, TableSource, Values,
+    Volatility, WindowUDF,
 };
 use datafusion::sql::planner::{ParserOptions, PlannerContext, SqlToRel};
 use datafusion::sql::sqlparser::ast;
+use uuid::Uuid;
+use wire::Type;
 
+use super::arrow::output_type;
 use super::functions::{CURRENT_USER, current_user_literal};
 use super::information::{self, CATALOG_NAME, INFORMATION_SCHEMA};
 use super::provider::Providers;
@@ -177,7 +181,65 @@ pub(crate) fn bind(plan: LogicalPlan, env: &RequestEnv) -> Result<LogicalPlan> {
         })?;
         if bound.transformed { bound.map_data(with_new_types) } else { Ok(bound) }
     })?;
+    canonical_uuids(plan.data)
+}
+
+/// UUIDs are compared as text: constants beside a UUID column get the spelling that columns have.
+fn canonical_uuids(plan: LogicalPlan) -> Result<LogicalPlan> {
+    let plan = plan.transform_up_with_subqueries(|plan| {
+        let schema = merge_schema(&plan.inputs());
+        if !schema.fields().iter().any(|field| output_type(field) == Type::Uuid) {
+            return Ok(Transformed::no(plan));
+        }
+        let names = NamePreserver::new(&plan);
+        plan.map_expressions(|expr| {
+            let name = names.save(&expr);
+            let canonical = expr.transform_up(|expr| canonical_comparison(expr, &schema))?;
+            Ok(canonical.update_data(|expr| name.restore(expr)))
+        })
+    })?;
     Ok(plan.data)
+}
+
+fn canonical_comparison(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
+    let is_uuid = |expr: &Expr| {
+        matches!(expr, Expr::Column(column)
+            if schema.qualified_field_from_column(column).is_ok_and(|(_, field)| output_type(field) == Type::Uuid))
+    };
+    Ok(match expr {
+        Expr::BinaryExpr(mut comparison) if is_comparison(comparison.op) => {
+            if is_uuid(&comparison.left) {
+                canonical(&mut comparison.right);
+            } else if is_uuid(&comparison.right) {
+                canonical(&mut comparison.left);
+            }
+            Transformed::yes(Expr::BinaryExpr(comparison))
+        }
+        Expr::InList(mut list) if is_uuid(&list.expr) => {
+            list.list.iter_mut().for_each(canonical);
+            Transformed::yes(Expr::InList(list))
+        }
+        Expr::Between(mut between) if is_uuid(&between.expr) => {
+            canonical(&mut between.low);
+            canonical(&mut between.high);
+            Transformed::yes(Expr::Between(between))
+        }
+        expr => Transformed::no(expr),
+    })
+}
+
+fn is_comparison(op: Operator) -> bool {
+    use Operator::{Eq, Gt, GtEq, IsDistinctFrom, IsNotDistinctFrom, Lt, LtEq, NotEq};
+    matches!(op, Eq | NotEq | Lt | LtEq | Gt | GtEq | IsDistinctFrom | IsNotDistinctFrom)
+}
+
+/// What is no UUID stays as it is, and equals none.
+fn canonical(expr: &mut Expr) {
+    if let Expr::Literal(ScalarValue::Utf8(Some(text)), _) = expr
+        && let Ok(uuid) = Uuid::parse_str(text)
+    {
+        *text = uuid.hyphenated().to_string();
+    }
 }
 
 fn with_params(plan: LogicalPlan, env: &RequestEnv) -> Result<LogicalPlan> {

@@ -19,6 +19,7 @@ use datafusion::logical_expr::{
 
 use super::SqlError;
 use super::arrow::string_at;
+use super::concat::ConcatPlanner;
 
 /// The most one call may make, for one row and for all rows of a batch.
 const MAX_VALUE: usize = 1024 * 1024;
@@ -52,8 +53,11 @@ pub(crate) fn install(builder: SessionStateBuilder) -> SessionStateBuilder {
         .into_iter()
         .filter(|function| refused_function(function.name()).is_none())
         .collect();
+    // After DataFusion's planners: they take `||` of lists.
+    let mut planners = SessionStateDefaults::default_expr_planners();
+    planners.push(Arc::new(ConcatPlanner::new()));
     builder
-        .with_expr_planners(SessionStateDefaults::default_expr_planners())
+        .with_expr_planners(planners)
         .with_scalar_functions(scalars)
         .with_aggregate_functions(aggregates)
         .with_window_functions(SessionStateDefaults::default_window_functions())
@@ -65,6 +69,7 @@ fn capped(inner: Arc<ScalarUDF>) -> Arc<ScalarUDF> {
         "lpad" | "rpad" => Growth::Pad,
         "replace" | "regexp_replace" => Growth::Replace,
         "encode" => Growth::Encode,
+        "concat" | "concat_ws" => Growth::Sum,
         _ => return inner,
     };
     Arc::new(ScalarUDF::new_from_impl(Capped { inner, growth }))
@@ -81,6 +86,8 @@ enum Growth {
     Replace,
     /// two characters a byte
     Encode,
+    /// all arguments, and the first between the others
+    Sum,
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -106,8 +113,12 @@ impl Capped {
         for row in 0..rows {
             let size = self.size(&arrays, row);
             total = total.saturating_add(size);
-            let most = if self.growth == Growth::Replace { MAX_BATCH } else { MAX_VALUE };
-            if size > most || total > MAX_BATCH.max(rows * 256) {
+            // What only joins or rewrites stored text may be larger than what is made from nothing.
+            let (most, most_together) = match self.growth {
+                Growth::Replace | Growth::Sum => (MAX_BATCH, 4 * MAX_BATCH),
+                Growth::Repeat | Growth::Pad | Growth::Encode => (MAX_VALUE, MAX_BATCH),
+            };
+            if size > most || total > most_together {
                 return Err(SqlError::Limit(format!(
                     "{}() would make {} bytes; a value may have {most}",
                     self.inner.name(),
@@ -132,6 +143,10 @@ impl Capped {
                 length.saturating_add((length + 1).saturating_mul(by))
             }
             Growth::Encode => length.saturating_mul(2),
+            Growth::Sum => {
+                let parts = args.iter().filter_map(|array| text_length(array, row));
+                parts.fold(length.saturating_mul(args.len()), usize::saturating_add)
+            }
         }
     }
 }

@@ -37,7 +37,15 @@ fn parse_gated(text: &str, gated: Gated) -> Result<Vec<Statement>, SqlError> {
 
 fn classify(statement: ast::Statement, text: &Arc<str>) -> Result<Statement, SqlError> {
     let kind = match &statement {
-        ast::Statement::Query(_) | ast::Statement::ShowTables { .. } => StatementKind::Query,
+        ast::Statement::Query(_) => StatementKind::Query,
+        ast::Statement::ShowTables { terse, history, extended, full, external, show_options } => {
+            let words = *terse || *history || *extended || *full || *external;
+            if words || !show_options.to_string().is_empty() {
+                let hint = Some("select from information_schema.tables");
+                return Err(SqlError::unsupported("SHOW TABLES with options", hint));
+            }
+            StatementKind::Query
+        }
         ast::Statement::Explain { statement: inner, describe_alias, query_plan, estimate, .. } => {
             let plain = matches!(describe_alias, DescribeAlias::Explain) && !query_plan && !estimate;
             if !plain || !matches!(**inner, ast::Statement::Query(_)) {
@@ -218,6 +226,10 @@ mod tests {
             ("EXPLAIN ANALYZE VERBOSE SELECT 1", "Query"),
             ("DESCRIBE t", "Query"),
             ("SHOW TABLES", "Query"),
+            (
+                "SHOW TABLES LIKE 'x'",
+                "SHOW TABLES with options is not supported: select from information_schema.tables",
+            ),
             ("EXPLAIN DELETE FROM t", "EXPLAIN of anything but a query is not supported: say EXPLAIN SELECT …"),
             ("SELECT a INTO b FROM t", "SELECT INTO is not supported"),
             ("SELECT a FROM t FOR UPDATE", "FOR UPDATE and FOR SHARE is not supported"),

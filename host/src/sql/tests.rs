@@ -1,0 +1,609 @@
+//! SQL against a real store, one line a statement: what it answers, or the error's message.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ::arrow::util::display::array_value_to_string;
+use futures::StreamExt;
+use tempfile::TempDir;
+use wire::ImageRef;
+
+use super::session::Sql;
+use super::*;
+use crate::store::{Store, StoreOptions, Transaction};
+
+/// 2026-01-02T03:04:05Z
+const NOW: i64 = 1_767_323_045_000_000;
+
+struct Bench {
+    sql: Sql,
+    store: Store,
+    _dir: TempDir,
+}
+
+fn bench_with(change: impl FnOnce(&mut SqlOptions)) -> Bench {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&StoreOptions {
+        path: dir.path().join("store"),
+        write_buffer_size: 1 << 20,
+        max_write_buffers: 2,
+        block_cache_size: 8 << 20,
+        max_background_jobs: 2,
+        max_open_files: 64,
+        max_commit_bytes: 16 << 20,
+        log_commits: 1000,
+    })
+    .unwrap();
+    store.start(Box::new(|_| {}));
+    let mut options = SqlOptions {
+        memory_bytes: 64 << 20,
+        spill_bytes: 64 << 20,
+        spill_dir: dir.path().join("spill"),
+        deadline: Duration::from_secs(30),
+        batch_rows: 8192,
+        target_partitions: 2,
+    };
+    change(&mut options);
+    Bench { sql: Sql::new(options).unwrap(), store, _dir: dir }
+}
+
+fn bench() -> Bench {
+    bench_with(|_| {})
+}
+
+impl Bench {
+    fn env(&self, user: &str, params: &[Param]) -> RequestEnv {
+        let snapshot = self.store.snapshot();
+        RequestEnv {
+            catalog: snapshot.catalog().clone(),
+            snapshot,
+            namespace: "main".to_owned(),
+            user: user.into(),
+            params: Arc::new(params.to_vec()),
+            overlay: Arc::default(),
+            now: NOW,
+        }
+    }
+
+    /// Every statement of `text` on its own, the last one's answer.
+    async fn run_as(&self, user: &str, text: &str, params: &[Param]) -> Result<String, SqlError> {
+        let mut answer = String::new();
+        for statement in self.sql.parse(text)? {
+            let env = self.env(user, params);
+            let base = env.snapshot.seq();
+            answer = match statement.kind {
+                StatementKind::Query => show(self.sql.query(&statement, env).await?).await?,
+                StatementKind::Dml => {
+                    let namespace = env.catalog.namespace("main").unwrap().id;
+                    let changes = self.sql.change_set(&statement, env).await?;
+                    let affected = changes.affected;
+                    let rows = changes.writes;
+                    self.store.commit(Transaction { namespace, base, rows, catalog: Vec::new() }).await.unwrap();
+                    format!("affected {affected}")
+                }
+                StatementKind::Ddl => {
+                    let plan = self.sql.ddl(&statement, &env)?;
+                    if let Some(namespace) = plan.namespace.filter(|_| !plan.writes.is_empty()) {
+                        let catalog = plan.writes;
+                        self.store.commit(Transaction { namespace, base, rows: Vec::new(), catalog }).await.unwrap();
+                    }
+                    plan.summary
+                }
+            };
+        }
+        Ok(answer)
+    }
+
+    async fn run(&self, text: &str) -> String {
+        self.run_as("alice", text, &[]).await.unwrap_or_else(|error| format!("ERROR {error}"))
+    }
+
+    async fn with(&self, text: &str, params: &[Param]) -> String {
+        self.run_as("alice", text, params).await.unwrap_or_else(|error| format!("ERROR {error}"))
+    }
+
+    async fn script(&self, lines: &[(&str, &str)]) {
+        for (text, expected) in lines {
+            assert_eq!(self.run(text).await, *expected, "{text}");
+        }
+    }
+}
+
+/// Rows as `a|b` lines; checks that batches are what their columns say.
+async fn show(mut stream: RowStream) -> Result<String, SqlError> {
+    let mut rows = Vec::new();
+    while let Some(batch) = stream.batches.next().await {
+        let batch = batch?;
+        for (array, column) in batch.columns().iter().zip(&stream.columns) {
+            assert_eq!(*array.data_type(), arrow::arrow_type(column.ty), "{}", column.name);
+        }
+        for row in 0..batch.num_rows() {
+            let cells = batch.columns().iter().map(|array| match array.is_null(row) {
+                true => "NULL".to_owned(),
+                false => array_value_to_string(array, row).unwrap(),
+            });
+            rows.push(cells.collect::<Vec<_>>().join("|"));
+        }
+    }
+    Ok(rows.join(" "))
+}
+
+const FLIGHTS: &str = "CREATE TABLE flights (id INT PRIMARY KEY, carrier TEXT NOT NULL, dep_delay INT, dist DOUBLE)";
+const SOME: &str =
+    "INSERT INTO flights VALUES (1, 'AA', 5, 100), (2, 'UA', NULL, 250.5), (3, 'AA', -3, 900), (4, 'B6', 61, 1)";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn write_and_read() {
+    let bench = bench();
+    bench
+        .script(&[
+            (FLIGHTS, "CREATE TABLE main.flights"),
+            (SOME, "affected 4"),
+            ("SELECT * FROM flights", "1|AA|5|100.0 2|UA|NULL|250.5 3|AA|-3|900.0 4|B6|61|1.0"),
+            ("SELECT id FROM flights WHERE dep_delay > 0 ORDER BY id DESC", "4 1"),
+            (
+                "SELECT carrier, count(*), sum(dist) FROM flights GROUP BY carrier ORDER BY 1",
+                "AA|2|1000.0 B6|1|1.0 UA|1|250.5",
+            ),
+            ("SELECT a.id FROM flights a JOIN flights b ON a.id = b.id + 1 WHERE b.carrier = 'AA' ORDER BY 1", "2 4"),
+            ("SELECT id FROM flights WHERE dist = (SELECT max(dist) FROM flights)", "3"),
+            ("SELECT DISTINCT ON (carrier) carrier, id FROM flights ORDER BY carrier, id", "AA|1 B6|4 UA|2"),
+            (
+                "UPDATE flights SET dep_delay = dep_delay + 10, carrier = lower(carrier) WHERE carrier = 'AA'",
+                "affected 2",
+            ),
+            ("SELECT id, carrier, dep_delay FROM flights", "1|aa|15 2|UA|NULL 3|aa|7 4|B6|61"),
+            ("UPDATE flights AS f SET dist = DEFAULT WHERE f.id = 4", "affected 1"),
+            ("SELECT dist FROM flights WHERE id = 4", "NULL"),
+            ("DELETE FROM flights WHERE 1 = 0", "affected 0"),
+            ("DELETE FROM flights WHERE id IN (SELECT id FROM flights WHERE dep_delay > 60)", "affected 1"),
+            ("INSERT INTO flights (carrier, id) SELECT 'ZZ', id + 10 FROM flights", "affected 3"),
+            ("SELECT id, carrier FROM flights WHERE id > 3", "11|ZZ 12|ZZ 13|ZZ"),
+            ("SELECT count(*) FROM flights", "6"),
+            ("SELECT 1 FROM flights LIMIT 2", "1 1"),
+            ("SELECT id FROM flights ORDER BY id LIMIT 1 OFFSET 1", "2"),
+            ("DELETE FROM flights", "affected 6"),
+            ("SELECT * FROM flights", ""),
+            ("DROP TABLE flights", "DROP TABLE main.flights"),
+            ("SELECT * FROM flights", "ERROR there is no table \"flights\" in namespace \"main\""),
+        ])
+        .await;
+    assert_eq!(bench.sql.contexts_created(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn key_changes_and_constraints() {
+    let bench = bench();
+    bench
+        .script(&[
+            (FLIGHTS, "CREATE TABLE main.flights"),
+            (SOME, "affected 4"),
+            (
+                "INSERT INTO flights VALUES (4, 'XX', 1, 1)",
+                "ERROR table \"flights\" has a row with the key (id) = (4) already",
+            ),
+            (
+                "INSERT INTO flights VALUES (9, 'XX', 1, 1), (9, 'YY', 1, 1)",
+                "ERROR table \"flights\" has a row with the key (id) = (9) already",
+            ),
+            (
+                "INSERT INTO flights VALUES (9, NULL, 1, 1)",
+                "ERROR column \"carrier\" of table \"flights\" must not be NULL",
+            ),
+            ("UPDATE flights SET id = NULL WHERE id = 1", "ERROR column \"id\" of table \"flights\" must not be NULL"),
+            ("INSERT INTO flights (id) VALUES (9)", "ERROR column \"carrier\" of table \"flights\" must not be NULL"),
+            ("INSERT INTO flights VALUES (9, 'XX')", "ERROR 2 values for 4 columns"),
+            ("INSERT INTO flights (id, nope) VALUES (9, 'XX')", "ERROR table \"flights\" has no column \"nope\""),
+            (
+                "INSERT INTO flights VALUES (3000000000, 'XX', 1, 1)",
+                "ERROR \"3000000000\" does not fit into column \"id\" (INT)",
+            ),
+            ("INSERT INTO flights VALUES (1.5, 'XX', 1, 1)", "ERROR \"1.5\" does not fit into column \"id\" (INT)"),
+            ("INSERT INTO flights VALUES ('x', 'XX', 1, 1)", "ERROR \"x\" does not fit into column \"id\" (INT)"),
+            ("INSERT INTO flights VALUES (true, 'XX', 1, 1)", "ERROR column \"id\" is INT, but the value is BOOLEAN"),
+            (
+                "UPDATE flights SET dep_delay = 99999999999 WHERE id = 1",
+                "ERROR \"99999999999\" does not fit into column \"dep_delay\" (INT)",
+            ),
+            // Every key moves onto its neighbour: the old keys are gone before the new ones are checked.
+            ("UPDATE flights SET id = id + 1", "affected 4"),
+            ("SELECT id, carrier FROM flights", "2|AA 3|UA 4|AA 5|B6"),
+            (
+                "UPDATE flights SET id = 5 WHERE id = 2",
+                "ERROR table \"flights\" has a row with the key (id) = (5) already",
+            ),
+            ("UPDATE flights SET id = 7", "ERROR table \"flights\" has a row with the key (id) = (7) already"),
+            ("INSERT INTO flights VALUES (1, 'A', 1, 1) ON CONFLICT DO NOTHING", "ERROR ON CONFLICT is not supported"),
+            ("DELETE FROM flights RETURNING id", "ERROR RETURNING is not supported"),
+            ("UPDATE flights SET dist = b.id FROM flights b", "ERROR UPDATE … FROM is not supported"),
+            ("DELETE FROM flights USING flights b WHERE true", "ERROR DELETE … USING is not supported"),
+        ])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_type_there_and_back() {
+    let bench = bench();
+    bench.run(
+        "CREATE TABLE t (k SMALLINT PRIMARY KEY, b BOOLEAN, i INT, l BIGINT, r REAL, d DOUBLE PRECISION, n DECIMAL(20,4), \
+         s TEXT, y BYTEA, dt DATE, tm TIME, ts TIMESTAMP, u UUID, j JSON)",
+    )
+    .await;
+    let row = "INSERT INTO t VALUES (1, true, -5, 9007199254740993, 1.5, 2.25, 1234567890123456.7891, 'hé', '\\x00ff', \
+               '2013-01-31', '23:59:59.000001', '2013-01-01T05:00:00-05:00', '67E55044-10B1-426F-9247-BB680E5FE0C8', \
+               '{\"a\": [1, 2]}')";
+    let shown = "1|true|-5|9007199254740993|1.5|2.25|1234567890123456.7891|hé|00ff|2013-01-31|23:59:59.000001|\
+                 2013-01-01T10:00:00Z|67e55044-10b1-426f-9247-bb680e5fe0c8|{\"a\": [1, 2]}";
+    bench
+        .script(&[
+            (row, "affected 1"),
+            ("SELECT * FROM t", shown),
+            ("INSERT INTO t (k) VALUES (2)", "affected 1"),
+            ("SELECT * FROM t WHERE k = 2", &("2".to_owned() + &"|NULL".repeat(13))),
+            ("SELECT k FROM t WHERE ts = '2013-01-01 10:00:00' AND dt < now() AND ts < now()", "1"),
+            ("SELECT k FROM t WHERE ts = TIMESTAMP '2013-01-01 10:00:00'", "1"),
+            ("SELECT k FROM t WHERE u = '67e55044-10b1-426f-9247-bb680e5fe0c8' AND dt = DATE '2013-01-31'", "1"),
+            (
+                "SELECT date_trunc('day', ts), extract(hour FROM ts), ts + INTERVAL '1 day' FROM t WHERE k = 1",
+                "2013-01-01T00:00:00Z|10|2013-01-02T10:00:00Z",
+            ),
+            ("SELECT now(), current_user, current_date", "2026-01-02T03:04:05Z|alice|2026-01-02"),
+            ("UPDATE t SET ts = now() WHERE k = 2", "affected 1"),
+            ("SELECT ts FROM t WHERE k = 2", "2026-01-02T03:04:05Z"),
+            ("INSERT INTO t (k, u) VALUES (3, 'x')", "ERROR \"x\" does not fit into column \"u\" (UUID)"),
+            ("INSERT INTO t (k, j) VALUES (3, '{')", "ERROR \"{\" does not fit into column \"j\" (JSON)"),
+            (
+                "INSERT INTO t (k, dt) VALUES (3, '2013-02-30')",
+                "ERROR \"2013-02-30\" does not fit into column \"dt\" (DATE)",
+            ),
+            ("INSERT INTO t (k, r) VALUES (3, 1e300)", "ERROR \"1e300\" does not fit into column \"r\" (REAL)"),
+            ("INSERT INTO t (k, n) VALUES (3, 1e30)", "ERROR \"1e30\" does not fit into column \"n\" (DECIMAL(20,4))"),
+            ("SELECT [1, 2], {a: 1.5, b: 'x'}, CAST(5 AS BIGINT UNSIGNED)", "[1,2]|{\"a\":1.5,\"b\":\"x\"}|5"),
+        ])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parameters() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    bench.run(SOME).await;
+    bench.run("CREATE TABLE t (id UUID PRIMARY KEY, at TIMESTAMP, n DECIMAL(10,2))").await;
+    let (int, text) = (Param::Int, |text: &str| Param::Text(text.to_owned()));
+    let id = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+    let cases: Vec<(&str, Vec<Param>, &str)> = vec![
+        ("SELECT id FROM flights WHERE id = $1", vec![int(3)], "3"),
+        ("SELECT id FROM flights WHERE id = $1", vec![text("3")], "3"),
+        ("SELECT id FROM flights WHERE dist > $1 AND carrier = $2", vec![Param::Float(200.0), text("AA")], "3"),
+        ("SELECT $1 + 1, $2, $3", vec![int(1), text("x"), Param::Null], "2|x|NULL"),
+        ("SELECT id FROM flights LIMIT $1", vec![int(1)], "1"),
+        ("SELECT id FROM flights WHERE carrier = $1", vec![text("' OR 1=1 --")], ""),
+        (
+            "INSERT INTO t VALUES ($1, $2, $3)",
+            vec![text(id), text("2020-01-01T00:00:00Z"), text("12.345")],
+            "affected 1",
+        ),
+        ("INSERT INTO t VALUES (uuid(), $1, $2)", vec![Param::Null, Param::Float(0.1)], "affected 1"),
+        (
+            "SELECT at, n FROM t WHERE id = $1 AND at <= $2",
+            vec![text(id), text("2020-01-01")],
+            "2020-01-01T00:00:00Z|12.35",
+        ),
+        ("UPDATE t SET n = $1 WHERE id = $2", vec![int(7), text(id)], "affected 1"),
+        ("SELECT n FROM t WHERE id = $1", vec![text(id)], "7.00"),
+        ("SELECT $2", vec![int(1)], "ERROR parameter $2 is used, but 1 were sent"),
+    ];
+    for (query, params, expected) in cases {
+        assert_eq!(bench.with(query, &params).await, expected, "{query}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn users_see_their_own_rows_only() {
+    let bench = bench();
+    bench.run("CREATE TABLE notes (id INT PRIMARY KEY, text TEXT) WITH (type = 'user')").await;
+    for user in ["al", "alice", "al:ice"] {
+        let insert = "INSERT INTO notes SELECT 1, current_user";
+        assert_eq!(bench.run_as(user, insert, &[]).await.unwrap(), "affected 1");
+    }
+    for user in ["al", "alice", "al:ice"] {
+        let all = "SELECT text, (SELECT count(*) FROM notes) FROM notes JOIN (SELECT id AS i FROM notes) ON i = id";
+        assert_eq!(bench.run_as(user, all, &[]).await.unwrap(), format!("{user}|1"));
+    }
+    assert_eq!(bench.run_as("al", "DELETE FROM notes", &[]).await.unwrap(), "affected 1");
+    assert_eq!(bench.run("SELECT count(*) FROM notes").await, "1");
+    assert_eq!(bench.run_as("nobody", "SELECT * FROM notes", &[]).await.unwrap(), "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn generated_keys_and_defaults() {
+    let bench = bench();
+    bench
+        .script(&[
+            ("CREATE TABLE log (at TIMESTAMP NOT NULL DEFAULT now(), who TEXT DEFAULT current_user, n DECIMAL(6,2) DEFAULT -1.25, \
+              id UUID DEFAULT uuid(), s TEXT DEFAULT 'it''s')", "CREATE TABLE main.log"),
+            ("INSERT INTO log (s) VALUES ('a'), ('b')", "affected 2"),
+            ("INSERT INTO log VALUES (DEFAULT, DEFAULT, DEFAULT, DEFAULT, DEFAULT)", "affected 1"),
+            ("SELECT at, who, n, s FROM log", "2026-01-02T03:04:05Z|alice|-1.25|a 2026-01-02T03:04:05Z|alice|-1.25|b 2026-01-02T03:04:05Z|alice|-1.25|it's"),
+            ("SELECT count(DISTINCT _id), count(DISTINCT id) FROM log", "3|3"),
+            ("INSERT INTO log (_id) VALUES ('67e55044-10b1-426f-9247-bb680e5fe0c8')", "ERROR column \"_id\" is filled by the server"),
+            ("DESCRIBE log",
+             "_id|UUID|NO|NULL|YES at|TIMESTAMP|NO|now()|NO who|TEXT|YES|current_user|NO n|DECIMAL(6,2)|YES|-1.25|NO id|UUID|YES|uuid()|NO s|TEXT|YES|'it''s'|NO"),
+            ("CREATE NAMESPACE logs", "CREATE NAMESPACE logs"),
+            ("CREATE TABLE logs.a (x INT)", "CREATE TABLE logs.a"),
+            ("SHOW TABLES", "main|log|shared logs|a|shared"),
+            ("SELECT table_schema, count(*) FROM information_schema.columns GROUP BY 1 ORDER BY 1", "logs|2 main|6"),
+        ])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ddl_takes_and_refuses_by_name() {
+    let bench = bench();
+    let long = format!("CREATE TABLE {} (a INT)", "t".repeat(64));
+    bench
+        .script(&[
+            (
+                "CREATE TABLE IF NOT EXISTS t (a INT, B TEXT, PRIMARY KEY (b, a)) WITH (type = 'shared')",
+                "CREATE TABLE main.t",
+            ),
+            ("CREATE TABLE IF NOT EXISTS t (a INT)", "table \"t\" exists already in namespace \"main\""),
+            ("CREATE TABLE t (a INT)", "ERROR table \"t\" exists already in namespace \"main\""),
+            ("CREATE TABLE nope.t (a INT)", "ERROR there is no namespace \"nope\""),
+            ("CREATE TABLE u (a INT, a TEXT)", "ERROR column \"a\" is there twice"),
+            ("CREATE TABLE u (a INT, PRIMARY KEY (b))", "ERROR the primary key names \"b\", which is no column"),
+            (
+                "CREATE TABLE u (a INT PRIMARY KEY, b INT PRIMARY KEY)",
+                "ERROR a table has one primary key: for several columns, PRIMARY KEY (a, b)",
+            ),
+            ("CREATE TABLE u (a VARCHAR(20))", "ERROR the type VARCHAR(20) is not supported: TEXT has no length limit"),
+            (
+                "CREATE TABLE u (a DECIMAL(39, 2))",
+                "ERROR DECIMAL(precision, scale): 1 to 38 digits, the scale at most as many",
+            ),
+            ("CREATE TABLE u (a INT UNIQUE)", "ERROR UNIQUE is not supported: use the primary key"),
+            ("CREATE TABLE u (a INT CHECK (a > 0))", "ERROR CHECK is not supported"),
+            ("CREATE TABLE u (a INT REFERENCES t (a))", "ERROR REFERENCES is not supported"),
+            (
+                "CREATE TABLE u (a INT) WITH (type = 'stream')",
+                "ERROR the table type 'stream' is not supported: use 'shared' or 'user'",
+            ),
+            ("CREATE TABLE u (a INT) WITH (ttl = '1h')", "ERROR the table option ttl is not supported: there is type"),
+            ("CREATE TABLE u AS SELECT 1", "ERROR CREATE TABLE … AS SELECT is not supported"),
+            ("CREATE TEMPORARY TABLE u (a INT)", "ERROR CREATE TEMPORARY is not supported"),
+            ("CREATE TABLE u (a INT DEFAULT 'x')", "ERROR \"x\" does not fit into column \"a\" (INT)"),
+            ("CREATE TABLE u (a INT DEFAULT now())", "ERROR DEFAULT now() does not fit column \"a\" (INT)"),
+            (
+                "CREATE TABLE u (a INT DEFAULT (1 + 1))",
+                "ERROR DEFAULT (1 + 1) is not supported: there are literals, now(), uuid() and current_user",
+            ),
+            ("CREATE TABLE u (_id INT)", "ERROR the column name \"_id\" is reserved"),
+            (
+                &long,
+                &format!("ERROR {:?} cannot name a table: 1 to 63 bytes without control characters", "t".repeat(64)),
+            ),
+            ("CREATE SCHEMA system", "ERROR the namespace \"system\" is reserved"),
+            ("CREATE SCHEMA x", "CREATE NAMESPACE x"),
+            ("CREATE SCHEMA IF NOT EXISTS x", "namespace x exists already"),
+            ("CREATE TABLE x.t (a INT)", "CREATE TABLE x.t"),
+            ("DROP SCHEMA x", "ERROR namespace \"x\" is not empty (1 tables, 0 plugins): drop those first"),
+            ("DROP SCHEMA x CASCADE", "ERROR CASCADE is not supported"),
+            ("DROP TABLE x.t", "DROP TABLE x.t"),
+            ("DROP NAMESPACE x", "DROP NAMESPACE x"),
+            ("DROP NAMESPACE IF EXISTS x", "there is no namespace x"),
+            ("DROP NAMESPACE main", "ERROR the namespace \"main\" cannot be dropped"),
+            ("DROP TABLE IF EXISTS nope", "there is no table nope"),
+            ("DROP TABLE nope", "ERROR there is no table \"nope\" in namespace \"main\""),
+        ])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn key_ranges_reach_the_scan() {
+    let bench = bench();
+    bench.run("CREATE TABLE t (a TEXT, b INT, c INT, PRIMARY KEY (a, b))").await;
+    bench
+        .run("INSERT INTO t VALUES ('x', 1, 1), ('x', 2, 2), ('x', 3, 3), ('xy', 1, 4), ('y', -1, 5), ('y', 2, 6)")
+        .await;
+    let cases = [
+        ("a = 'x'", "keys=[a = \"x\"]", "1 2 3"),
+        ("a = 'x' AND b = 2", "keys=[a = \"x\" AND b = 2]", "2"),
+        ("a = 'x' AND b > 1 AND b <= 3", "keys=[a = \"x\" AND b >= 1 AND b <= 3]", "2 3"),
+        ("a = 'y' AND b < 0", "keys=[a = \"y\" AND b < 0]", "5"),
+        ("a IN ('y', 'x') AND b BETWEEN 2 AND 9", "b >= 2 AND b <= 9]", "2 3 6"),
+        ("a > 'x'", "keys=[a >= \"x\"]", "4 5 6"),
+        ("a = 'x' AND b > 3 AND b < 2", "", ""),
+        ("b = 1", "keys=[all]", "1 4"),
+        ("c = 4", "keys=[all]", "4"),
+        ("a = 'x' OR c = 6", "keys=[all]", "1 2 3 6"),
+    ];
+    for (filter, keys, rows) in cases {
+        assert_eq!(bench.run(&format!("SELECT c FROM t WHERE {filter}")).await, rows, "{filter}");
+        let plan = bench.run(&format!("EXPLAIN SELECT c FROM t WHERE {filter}")).await;
+        assert!(plan.contains(keys), "{filter}: {plan}");
+    }
+    let plan = bench.run("EXPLAIN SELECT c FROM t LIMIT 2").await;
+    assert!(plan.contains("limit=2"), "{plan}");
+    // The scan's order is the key's: nothing is sorted.
+    let plan = bench.run("EXPLAIN SELECT * FROM t ORDER BY a, b").await;
+    assert!(!plan.contains("SortExec"), "{plan}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_sees_its_own_writes() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    bench.run(SOME).await;
+    let mut env = bench.env("alice", &[]);
+    for text in [
+        "INSERT INTO flights VALUES (0, 'NEW', 1, 1), (10, 'NEW', 1, 1)",
+        "DELETE FROM flights WHERE id IN (1, 4)",
+        "UPDATE flights SET carrier = 'UP' WHERE id IN (0, 2)",
+    ] {
+        let statement = bench.sql.parse(text).unwrap().remove(0);
+        let changes = bench.sql.change_set(&statement, env.clone()).await.unwrap();
+        let mut overlay = (*env.overlay).clone();
+        for write in changes.writes {
+            overlay.rows.entry((write.table.id, write.scope)).or_default().insert(write.key, write.new);
+        }
+        env.overlay = Arc::new(overlay);
+    }
+    let query = async |text: &str| {
+        let statement = bench.sql.parse(text).unwrap().remove(0);
+        show(bench.sql.query(&statement, env.clone()).await.unwrap()).await.unwrap()
+    };
+    assert_eq!(query("SELECT id, carrier FROM flights").await, "0|UP 2|UP 3|AA 10|NEW");
+    assert_eq!(query("SELECT id FROM flights WHERE id > 1 AND id < 10").await, "2 3");
+    assert_eq!(query("SELECT id FROM flights LIMIT 2").await, "0 2");
+    assert_eq!(bench.run("SELECT count(*) FROM flights").await, "4");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_say_what_and_where() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    let cases = [
+        ("SELECT nope FROM flights", "unknown_column", Some(7)),
+        ("SELECT * FROM nope", "unknown_table", None),
+        ("SELECT * FROM x.nope", "unknown_namespace", None),
+        ("SELECT * FROM '/etc/passwd'", "unknown_table", None),
+        ("SELECT nope(1)", "unknown_function", None),
+        ("SELECT id + carrier FROM flights", "type_mismatch", None),
+        ("SELECT * FROM flights WHERE", "syntax", None),
+        ("SELECT 1 / 0", "division_by_zero", None),
+        ("UPDATE flights SET nope = 1", "unknown_column", Some(19)),
+    ];
+    for (text, expected, at) in cases {
+        match bench.run_as("alice", text, &[]).await {
+            Err(SqlError::Invalid { code, position, .. }) => {
+                assert_eq!(code, expected, "{text}");
+                assert!(at.is_none() || position == at, "{text}: {position:?}");
+            }
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_hold() {
+    let bench = bench_with(|options| {
+        options.deadline = Duration::from_millis(500);
+        options.memory_bytes = 1 << 20;
+        options.spill_bytes = 1 << 20;
+    });
+    for text in [
+        "SELECT repeat('x', 2147483647)",
+        "SELECT length(lpad('x', 2147483647))",
+        "SELECT repeat(repeat('x', 1000000), 1000000)",
+        &format!("SELECT {}", vec!["repeat('x', 1000000)"; 300].join(" || ")),
+        &format!("SELECT concat({})", vec!["repeat('x', 1000000)"; 300].join(", ")),
+        "SELECT replace(repeat('a', 1000000), 'a', repeat('b', 1000000))",
+    ] {
+        assert!(matches!(bench.run_as("alice", text, &[]).await, Err(SqlError::Limit(_))), "{text}");
+    }
+    assert_eq!(bench.run("SELECT repeat('ab', 3), lpad('7', 3, '0')").await, "ababab|007");
+    let joined = "SELECT 'a' || 1 || NULL, 'a' || x || 'c', [1] || 2 FROM (VALUES ('b'), ('d')) AS t(x)";
+    assert_eq!(bench.run(joined).await, "NULL|abc|[1,2] NULL|adc|[1,2]");
+    // A million rows from nothing: the memory pool or the deadline ends what is heavy.
+    let ten = "(VALUES (0),(1),(2),(3),(4),(5),(6),(7),(8),(9))";
+    let product: Vec<String> = (0..8).map(|at| format!("{ten} AS t{at}(c{at})")).collect();
+    let heavy = format!("SELECT count(DISTINCT c0 + c1 * 10 + c2 * 100 + c3 * random()) FROM {}", product.join(", "));
+    let outcome = bench.run_as("alice", &heavy, &[]).await;
+    assert!(matches!(outcome, Err(SqlError::Limit(_) | SqlError::Deadline(_))), "{outcome:?}");
+    assert_eq!(bench.run("SELECT 1").await, "1");
+}
+
+fn images(bench: &Bench, table: &str) -> Vec<Vec<u8>> {
+    let env = bench.env("alice", &[]);
+    let table = env.catalog.table("main", table).unwrap();
+    let mut scan = env.snapshot.scan(table, &Scope::Shared, crate::store::keys::KeyRange::all());
+    let mut rows = Vec::new();
+    while let Some((_, image)) = scan.next_row().unwrap() {
+        rows.push(image.to_vec());
+    }
+    rows
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn live_queries_compile_and_match() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    bench.run(SOME).await;
+    let images = images(&bench, "flights");
+    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let env = bench.env("alice", &[Param::Int(0), Param::Text("AA".to_owned())]);
+    let cases = [
+        ("SELECT * FROM flights", "1111", "id,carrier,dep_delay,dist"),
+        ("SELECT id, dist * 2 AS twice FROM flights f WHERE f.dep_delay > $1", "1001", "id,twice"),
+        ("SELECT upper(carrier) AS c FROM main.flights WHERE carrier = $2 AND dep_delay < 10", "1010", "c"),
+        ("SELECT id FROM flights WHERE dep_delay IS NULL OR dep_delay IN (61, 62)", "0101", "id"),
+        ("SELECT id FROM flights WHERE NOT (dep_delay > 0)", "0010", "id"),
+        ("SELECT 1 AS one FROM flights WHERE false", "0000", "one"),
+        ("SELECT id FROM flights WHERE carrier LIKE '%A' AND id BETWEEN 2 AND 3", "0110", "id"),
+    ];
+    for (text, matching, names) in cases {
+        let plan = bench.sql.live(text, &env).unwrap();
+        let verdicts: String = plan.matches(&rows).unwrap().iter().map(|hit| if *hit { '1' } else { '0' }).collect();
+        assert_eq!(verdicts, matching, "{text}");
+        let batch = plan.project(&rows).unwrap();
+        assert_eq!(batch.num_rows(), 4);
+        assert_eq!(plan.columns.iter().map(|column| column.name.as_str()).collect::<Vec<_>>().join(","), names);
+        for (array, column) in batch.columns().iter().zip(&plan.columns) {
+            assert_eq!(*array.data_type(), arrow::arrow_type(column.ty), "{text}");
+        }
+        assert!(plan.matches(&[]).unwrap().is_empty());
+    }
+    let same = [
+        "SELECT id FROM flights WHERE dep_delay > 0",
+        "select  f.id from main.flights as f where (0 < dep_delay)",
+        "SELECT id FROM flights WHERE dep_delay > $1",
+    ];
+    let prints: Vec<u64> = same.iter().map(|text| bench.sql.live(text, &env).unwrap().fingerprint).collect();
+    assert!(prints.windows(2).all(|pair| pair[0] == pair[1]), "{prints:?}");
+    let other = bench.sql.live("SELECT id FROM flights WHERE dep_delay > 1", &env).unwrap().fingerprint;
+    assert_ne!(prints[0], other);
+    let error = bench.sql.live("SELECT id FROM flights WHERE 1 / (dep_delay - 5) > 0", &env).unwrap().matches(&rows);
+    assert!(matches!(error, Err(SqlError::Invalid { code: "division_by_zero", .. })), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_live_is_refused_by_name() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    let env = bench.env("alice", &[]);
+    let cases = [
+        ("SELECT id FROM flights ORDER BY id", "ORDER BY in a live query is not supported"),
+        ("SELECT id FROM flights LIMIT 1", "LIMIT in a live query is not supported"),
+        ("SELECT DISTINCT id FROM flights", "DISTINCT in a live query is not supported"),
+        ("SELECT carrier FROM flights GROUP BY carrier", "GROUP BY in a live query is not supported"),
+        ("SELECT count(*) FROM flights", "an aggregate function in a live query is not supported"),
+        ("SELECT row_number() OVER () FROM flights", "a window function in a live query is not supported"),
+        ("SELECT a.id FROM flights a JOIN flights b ON true", "a join in a live query is not supported"),
+        ("SELECT a.id FROM flights a, flights b", "a join in a live query is not supported"),
+        ("SELECT id FROM (SELECT * FROM flights)", "a sub-query in a live query is not supported"),
+        ("SELECT id FROM flights WHERE id = (SELECT 1)", "a sub-query in a live query is not supported"),
+        ("SELECT id FROM flights UNION SELECT 1", "UNION in a live query is not supported"),
+        ("WITH a AS (SELECT 1) SELECT id FROM flights", "WITH in a live query is not supported"),
+        ("VALUES (1)", "VALUES in a live query is not supported"),
+        ("SELECT 1", "SELECT without FROM in a live query is not supported"),
+        (
+            "SELECT id FROM flights WHERE random() > 0.5",
+            "random() in a live query is not supported: its rows must depend on the table alone",
+        ),
+        (
+            "SELECT id FROM flights WHERE now() > '2020-01-01'",
+            "now() in a live query is not supported: its rows must depend on the table alone",
+        ),
+        (
+            "SELECT id, dist, id FROM flights",
+            "a live query's columns need different names, \"id\" is there twice: use AS",
+        ),
+        ("DELETE FROM flights", "anything but SELECT as a live query is not supported"),
+        ("SELECT id FROM flights; SELECT 1", "a live query is one SELECT"),
+        ("SELECT table_name FROM information_schema.tables", "there is no namespace \"information_schema\""),
+    ];
+    for (text, expected) in cases {
+        let error = bench.sql.live(text, &env).map(|_| ()).unwrap_err();
+        assert_eq!(error.to_string(), expected, "{text}");
+    }
+}
