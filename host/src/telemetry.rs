@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::counter::ConstCounter;
+pub use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -52,14 +53,14 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// The metrics and the registry that prints them.
-    pub fn new() -> (Arc<Metrics>, Registry) {
+    /// The metrics and what prints them.
+    pub fn new() -> (Arc<Metrics>, Exposition) {
         let metrics = Arc::new(Metrics::default());
         let mut registry = Registry::with_prefix("tidegate");
         metrics.register_counters(&mut registry);
         metrics.register_gauges(&mut registry);
         registry.register_collector(Box::new(PluginSeconds(metrics.plugin_nanos.clone())));
-        (metrics, registry)
+        (metrics, Exposition(registry))
     }
 
     fn register_counters(&self, registry: &mut Registry) {
@@ -113,11 +114,16 @@ impl Collector for PluginSeconds {
     }
 }
 
-/// Everything in the registry, as OpenMetrics text.
-pub fn openmetrics(registry: &Registry) -> Result<String, std::fmt::Error> {
-    let mut out = String::new();
-    prometheus_client::encoding::text::encode(&mut out, registry)?;
-    Ok(out)
+/// The registry behind `/metrics`.
+pub struct Exposition(Registry);
+
+impl Exposition {
+    /// Everything, as OpenMetrics text.
+    pub fn openmetrics(&self) -> Result<String, std::fmt::Error> {
+        let mut out = String::new();
+        prometheus_client::encoding::text::encode(&mut out, &self.0)?;
+        Ok(out)
+    }
 }
 
 /// Starts logging to stderr; once per process. `filter` is in `RUST_LOG` syntax.
@@ -138,10 +144,10 @@ mod tests {
 
     #[test]
     fn names_are_the_documented_ones() {
-        let (metrics, registry) = Metrics::new();
+        let (metrics, exposition) = Metrics::new();
         metrics.commits.inc();
         metrics.plugin_nanos.inc_by(1_500_000_000);
-        let text = openmetrics(&registry).unwrap();
+        let text = exposition.openmetrics().unwrap();
         for line in [
             "tidegate_commits_total 1",
             "tidegate_events_total 0",

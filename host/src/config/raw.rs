@@ -87,14 +87,14 @@ section!(RawPlugins {
     output_bytes: Size,
     log_bytes: Size,
 });
-section!(RawLog { format: RawFormat, filter: String });
+section!(RawLog { format: String, filter: String });
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RawToken {
-    token: String,
-    user: String,
-    role: RawRole,
+    token: Option<String>,
+    user: Option<String>,
+    role: Option<String>,
 }
 
 /// The token stays out of debug output.
@@ -105,21 +105,6 @@ impl fmt::Debug for RawToken {
 }
 
 const TOKEN_KEYS: [&str; 3] = ["token", "user", "role"];
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum RawRole {
-    User,
-    Service,
-    Admin,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RawFormat {
-    Text,
-    Json,
-}
 
 /// A number of bytes: `8388608`, `"8 MiB"`, `"64KiB"`.
 #[derive(Clone, Copy, Debug)]
@@ -298,7 +283,8 @@ fn cores() -> usize {
 impl Raw {
     pub fn check(self, data_dir: Option<&Path>) -> Result<Config, ConfigError> {
         let data_dir = data_dir.map(Path::to_owned).or(self.data_dir).unwrap_or_else(|| PathBuf::from("data"));
-        let tokens: Vec<Token> = self.tokens.unwrap_or_default().into_iter().map(Token::from).collect();
+        let tokens = self.tokens.unwrap_or_default().into_iter().enumerate();
+        let tokens = tokens.map(|(index, token)| token.check(index)).collect::<Result<Vec<Token>, _>>()?;
         check_tokens(&tokens, self.admin_token.as_deref())?;
         let plugins = self.plugins.check()?;
         let stall_limit = millis("live.stall_limit_ms", self.live.stall_limit_ms, 30_000, 100, 600_000)?;
@@ -310,24 +296,32 @@ impl Raw {
             plugins,
             tokens,
             admin_token: self.admin_token,
-            log_format: match self.log.format {
-                Some(RawFormat::Json) => LogFormat::Json,
-                Some(RawFormat::Text) | None => LogFormat::Text,
-            },
+            log_format: log_format(self.log.format.as_deref())?,
             log_filter: self.log.filter.unwrap_or_else(|| "info".to_owned()),
             data_dir,
         })
     }
 }
 
-impl From<RawToken> for Token {
-    fn from(raw: RawToken) -> Token {
-        let role = match raw.role {
-            RawRole::User => Role::User,
-            RawRole::Service => Role::Service,
-            RawRole::Admin => Role::Admin,
+impl RawToken {
+    fn check(self, index: usize) -> Result<Token, ConfigError> {
+        let at = |name: &str| format!("tokens[{index}].{name}");
+        let given = |name: &str, value: Option<String>| value.ok_or_else(|| invalid(&at(name), "is missing"));
+        let role = match given("role", self.role)?.as_str() {
+            "user" => Role::User,
+            "service" => Role::Service,
+            "admin" => Role::Admin,
+            other => return Err(invalid(&at("role"), format!("is `user`, `service` or `admin`, not {other:?}"))),
         };
-        Token { token: raw.token, user: raw.user, role }
+        Ok(Token { token: given("token", self.token)?, user: given("user", self.user)?, role })
+    }
+}
+
+fn log_format(given: Option<&str>) -> Result<LogFormat, ConfigError> {
+    match given {
+        None | Some("text") => Ok(LogFormat::Text),
+        Some("json") => Ok(LogFormat::Json),
+        Some(other) => Err(invalid("log.format", format!("is `text` or `json`, not {other:?}"))),
     }
 }
 
@@ -409,7 +403,7 @@ impl RawPlugins {
             return Err(invalid("plugins.ring_bytes", format!("{ring_bytes} is not a power of two")));
         }
         let worker_bytes = bytes(&at("worker_bytes"), self.worker_bytes, MIB, 64 * KIB, 64 * MIB)? as u32;
-        if worker_bytes % (64 * KIB as u32) != 0 {
+        if !worker_bytes.is_multiple_of(64 * KIB as u32) {
             return Err(invalid("plugins.worker_bytes", format!("{worker_bytes} is not a multiple of 64 KiB")));
         }
         let workers = bounded(&at("workers"), self.workers, cores().min(16), 1, 64)?;

@@ -88,6 +88,8 @@ fn tokens_are_checked_and_never_shown() {
         (entry("0123456789-changeme", "a"), "sample"),
         (entry("aaaaaaaaaaaaaaaaaaaaaaaa", "a"), "repeated"),
         (entry(TOKEN, ""), "tokens[0].user"),
+        (entry(TOKEN, "a").replace("'user'", "'king'"), "tokens[0].role"),
+        ("[[tokens]]\nuser = 'a'\nrole = 'user'".to_owned(), "`tokens[0].token`: is missing"),
         (format!("{}{}", entry(TOKEN, "a"), entry(TOKEN, "b")), "used twice"),
         (format!("[[tokens]]\ntoken = '{TOKEN}' oops"), "TOML"),
     ] {

@@ -7,7 +7,7 @@
 use axum::body::Body;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::db::DbError;
 use crate::plugins::PluginError;
@@ -21,14 +21,14 @@ pub struct Problem {
     code: &'static str,
     detail: String,
     /// Members of this problem alone, such as `position`.
-    extra: Map<String, Value>,
-    retry_after: Option<u64>,
+    extra: Vec<(&'static str, Value)>,
+    retry_after: Option<u32>,
 }
 
 impl Problem {
     pub fn new(status: u16, code: &'static str, detail: impl Into<String>) -> Problem {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Problem { status, code, detail: detail.into(), extra: Map::new(), retry_after: None }
+        Problem { status, code, detail: detail.into(), extra: Vec::new(), retry_after: None }
     }
 
     pub fn bad_request(detail: impl Into<String>) -> Problem {
@@ -45,12 +45,12 @@ impl Problem {
         Problem::new(500, "internal", detail)
     }
 
-    pub fn with(mut self, name: &str, value: Value) -> Problem {
-        self.extra.insert(name.to_owned(), value);
+    pub fn with(mut self, name: &'static str, value: Value) -> Problem {
+        self.extra.push((name, value));
         self
     }
 
-    pub fn retry_after(mut self, seconds: u64) -> Problem {
+    pub fn retry_after(mut self, seconds: u32) -> Problem {
         self.retry_after = Some(seconds);
         self
     }
@@ -72,8 +72,8 @@ impl Problem {
             "detail": self.detail,
             "code": self.code,
         });
-        if let Some(members) = body.as_object_mut() {
-            members.extend(self.extra.clone());
+        for (name, value) in &self.extra {
+            body[*name] = value.clone();
         }
         body
     }

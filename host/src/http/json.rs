@@ -4,7 +4,7 @@
 //! TIMESTAMP is RFC 3339 in UTC with microseconds, BYTEA is base64, JSON columns are nested. No output holds a raw
 //! line break, so a value never ends an SSE or NDJSON line.
 
-mod time;
+pub(super) mod time;
 
 use std::io::Write;
 

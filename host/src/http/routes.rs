@@ -1,1 +1,362 @@
-//! http::routes
+//! Which call does what. Handlers parse, call `db`, shape the answer; nothing is decided here that `db` could decide.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, HttpBody};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::auth::{Auth, Caller};
+use super::body::{Budget, Received, lend, receive};
+use super::error::Problem;
+use super::results::{self, Format};
+use super::stall::paced;
+use super::stream::{self, Subscriber};
+use super::tickets::Tickets;
+use super::{plugins, request};
+use crate::config::{Config, HttpOptions};
+use crate::db::{Db, Identity, LiveRequest, SqlRequest};
+use crate::telemetry::{Exposition, Metrics};
+
+/// Longer URLs are refused; what does not fit belongs into a POST.
+const URL_BYTES: usize = 8 * 1024;
+
+/// Everything the calls work with; clones share it.
+#[derive(Clone)]
+pub struct App(Arc<Shared>);
+
+pub struct Shared {
+    pub db: Db,
+    pub options: HttpOptions,
+    pub metrics: Arc<Metrics>,
+    pub(super) auth: Auth,
+    pub(super) budget: Budget,
+    tickets: Tickets,
+    exposition: Exposition,
+    heartbeat: Duration,
+    /// Set when the server goes down: not ready, no new calls, streams end.
+    pub(super) draining: CancellationToken,
+    /// Open live streams.
+    pub(super) streams: TaskTracker,
+}
+
+impl std::ops::Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl App {
+    pub fn new(db: Db, config: &Config, admin_token: &str, metrics: Arc<Metrics>, exposition: Exposition) -> App {
+        App(Arc::new(Shared {
+            db,
+            options: config.http.clone(),
+            metrics,
+            auth: Auth::new(&config.tokens, admin_token),
+            budget: Budget::new(config.http.body_total_bytes),
+            tickets: Tickets::new(config.http.ticket_ttl),
+            exposition,
+            heartbeat: config.live.heartbeat,
+            draining: CancellationToken::new(),
+            streams: TaskTracker::new(),
+        }))
+    }
+
+    async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Received, Problem> {
+        receive(headers, body, self.options.body_bytes, &self.budget).await
+    }
+}
+
+pub fn router(app: App) -> Router {
+    Router::new()
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/v1/sql", get(sql_get).post(sql_post))
+        .route("/v1/live", get(live_get).post(live_post))
+        .route("/v1/auth/ticket", post(ticket))
+        .route("/v1/plugins", get(plugins::list))
+        .route("/v1/plugins/{name}", get(plugins::show).put(plugins::put).delete(plugins::delete))
+        .route(
+            "/v1/plugins/{namespace}/{name}",
+            get(plugins::show).put(plugins::put).delete(plugins::delete).post(plugins::act),
+        )
+        .route("/v1/plugins/{namespace}/{name}/{action}", post(plugins::act))
+        .route("/v1/tables/{namespace}/{table}/rows", post(async || Problem::not_implemented("bulk insert")))
+        .route("/v1/auth/login", post(async || Problem::not_implemented("login with a password")))
+        .route("/v1/auth/refresh", post(async || Problem::not_implemented("refreshing a session")))
+        .route("/v1/openapi.json", get(async || Problem::not_implemented("the OpenAPI document")))
+        .route("/", get(async || Problem::not_implemented("the web console")))
+        .fallback(not_found)
+        .method_not_allowed_fallback(not_allowed)
+        .with_state(app)
+}
+
+/// Where a connection comes from.
+#[derive(Clone, Copy)]
+pub struct Peer(pub std::net::SocketAddr);
+
+/// One request, whole: identity first, so that nothing below sees a credential; then the router.
+pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
+    let (mut request, unread) = lend(request);
+    let started = Instant::now();
+    app.metrics.http_requests.inc();
+    if let Some(identity) = app.auth.take(request.headers_mut()) {
+        request.extensions_mut().insert(identity);
+    }
+    let (method, version) = (request.method().clone(), request.version());
+    // Without the query string: it may hold a ticket, or somebody's data.
+    let path = request.uri().path().to_owned();
+    let response = match refuse_early(app, &request) {
+        Some(problem) => problem.into_response(),
+        None => match tower::ServiceExt::oneshot(router.clone(), request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        },
+    };
+    unread.discard().await;
+    let streamed = response.body().size_hint().exact().is_none();
+    let response = if streamed && version == Version::HTTP_2 {
+        response.map(|body| paced(body, app.options.stall_limit, app.metrics.http_stalled.clone()))
+    } else {
+        response
+    };
+    let (status, elapsed) = (response.status().as_u16(), started.elapsed());
+    tracing::debug!(%method, path, status, elapsed_us = elapsed.as_micros() as u64, "request");
+    response
+}
+
+fn refuse_early(app: &App, request: &Request) -> Option<Problem> {
+    let url = request.uri().path_and_query().map_or(0, |url| url.as_str().len());
+    if url > URL_BYTES {
+        let detail = format!("the URL is longer than {URL_BYTES} bytes; send the same as a POST with a JSON body");
+        return Some(Problem::new(414, "url_too_long", detail));
+    }
+    // A reconnect gets its answer from the live call, in the form that browsers retry.
+    let reconnect = request.uri().path() == "/v1/live" && request.method() == Method::GET;
+    if app.draining.is_cancelled() && request.uri().path().starts_with("/v1/") && !reconnect {
+        return Some(crate::db::DbError::Closed.into());
+    }
+    None
+}
+
+async fn not_found(uri: Uri) -> Problem {
+    Problem::new(404, "not_found", format!("there is nothing at {}; the calls are under /v1/", uri.path()))
+}
+
+async fn not_allowed(method: Method, uri: Uri) -> Problem {
+    let detail = format!("{method} is not possible at {}; the Allow header names what is", uri.path());
+    Problem::new(405, "method_not_allowed", detail)
+}
+
+async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+async fn readyz(State(app): State<App>) -> Result<&'static str, Problem> {
+    if app.draining.is_cancelled() {
+        return Err(crate::db::DbError::Closed.into());
+    }
+    if app.db.ready() {
+        Ok("ready\n")
+    } else {
+        Err(Problem::new(503, "not_ready", "the database does not take requests now").retry_after(1))
+    }
+}
+
+/// Open to this machine, as scrapers run beside the server; from elsewhere an administrator has to ask.
+async fn metrics(
+    State(app): State<App>,
+    peer: Option<axum::Extension<Peer>>,
+    caller: Result<Caller, Problem>,
+) -> Result<Response, Problem> {
+    let local = peer.is_some_and(|peer| peer.0.0.ip().to_canonical().is_loopback());
+    if !local && caller?.0.role != crate::config::Role::Admin {
+        return Err(Problem::new(403, "forbidden", "metrics are for administrators"));
+    }
+    app.db.refresh_metrics();
+    let text = app.exposition.openmetrics().map_err(|_| Problem::internal("the metrics could not be written"))?;
+    let content_type = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+    Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())
+}
+
+async fn sql_get(
+    State(app): State<App>,
+    Caller(who): Caller,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let format = Format::accepted(&headers)?;
+    execute(&app, &who, request::sql_from_query(&uri)?, format).await
+}
+
+async fn sql_post(
+    State(app): State<App>,
+    Caller(who): Caller,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    request::no_parameters(&uri)?;
+    let format = Format::accepted(&headers)?;
+    if headers.contains_key("idempotency-key") {
+        // Taking it and doing nothing would make a retry write twice.
+        return Err(Problem::not_implemented("the Idempotency-Key header"));
+    }
+    let parse = match media_type(&headers).as_str() {
+        "application/json" => request::sql_from_json,
+        "application/sql" => request::sql_from_text,
+        other => return Err(wrong_type(other, "application/json, or application/sql for raw SQL")),
+    };
+    let received = app.body(&headers, body).await?;
+    let request = parse(&received.bytes)?;
+    drop(received);
+    execute(&app, &who, request, format).await
+}
+
+async fn execute(app: &App, who: &Identity, request: SqlRequest, format: Format) -> Result<Response, Problem> {
+    let started = Instant::now();
+    let answer = app.db.execute(who, request).await?;
+    Ok(results::respond(answer, format, started).await)
+}
+
+/// Type and subtype in lower case, without parameters; empty when there is none.
+pub(super) fn media_type(headers: &HeaderMap) -> String {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+pub(super) fn wrong_type(given: &str, wanted: &str) -> Problem {
+    let given = if given.is_empty() { "none" } else { given };
+    Problem::new(415, "unsupported_media_type", format!("the Content-Type is {given}; send {wanted}"))
+}
+
+async fn live_body(app: &App, headers: &HeaderMap, body: Body) -> Result<LiveRequest, Problem> {
+    match media_type(headers).as_str() {
+        "application/json" => request::live_from_json(&app.body(headers, body).await?.bytes),
+        other => Err(wrong_type(other, "application/json")),
+    }
+}
+
+async fn live_get(
+    State(app): State<App>,
+    caller: Result<Caller, Problem>,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    // Who asks comes first: without identity nothing of the request is looked at but the ticket.
+    if caller.is_err() && !uri.query().is_some_and(|query| query.contains("ticket=")) {
+        return caller.map(|_| Response::default());
+    }
+    let query = request::live_from_query(&uri)?;
+    let position = last_event_id(&headers)?.or(query.last_event_id);
+    let Some(ticket) = query.ticket else {
+        let request = query.request.ok_or_else(|| Problem::bad_request("the query parameter `sql` is missing"))?;
+        return subscribe(&app, caller?.0, LiveRequest { position, ..request }, None).await;
+    };
+    let redeemed = app.tickets.redeem(&ticket, query.request.as_ref())?;
+    let request = LiveRequest { position, ..redeemed.request.clone() };
+    subscribe(&app, redeemed.who.clone(), request, Some(&redeemed)).await
+}
+
+async fn live_post(
+    State(app): State<App>,
+    Caller(who): Caller,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    request::no_parameters(&uri)?;
+    let mut request = live_body(&app, &headers, body).await?;
+    request.position = last_event_id(&headers)?.or(request.position);
+    subscribe(&app, who, request, None).await
+}
+
+/// An empty one is what EventSource sends when it has none.
+fn last_event_id(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    let Some(value) = headers.get("last-event-id") else { return Ok(None) };
+    let text = value.to_str().map_err(|_| Problem::bad_request("the header Last-Event-ID is not an event id"))?;
+    Ok((!text.is_empty()).then(|| text.to_owned()))
+}
+
+async fn subscribe(
+    app: &App,
+    who: Identity,
+    request: LiveRequest,
+    ticket: Option<&super::tickets::Redeemed>,
+) -> Result<Response, Problem> {
+    let reconnect = request.position.is_some();
+    let opened = if app.draining.is_cancelled() {
+        Err(crate::db::DbError::Closed)
+    } else {
+        app.db.subscribe(&who, request).await
+    };
+    let stream = match opened.map_err(Problem::from) {
+        Ok(stream) => stream,
+        Err(problem) if reconnect && matches!(problem.status().as_u16(), 429 | 503) => {
+            return Ok(stream::busy(&problem));
+        }
+        Err(problem) => return Err(problem),
+    };
+    Ok(stream::respond(Subscriber {
+        stream,
+        // `live` sends progress every heartbeat; this is for the times when it cannot, say while it waits for a plugin.
+        idle: app.heartbeat * 2,
+        draining: app.draining.clone(),
+        ticket: ticket.map(|redeemed| app.tickets.open(redeemed)).transpose()?,
+        metrics: app.metrics.clone(),
+        open: app.streams.token(),
+    }))
+}
+
+async fn ticket(
+    State(app): State<App>,
+    Caller(who): Caller,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    request::no_parameters(&uri)?;
+    let request = live_body(&app, &headers, body).await?;
+    let ticket = app.tickets.issue(who, request)?;
+    let answer = json!({"ticket": ticket, "expires_in_ms": app.tickets.ttl().as_millis() as u64});
+    let no_store = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
+    Ok((StatusCode::OK, no_store, Json(answer)).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn media_types() {
+        for (given, expect) in [
+            ("application/json", "application/json"),
+            ("Application/JSON; charset=utf-8", "application/json"),
+            ("application/sql", "application/sql"),
+        ] {
+            let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_str(given).unwrap())]);
+            assert_eq!(media_type(&headers), expect);
+        }
+        assert_eq!(media_type(&HeaderMap::new()), "");
+    }
+
+    #[test]
+    fn an_empty_event_id_is_none() {
+        let header = |value: &'static str| {
+            HeaderMap::from_iter([("last-event-id".parse().unwrap(), HeaderValue::from_static(value))])
+        };
+        assert_eq!(last_event_id(&HeaderMap::new()).unwrap(), None);
+        assert_eq!(last_event_id(&header("")).unwrap(), None);
+        assert_eq!(last_event_id(&header("a-1-b")).unwrap(), Some("a-1-b".to_owned()));
+    }
+}

@@ -157,7 +157,7 @@ impl Batches<'_> {
 
 /// One event with a JSON document as data.
 fn frame(event: &str, id: Option<&str>, data: &Value, out: &mut Vec<u8>) {
-    write!(out, "event: {event}\n").expect("writing to memory cannot fail");
+    writeln!(out, "event: {event}").expect("writing to memory cannot fail");
     if let Some(id) = id {
         writeln!(out, "id: {id}").expect("writing to memory cannot fail");
     }

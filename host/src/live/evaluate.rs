@@ -251,3 +251,67 @@ fn same_or_null<'a>(column: &'a dyn Array, same: impl Fn(usize, usize) -> bool +
         (one, other) => one == other,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow::array::{ArrayRef, Float32Array, Float64Array, Int64Array, StringArray};
+
+    use super::*;
+
+    fn batch(columns: Vec<ArrayRef>) -> RecordBatch {
+        let named = columns.into_iter().enumerate().map(|(i, column)| (i.to_string(), column, true));
+        RecordBatch::try_from_iter_with_nullable(named).unwrap()
+    }
+
+    #[test]
+    fn rows_are_the_same_when_nobody_sees_a_difference() {
+        let nan = f64::NAN;
+        let other_nan = f64::from_bits(nan.to_bits() ^ 1);
+        let floats = batch(vec![Arc::new(Float64Array::from(vec![
+            Some(nan),
+            Some(other_nan),
+            Some(0.0),
+            Some(-0.0),
+            None,
+            None,
+            Some(1.0),
+        ]))]);
+        let mut same = RowEquality::new(&floats);
+        for (one, other, expected) in
+            [(0, 1, true), (2, 3, false), (4, 5, true), (0, 4, false), (4, 6, false), (2, 6, false), (6, 6, true)]
+        {
+            assert_eq!(same.rows(one, other).unwrap(), expected, "{one} and {other}");
+        }
+
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(StringArray::from(vec![Some("a"), Some("a"), None, Some(""), Some("a")])),
+            Arc::new(Int64Array::from(vec![1, 1, 1, 1, 2])),
+            Arc::new(Float32Array::from(vec![f32::NAN; 5])),
+        ];
+        let mixed = batch(columns);
+        let mut same = RowEquality::new(&mixed);
+        for (one, other, expected) in [(0, 1, true), (2, 3, false), (0, 4, false), (0, 2, false)] {
+            assert_eq!(same.rows(one, other).unwrap(), expected, "{one} and {other}");
+        }
+    }
+
+    #[test]
+    fn a_change_is_what_it_is_to_the_result() {
+        let rows = batch(vec![Arc::new(Int64Array::from(vec![5, 5, 6]))]);
+        let mut same = RowEquality::new(&rows);
+        for (old, new, present, expected) in [
+            (None, None, true, None),
+            (None, None, false, None),
+            (None, Some(0), true, Some(EventOp::Insert)),
+            (Some(0), Some(1), true, None),
+            (Some(0), Some(2), true, Some(EventOp::Update)),
+            (Some(0), None, true, Some(EventOp::MovedOut)),
+            (Some(0), None, false, Some(EventOp::Deleted)),
+        ] {
+            let op = decide(old, new, present, &mut same).unwrap();
+            assert_eq!(op, expected, "{old:?} to {new:?}, present: {present}");
+        }
+    }
+}

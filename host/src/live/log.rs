@@ -77,7 +77,14 @@ fn read(
 
 /// The logs of several namespaces in one order.
 struct Merged {
-    scans: Vec<(NamespaceId, LogScan, Option<(Seq, Bytes)>)>,
+    scans: Vec<Ahead>,
+}
+
+/// One namespace's log, read one commit ahead.
+struct Ahead {
+    scan: LogScan,
+    namespace: NamespaceId,
+    next: Option<(Seq, Bytes)>,
 }
 
 impl Merged {
@@ -89,19 +96,19 @@ impl Merged {
         let mut scans = Vec::new();
         for namespace in namespaces {
             let mut scan = snapshot.log(namespace, after);
-            let head = scan.next_commit()?;
-            scans.push((namespace, scan, head));
+            let next = scan.next_commit()?;
+            scans.push(Ahead { scan, namespace, next });
         }
         Ok(Merged { scans })
     }
 
     fn next(&mut self) -> Result<Option<LoggedCommit>, StoreError> {
-        let heads = self.scans.iter_mut().filter(|(_, _, head)| head.is_some());
-        let Some((namespace, scan, head)) = heads.min_by_key(|(_, _, head)| head.as_ref().map(|(seq, _)| *seq)) else {
+        let waiting = self.scans.iter_mut().filter(|ahead| ahead.next.is_some());
+        let Some(first) = waiting.min_by_key(|ahead| ahead.next.as_ref().map(|(seq, _)| *seq)) else {
             return Ok(None);
         };
-        let next = scan.next_commit()?;
-        let taken = std::mem::replace(head, next);
-        Ok(taken.map(|(seq, frame)| LoggedCommit { seq, namespace: *namespace, frame }))
+        let after = first.scan.next_commit()?;
+        let taken = std::mem::replace(&mut first.next, after);
+        Ok(taken.map(|(seq, frame)| LoggedCommit { seq, namespace: first.namespace, frame }))
     }
 }

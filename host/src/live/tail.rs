@@ -181,3 +181,101 @@ impl GroupTail {
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::NamespaceId;
+
+    fn commit(seq: u64, bytes: usize) -> Arc<Commit> {
+        Arc::new(Commit { seq: Seq(seq), namespace: NamespaceId(1), frame: vec![0; bytes].into(), catalog: None })
+    }
+
+    fn seqs(after: CommitsAfter) -> Option<Vec<u64>> {
+        match after {
+            CommitsAfter::Next(commits) => Some(commits.iter().map(|commit| commit.seq.0).collect()),
+            CommitsAfter::Behind => None,
+        }
+    }
+
+    #[test]
+    fn the_commit_tail_keeps_what_fits_and_knows_what_it_lost() {
+        let tail = CommitTail::new(3 * (ENTRY_OVERHEAD + 10), Seq(5));
+        assert_eq!(seqs(tail.after(Seq(5), 9)), Some(vec![]));
+        assert_eq!(seqs(tail.after(Seq(4), 9)), None);
+        // Gaps are allowed.
+        for seq in [6, 8, 9] {
+            tail.push(&commit(seq, 10));
+        }
+        assert_eq!(seqs(tail.after(Seq(5), 9)), Some(vec![6, 8, 9]));
+        assert_eq!(seqs(tail.after(Seq(7), 1)), Some(vec![8]));
+        tail.push(&commit(10, 10));
+        assert_eq!(seqs(tail.after(Seq(5), 9)), None);
+        assert_eq!(seqs(tail.after(Seq(6), 9)), Some(vec![8, 9, 10]));
+        // One that does not fit at all goes to the log alone, with everything before it.
+        tail.push(&commit(11, 10_000));
+        assert_eq!(seqs(tail.after(Seq(10), 9)), None);
+        assert_eq!(seqs(tail.after(Seq(11), 9)), Some(vec![]));
+    }
+
+    fn group_tail(texts: &[(u64, &'static str)], bound: usize) -> GroupTail {
+        let mut tail = GroupTail::new();
+        tail.open(Seq(10));
+        for (seq, text) in texts {
+            tail.append(Seq(*seq), Bytes::from_static(text.as_bytes()), bound);
+        }
+        tail
+    }
+
+    /// What a subscriber gets, as text: `seq:bytes`, or a word.
+    fn told(tail: &GroupTail, cursor: u64, limit: usize) -> String {
+        match tail.after(Seq(cursor), limit) {
+            EventsAfter::Next { bytes, seq } => format!("{}:{}", seq.0, std::str::from_utf8(&bytes).unwrap()),
+            EventsAfter::Nothing => "nothing".to_owned(),
+            EventsAfter::Behind { floor } => format!("behind {}", floor.0),
+            EventsAfter::Ended { behind, .. } => format!("ended, behind: {behind}"),
+        }
+    }
+
+    #[test]
+    fn a_subscriber_gets_whole_commits_joined_up_to_the_limit() {
+        let tail = group_tail(&[(11, "aa"), (13, "bb"), (14, "cc")], 1 << 20);
+        for (cursor, limit, expected) in [
+            (9, 100, "behind 10"),
+            (10, 100, "14:aabbcc"),
+            (10, 5, "13:aabb"),
+            // The first commit goes out whole however large it is.
+            (10, 0, "11:aa"),
+            (11, 100, "14:bbcc"),
+            (12, 100, "14:bbcc"),
+            (13, 100, "14:cc"),
+            (14, 100, "nothing"),
+            (99, 100, "nothing"),
+        ] {
+            assert_eq!(told(&tail, cursor, limit), expected, "at {cursor}, {limit} bytes");
+        }
+    }
+
+    #[test]
+    fn the_group_tail_is_bounded_and_forgets_when_quiet() {
+        let mut tail = group_tail(&[(11, "aa"), (12, "bb"), (13, "cc")], 2 * (ENTRY_OVERHEAD + 2));
+        assert_eq!(told(&tail, 10, 100), "behind 11");
+        assert_eq!(told(&tail, 11, 100), "13:bbcc");
+        tail.forget_older(Duration::from_secs(3600));
+        assert_eq!(told(&tail, 11, 100), "13:bbcc");
+        tail.forget_older(Duration::ZERO);
+        assert_eq!((tail.bytes(), told(&tail, 12, 100)), (0, "behind 13".to_owned()));
+        assert_eq!(told(&tail, 13, 100), "nothing");
+    }
+
+    #[test]
+    fn the_end_comes_after_what_was_before_it() {
+        let mut tail = group_tail(&[(11, "aa")], 1 << 20);
+        tail.end(GroupEnd::Expired);
+        tail.end(GroupEnd::Reason(EndReason::Shutdown));
+        assert_eq!(told(&tail, 10, 100), "11:aa");
+        assert_eq!(told(&tail, 11, 100), "ended, behind: false");
+        assert_eq!(told(&tail, 9, 100), "ended, behind: true");
+        assert!(matches!(tail.ended(), Some(GroupEnd::Expired)), "the first end counts");
+    }
+}

@@ -13,7 +13,7 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
@@ -36,6 +36,9 @@ const TURN_COMMITS: usize = 64;
 
 /// Messages taken before commits get their turn.
 const TURN_EVENTS: usize = 256;
+
+/// The least age at which a quiet group's tail is let go of: a reader slower than this may as well read the log.
+const LEAST_TAIL_AGE: Duration = Duration::from_secs(5);
 
 /// What all workers and subscriptions of one server have in common.
 pub(super) struct Shared {
@@ -241,7 +244,7 @@ impl Worker {
                 self.work(job);
             }
             if Instant::now() >= sweep {
-                self.members.values().for_each(|member| member.group.forget_older(heartbeat));
+                self.members.values().for_each(|member| member.group.forget_older(heartbeat.max(LEAST_TAIL_AGE)));
                 sweep = Instant::now() + heartbeat;
             }
             if more_commits || !self.jobs.is_empty() {

@@ -262,7 +262,8 @@ impl Ticker {
 fn tick(engine: &wasmtime::Engine, state: &TickerState) {
     while !state.stop.load(Ordering::SeqCst) {
         if state.running.load(Ordering::SeqCst) > 0 {
-            thread::sleep(TICK);
+            // A tick too early only looks at a clock once more.
+            thread::park_timeout(TICK);
             engine.increment_epoch();
             continue;
         }

@@ -31,6 +31,15 @@ pub struct OutOfTime {
     cpu: Duration,
 }
 
+/// The guest used an import wrongly.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Misuse(String);
+
+fn misuse(message: String) -> wasmtime::Error {
+    wasmtime::Error::new(Misuse(message))
+}
+
 /// The data of an instance's store.
 pub struct Guest {
     /// For logs and metrics: the plugin on whose behalf the present call is made.
@@ -191,9 +200,9 @@ pub fn link(linker: &mut Linker<Guest>) -> wasmtime::Result<()> {
             let rows = caller.data().rows;
             let index = match usize::try_from(index) {
                 Ok(index) if index < rows => Some(index),
-                Ok(_) => return Err(wasmtime::Error::msg(format!("fail: row {index} of a batch of {rows}"))),
+                Ok(_) => return Err(misuse(format!("fail: row {index} of a batch of {rows}"))),
                 Err(_) if index == -1 => None,
-                Err(_) => return Err(wasmtime::Error::msg(format!("fail: row {index} (a row of the batch or -1)"))),
+                Err(_) => return Err(misuse(format!("fail: row {index} (a row of the batch or -1)"))),
             };
             // The first failure of the lowest row is what is told; a failure of the whole call counts before any row.
             if caller.data().failed.as_ref().is_some_and(|(known, _)| *known <= index) {
@@ -210,8 +219,8 @@ pub fn link(linker: &mut Linker<Guest>) -> wasmtime::Result<()> {
 fn message(caller: &mut Caller<'_, Guest>, import: &str, ptr: u32, len: u32, most: usize) -> wasmtime::Result<String> {
     let memory: Memory = match caller.get_export(wire::abi::export::MEMORY) {
         Some(Extern::Memory(memory)) => memory,
-        _ => return Err(wasmtime::Error::msg("the guest has no memory")),
+        _ => return Err(misuse("the guest has no memory".to_owned())),
     };
     window::read_message(&*caller, memory, ptr, len, most)
-        .ok_or_else(|| wasmtime::Error::msg(format!("{import}: {len} bytes at {ptr} do not lie in the memory")))
+        .ok_or_else(|| misuse(format!("{import}: {len} bytes at {ptr} do not lie in the memory")))
 }

@@ -11,7 +11,7 @@ use wire::abi::{ABI, CONFIGURE_BYTES, Configure, Configured, Descriptor, WINDOW_
 use wire::image::ImageAt;
 
 use super::engine::Compiled;
-use super::guest::{self, Guest, OutOfTime};
+use super::guest::{self, Guest, Misuse, OutOfTime};
 use super::registry::Shared;
 use super::window::{self, GuestWindow, Mapping, PART_ROWS_AT, Ring, WindowError, WorkerPart};
 use super::{FaultCause, PluginError, abi, check};
@@ -24,6 +24,8 @@ const WINDOW_SLACK: usize = 2 * WINDOW_ALIGN as usize;
 #[derive(Clone, Debug)]
 pub struct CallFault {
     pub cause: FaultCause,
+    /// Not the guest's doing: the machine has no memory or mappings left.
+    pub host: bool,
     /// The row of the batch, where the guest named one.
     pub row: Option<usize>,
     pub message: String,
@@ -31,10 +33,22 @@ pub struct CallFault {
 
 impl CallFault {
     pub fn new(cause: FaultCause, message: impl Into<String>) -> CallFault {
-        CallFault { cause, row: None, message: message.into() }
+        CallFault { cause, host: false, row: None, message: message.into() }
+    }
+
+    /// A fault that this guest, in this call, told of one row.
+    pub fn at(cause: FaultCause, row: Option<usize>, message: String) -> CallFault {
+        CallFault { cause, host: false, row, message }
+    }
+
+    pub fn host(message: String) -> CallFault {
+        CallFault { cause: FaultCause::Memory, host: true, row: None, message }
     }
 
     pub fn of(self, plugin: &str, index: Option<usize>) -> PluginError {
+        if self.host {
+            return PluginError::Host(self.message);
+        }
         PluginError::Fault { plugin: plugin.to_owned(), cause: self.cause, index, message: self.message }
     }
 }
@@ -91,26 +105,16 @@ impl Instance {
         module: &Compiled,
         space: &Space,
     ) -> Result<Instance, CallFault> {
-        let options = &shared.options;
-        let window_len = space.ring().map_or_else(|len| len, Ring::len) + space.part.len();
-        let memory_limit = options.memory_bytes + window_len as usize + WINDOW_SLACK;
-        let mut store = Store::new(&shared.engine.wasm, Guest::new(options, plugin.clone(), memory_limit));
+        let window_bytes = space.ring().map_or_else(|bytes| bytes, Ring::bytes) + space.part.bytes();
+        let memory_limit = shared.options.memory_bytes + window_bytes as usize + WINDOW_SLACK;
+        let mut store = Store::new(&shared.engine.wasm, Guest::new(&shared.options, plugin.clone(), memory_limit));
         store.limiter(|guest| guest);
         guest::watch_deadline(&mut store);
 
-        let mut start = Call { shared, plugin, budget: options.init_time, rows: 0 };
-        let instance = start.run(&mut store, |store| module.pre.instantiate(store))?;
-        if instance.get_func(&mut store, export::INITIALIZE).is_some() {
-            let initialize: TypedFunc<(), ()> = func(&instance, &mut store, export::INITIALIZE)?;
-            start.run(&mut store, |store| initialize.call(store, ()))?;
-        }
-        let abi: TypedFunc<(), u32> = func(&instance, &mut store, export::ABI)?;
-        let found = start.run(&mut store, |store| abi.call(store, ()))?;
-        if found != ABI {
-            return Err(CallFault::new(FaultCause::Abi, check::wrong_abi(i64::from(found))));
-        }
+        let call = Call { shared, plugin, budget: shared.options.init_time, rows: 0 };
+        let instance = start(&call, &mut store, module)?;
         let open: TypedFunc<u32, u32> = func(&instance, &mut store, export::WINDOW)?;
-        let addr = start.run(&mut store, |store| open.call(store, window_len))?;
+        let addr = call.run(&mut store, |store| open.call(store, window_bytes))?;
         let memory = instance
             .get_memory(&mut store, export::MEMORY)
             .ok_or_else(|| CallFault::new(FaultCause::Abi, "the module exports no memory"))?;
@@ -121,10 +125,10 @@ impl Instance {
             PluginKind::RowFilter => export::FILTER,
             PluginKind::RowTransform => export::TRANSFORM,
         };
+        let run = func(&instance, &mut store, run)?;
+        let configure = func(&instance, &mut store, export::CONFIGURE)?;
         let release = instance.get_func(&mut store, export::RELEASE).is_some();
         let release = release.then(|| func(&instance, &mut store, export::RELEASE)).transpose()?;
-        let configure = func(&instance, &mut store, export::CONFIGURE)?;
-        let run = func(&instance, &mut store, run)?;
         shared.metrics.plugin_instances.inc();
         let shared = shared.clone();
         Ok(Instance { shared, store, memory, window, configure, release, run, handles: HashMap::new() })
@@ -161,12 +165,12 @@ impl Instance {
         let reads = (params + setup.params.len()).next_multiple_of(4);
         let input = reads + setup.reads.len();
         let end = input + setup.input.len();
-        if end > part.len() as usize {
+        if end > part.bytes() as usize {
             return Err(CallFault::new(
                 FaultCause::Memory,
                 format!(
                     "parameters and schema take {end} bytes, more than the worker part has ({}; raise plugins.worker_bytes)",
-                    part.len()
+                    part.bytes()
                 ),
             ));
         }
@@ -286,7 +290,7 @@ impl Instance {
         let answer = answer?;
         let guest = self.store.data_mut();
         if let Some((row, message)) = guest.failed.take() {
-            return Err(CallFault { cause: FaultCause::Failed, row, message });
+            return Err(CallFault::at(FaultCause::Failed, row, message));
         }
         self.shared.count_guest_metrics(plugin, &mut guest.metrics);
         Ok(answer)
@@ -299,11 +303,26 @@ impl Drop for Instance {
     }
 }
 
+/// Instantiates (which runs `start`), initializes, and asks for the ABI version before anything else.
+fn start(call: &Call<'_>, store: &mut Store<Guest>, module: &Compiled) -> Result<WasmInstance, CallFault> {
+    let instance = call.run(store, |store| module.pre.instantiate(store))?;
+    if instance.get_func(&mut *store, export::INITIALIZE).is_some() {
+        let initialize: TypedFunc<(), ()> = func(&instance, store, export::INITIALIZE)?;
+        call.run(store, |store| initialize.call(store, ()))?;
+    }
+    let abi: TypedFunc<(), u32> = func(&instance, store, export::ABI)?;
+    let found = call.run(store, |store| abi.call(store, ()))?;
+    if found != ABI {
+        return Err(CallFault::new(FaultCause::Abi, check::wrong_abi(i64::from(found))));
+    }
+    Ok(instance)
+}
+
 fn window_fault(error: WindowError, store: &Store<Guest>) -> CallFault {
     let refused = if store.data().memory_refused { "; its memory limit refused to grow for it" } else { "" };
     match error {
         WindowError::Guest(message) => CallFault::new(FaultCause::Abi, format!("{message}{refused}")),
-        WindowError::Host(_) => CallFault::new(FaultCause::Memory, error.to_string()),
+        WindowError::Host(_) => CallFault::host(error.to_string()),
     }
 }
 
@@ -327,7 +346,7 @@ struct Call<'a> {
 
 impl Call<'_> {
     fn run<R>(
-        &mut self,
+        &self,
         store: &mut Store<Guest>,
         call: impl FnOnce(&mut Store<Guest>) -> wasmtime::Result<R>,
     ) -> Result<R, CallFault> {
@@ -348,10 +367,10 @@ fn fault(error: &wasmtime::Error, guest: &Guest) -> CallFault {
     if let Some(late) = error.downcast_ref::<OutOfTime>() {
         return CallFault::new(FaultCause::Deadline, late.to_string());
     }
-    let trap = error.downcast_ref::<Trap>();
-    let mut message = match trap {
-        Some(trap) => trap.to_string(),
-        None => error.root_cause().to_string(),
+    let told = error.downcast_ref::<Trap>().map(Trap::to_string);
+    let told = told.or_else(|| error.downcast_ref::<Misuse>().map(Misuse::to_string));
+    let Some(mut message) = told.or_else(|| guest.memory_refused.then(|| error.root_cause().to_string())) else {
+        return CallFault::host(format!("an instance cannot run: {error:#}"));
     };
     let frames = error.downcast_ref::<WasmBacktrace>().map_or(&[][..], WasmBacktrace::frames);
     if let Some(name) = frames.first().and_then(|frame| frame.func_name()) {

@@ -118,8 +118,8 @@ impl Runner<'_> {
         fault: CallFault,
         out: &mut Vec<Row>,
     ) -> Result<(), PluginError> {
-        if let Some(row) = fault.row {
-            let index = batch.get(row).map(Row::index);
+        if fault.row.is_some() || fault.host {
+            let index = fault.row.and_then(|row| batch.get(row)).map(Row::index);
             return Err(self.fail(setup, fault, index));
         }
         self.shared.metrics.plugin_failures.inc();
@@ -220,16 +220,16 @@ fn place(part: &mut WorkerPart, part_at: u32, base: &[u8], rows: &[Row]) -> Resu
             Source::Base(range, at) => (&base[range.clone()], at),
             Source::Made(image, at) => (&image[..], at),
         };
-        if bytes.len() > part.len() as usize - placed.used {
+        if bytes.len() > part.bytes() as usize - placed.used {
             if i > 0 {
                 break;
             }
-            let most = part.len() as usize - PART_ROWS_AT;
+            let most = part.bytes() as usize - PART_ROWS_AT;
             let message = format!(
                 "a row of {} bytes does not fit the worker part ({most}; raise plugins.worker_bytes)",
                 bytes.len()
             );
-            return Err(CallFault { cause: FaultCause::Memory, row: Some(0), message });
+            return Err(CallFault::at(FaultCause::Memory, Some(0), message));
         }
         part.write(placed.used, bytes);
         let descriptor = Descriptor::new(*at, part_at + placed.used as u32);

@@ -70,7 +70,7 @@ impl Shared {
         if let Some(ring) = rings.get(&namespace) {
             return Ok(ring.clone());
         }
-        let ring = Ring::new(self.options.ring_bytes).map_err(|error| {
+        let ring = Ring::new(self.options.ring_bytes, self.metrics.ring_bytes.clone()).map_err(|error| {
             PluginError::Host(format!("a ring of {} bytes cannot be made: {error}", self.options.ring_bytes))
         })?;
         let ring = Arc::new(ring);
@@ -87,13 +87,7 @@ impl Shared {
         let mut changed = HashMap::clone(&rings);
         drop(rings);
         // Counted are: the map in place, the copy made here, and the workers that map the ring.
-        changed.retain(|_, ring| {
-            let used = Arc::strong_count(ring) > 2;
-            if !used {
-                self.metrics.ring_bytes.dec_by(ring.held() as i64);
-            }
-            used
-        });
+        changed.retain(|_, ring| Arc::strong_count(ring) > 2);
         self.rings.store(Arc::new(changed));
     }
 }
@@ -212,8 +206,7 @@ impl Plugins {
     /// Never waits for a plugin; an occupied slot leaves the ring alone.
     pub fn publish(&self, namespace: NamespaceId, seq: Seq, section: &[u8]) {
         if let Some(ring) = self.shared.rings.load().get(&namespace) {
-            let change = ring.publish(seq, section);
-            self.shared.metrics.ring_bytes.inc_by(change);
+            ring.publish(seq, section);
         }
     }
 
@@ -339,8 +332,9 @@ impl PluginWorker {
         let space = space(&self.shared, &mut self.spaces, self.with_ring, namespace)?;
         let configured = self.instances.get(setup, space).map(|(_, output)| output);
         if let Err(fault) = &configured {
-            self.shared.metrics.plugin_failures.inc();
+            // A guest that says no to its parameters has not failed.
             if fault.cause != FaultCause::Failed {
+                self.shared.metrics.plugin_failures.inc();
                 self.instances.forget(setup, namespace);
             }
         }

@@ -1,6 +1,7 @@
 //! Tries at start whether the window works on this machine: a guest has to see what the host writes, and a guest that
 //! writes (by a store, by a bulk operation) has to be found out without reaching the host's bytes.
 
+use prometheus_client::metrics::gauge::Gauge;
 use wasmtime::{Linker, Module, Store, TypedFunc};
 use wire::abi::WINDOW_ALIGN;
 
@@ -22,14 +23,14 @@ pub fn window(engine: &Engine) -> Result<(), String> {
     let said = |error: wasmtime::Error| format!("{error:#}");
     let module = wat::parse_str(GUEST).map_err(|error| error.to_string())?;
     let module = Module::new(&engine.wasm, module).map_err(said)?;
-    let ring = Ring::new(WINDOW_ALIGN).map_err(|error| format!("no ring: {error}"))?;
+    let ring = Ring::new(WINDOW_ALIGN, Gauge::default()).map_err(|error| format!("no ring: {error}"))?;
     let mut part =
         WorkerPart::new(WINDOW_ALIGN, Mapping::InPlace).map_err(|error| format!("no worker part: {error}"))?;
     let mut poked = Trial::new(engine, &module, &ring, &part).map_err(|error| error.to_string())?;
     let mut filled = Trial::new(engine, &module, &ring, &part).map_err(|error| error.to_string())?;
     let mut reader = Trial::new(engine, &module, &ring, &part).map_err(|error| error.to_string())?;
 
-    let _ = ring.publish(Seq(1), &[7]);
+    ring.publish(Seq(1), &[7]);
     part.write(5, &[9]);
     let part_at = AT + WINDOW_ALIGN;
     if (reader.peek(AT)?, reader.peek(part_at + 5)?) != (7, 9) {

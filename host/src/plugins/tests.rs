@@ -294,6 +294,16 @@ fn a_filter_keeps_by_its_parameter_wherever_the_rows_are() {
 }
 
 #[test]
+fn the_window_is_mapped_here_and_workers_move_to_their_threads() {
+    fn is_send<T: Send>() {}
+    is_send::<PluginWorker>();
+    fn is_shared<T: Send + Sync>() {}
+    is_shared::<Plugins>();
+    let engine = engine::Engine::new(&options()).unwrap();
+    assert_eq!(selftest::window(&engine), Ok(()));
+}
+
+#[test]
 fn one_instance_serves_many_parameter_sets() {
     let fixture = Fixture::new(options());
     let mut worker = fixture.plugins.worker(0);

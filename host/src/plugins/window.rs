@@ -39,6 +39,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
 
+use prometheus_client::metrics::gauge::Gauge;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use rustix::process::Signal;
@@ -70,7 +71,10 @@ unsafe impl Sync for Region {}
 impl Region {
     /// A sealed memfd of `len` bytes, all allocated.
     fn memfd(name: &str, len: usize) -> io::Result<Region> {
-        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        // Kernels before 6.3 do not know NOEXEC_SEAL; hardened ones accept nothing else.
+        let fd = rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| rustix::fs::memfd_create(name, flags))?;
         rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, len as u64)?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -132,31 +136,33 @@ impl Drop for Region {
 pub struct Ring {
     region: Region,
     book: Mutex<Book>,
+    /// Bytes of frames held, over all rings.
+    gauge: Gauge,
 }
 
 impl Ring {
     /// `len` is a multiple of [`WINDOW_ALIGN`].
-    pub fn new(len: u32) -> io::Result<Ring> {
+    pub fn new(len: u32, gauge: Gauge) -> io::Result<Ring> {
         let region = Region::memfd("tidegate-ring", len as usize)?;
-        Ok(Ring { region, book: Mutex::new(Book::new(len)) })
+        Ok(Ring { region, book: Mutex::new(Book::new(len)), gauge })
     }
 
-    /// Appends a frame's section and makes it visible under its seq. Returns by how much the bytes held changed. Where
-    /// the place it would take is leased, or it is larger than the ring, nothing is stored: the caller never waits for
-    /// a reader.
-    pub fn publish(&self, seq: Seq, section: &[u8]) -> i64 {
-        let Ok(len) = u32::try_from(section.len()) else { return 0 };
+    /// Appends a frame's section and makes it visible under its seq. Where the place it would take is leased, or it is
+    /// larger than the ring, it is left out: the caller never waits for a reader.
+    pub fn publish(&self, seq: Seq, section: &[u8]) {
+        let Ok(len) = u32::try_from(section.len()) else { return };
         let (place, freed) = {
             let mut book = self.book();
             let before = book.held;
             let place = book.reserve(seq, len);
             (place, before - book.held)
         };
-        let Some(offset) = place else { return -(freed as i64) };
+        self.gauge.dec_by(freed as i64);
+        let Some(offset) = place else { return };
         // SAFETY: `reserve` found the place free of leases and set it aside for us alone until `fill`.
         unsafe { self.region.write(offset as usize, section) };
         self.book().fill(seq, offset, len);
-        i64::from(len) - freed as i64
+        self.gauge.inc_by(i64::from(len));
     }
 
     /// Keeps the bytes of a frame as they are until the lease is dropped. `None`: the ring does not have it.
@@ -165,18 +171,20 @@ impl Ring {
         Some(Lease { ring: self.clone(), seq, offset, len })
     }
 
-    /// Bytes of the frames held now.
-    pub fn held(&self) -> u64 {
-        self.book().held
-    }
-
-    pub fn len(&self) -> u32 {
+    pub fn bytes(&self) -> u32 {
         self.region.len as u32
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
         // The sections under the lock do not panic half way; the book is whole even if a thread died near it.
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let held = self.book().held;
+        self.gauge.dec_by(held as i64);
     }
 }
 
@@ -297,7 +305,7 @@ impl WorkerPart {
         unsafe { self.region.write(at, bytes) };
     }
 
-    pub fn len(&self) -> u32 {
+    pub fn bytes(&self) -> u32 {
         self.region.len as u32
     }
 }
@@ -347,8 +355,8 @@ impl GuestWindow {
         part: &WorkerPart,
         mapping: Mapping,
     ) -> Result<GuestWindow, WindowError> {
-        let ring_len = ring.map_or_else(|len| len, Ring::len);
-        let len = ring_len + part.len();
+        let ring_len = ring.map_or_else(|bytes| bytes, Ring::bytes);
+        let len = ring_len + part.bytes();
         let size = memory.data_size(&*store);
         if addr == 0 {
             return Err(WindowError::Guest(format!("tg_window could not set aside {len} bytes (it answered 0)")));
@@ -559,30 +567,36 @@ mod tests {
 
     #[test]
     fn a_ring_remembers_the_newest_frames() {
-        let ring = Arc::new(Ring::new(WINDOW_ALIGN).unwrap());
-        let mut held = 0;
+        let gauge = Gauge::default();
+        let ring = Arc::new(Ring::new(WINDOW_ALIGN, gauge.clone()).unwrap());
         for seq in 1..=100u64 {
-            held += ring.publish(Seq(seq * 2), &[seq as u8; 5000]);
-            assert_eq!(held, ring.held() as i64);
+            ring.publish(Seq(seq * 2), &[seq as u8; 5000]);
+            assert_eq!(gauge.get(), ring.book().held as i64);
         }
         assert!(ring.lease(Seq(199)).is_none() && ring.lease(Seq(2)).is_none());
         let lease = ring.lease(Seq(180)).unwrap();
-        assert_eq!(ring.publish(Seq(180), b"older"), 0, "seqs only rise");
-        assert_eq!(ring.publish(Seq(999), &vec![1; 1 << 17]), 0, "larger than the ring");
+        ring.publish(Seq(180), b"older");
+        ring.publish(Seq(999), &vec![1; 1 << 17]);
+        assert!(ring.lease(Seq(999)).is_none(), "larger than the ring");
+        assert_eq!(ring.lease(Seq(180)).unwrap().len, 5000, "seqs only rise");
         // The lease is in the way sooner or later; then commits leave the ring alone, and go on when it ends.
-        let refused = (201..230u64)
-            .filter(|seq| ring.publish(Seq(*seq), &[7; 5000]) <= 0 && ring.lease(Seq(*seq)).is_none())
-            .count();
+        let refused = (201..230u64).filter(|seq| {
+            ring.publish(Seq(*seq), &[7; 5000]);
+            ring.lease(Seq(*seq)).is_none()
+        });
+        let refused = refused.count();
         assert!(refused > 0);
         assert!(ring.lease(Seq(180)).is_some());
         drop(lease);
         ring.publish(Seq(300), &[7; 5000]);
         assert!(ring.lease(Seq(300)).is_some());
+        drop(ring);
+        assert_eq!(gauge.get(), 0);
     }
 
     #[test]
     fn regions_are_sealed() {
-        let ring = Ring::new(WINDOW_ALIGN).unwrap();
+        let ring = Ring::new(WINDOW_ALIGN, Gauge::default()).unwrap();
         let fd = ring.region.fd.as_ref().unwrap();
         assert!(rustix::fs::ftruncate(fd, 0).is_err());
         assert!(rustix::fs::ftruncate(fd, 1 << 20).is_err());

@@ -104,7 +104,11 @@ fn a_busy_machine_is_not_the_guests_fault() {
     let stop = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(|| while !stop.load(std::sync::atomic::Ordering::Relaxed) {});
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    std::hint::spin_loop()
+                }
+            });
         }
         for _ in 0..20 {
             run(&mut worker, id, None, &values(&[1])).unwrap();
@@ -262,4 +266,20 @@ fn a_stored_module_that_was_tampered_with_is_not_run() {
     stage.sha256 = "00".repeat(32);
     let error = worker.open(NS, &[stage], &table()).unwrap_err();
     assert!(error.to_string().contains("not in the store"), "{error}");
+}
+
+#[test]
+fn deep_nesting_overflows_no_stack_of_ours() {
+    let fixture = Fixture::new(PluginOptions { compile_time: Duration::from_secs(15), ..options() });
+    let blocks = |n: usize| once(&format!("{} {}", "block ".repeat(n), "end ".repeat(n)));
+    let folded = |n: usize| once(&format!("{}{}", "(block ".repeat(n), ")".repeat(n)));
+    let sum = |n: usize| once(&format!("(drop {}(i32.const 1){})", "(i32.add (i32.const 1) ".repeat(n), ")".repeat(n)));
+    for upload in
+        [blocks(40_000), folded(40_000), sum(25_000), "(".repeat(1 << 20), format!("(module {}", "(;".repeat(1 << 20))]
+    {
+        match fixture.plugins.inspect(upload.as_bytes()) {
+            Ok(_) | Err(PluginError::Refused(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
 }

@@ -1,0 +1,436 @@
+//! What clients ask for, out of JSON bodies and query strings, into `db`'s requests. Unknown and unbuilt fields are
+//! refused by name.
+
+use axum::extract::Query;
+use axum::http::Uri;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::json;
+use serde_json::value::RawValue;
+
+use super::error::Problem;
+use crate::db::{LiveRequest, SqlRequest, StageRequest};
+use crate::live::OldMode;
+use crate::sql::Param;
+
+/// Deeper JSON is refused before it is parsed.
+const JSON_DEPTH: usize = 64;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSql<'a> {
+    sql: String,
+    #[serde(borrow)]
+    params: Option<Vec<&'a RawValue>>,
+    namespace: Option<String>,
+}
+
+/// Parses a JSON document; errors say where.
+fn parse<'a, T: Deserialize<'a>>(what: &str, text: &'a [u8]) -> Result<T, Problem> {
+    let text = std::str::from_utf8(text)
+        .map_err(|e| bad_json(format!("{what} is not UTF-8")).with("position", json!(e.valid_up_to())))?;
+    if let Some(position) = too_deep(text) {
+        return Err(bad_json(format!("{what} is nested deeper than {JSON_DEPTH}")).with("position", json!(position)));
+    }
+    serde_json::from_str(text).map_err(|error| {
+        let position = offset(text, error.line(), error.column());
+        bad_json(format!("{what}: {error}")).with("position", json!(position))
+    })
+}
+
+fn bad_json(detail: String) -> Problem {
+    Problem::new(400, "bad_json", detail)
+}
+
+/// The byte where the nesting becomes too deep.
+fn too_deep(text: &str) -> Option<usize> {
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    for (position, byte) in text.bytes().enumerate() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > JSON_DEPTH {
+            return Some(position);
+        }
+    }
+    None
+}
+
+/// Line and column (from 1, in bytes) as a byte offset.
+fn offset(text: &str, line: usize, column: usize) -> usize {
+    let before: usize = text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
+    (before + column.saturating_sub(1)).min(text.len())
+}
+
+/// `POST /v1/sql` as JSON.
+pub fn sql_from_json(body: &[u8]) -> Result<SqlRequest, Problem> {
+    let raw: RawSql<'_> = parse("the request body", body)?;
+    let params = params(raw.params.as_deref().unwrap_or_default())?;
+    Ok(SqlRequest { sql: raw.sql, params, namespace: raw.namespace, read_only: false })
+}
+
+/// `POST /v1/sql` as raw SQL.
+pub fn sql_from_text(body: &[u8]) -> Result<SqlRequest, Problem> {
+    let sql = std::str::from_utf8(body)
+        .map_err(|e| Problem::bad_request("the SQL text is not UTF-8").with("position", json!(e.valid_up_to())))?;
+    Ok(SqlRequest { sql: sql.to_owned(), params: Vec::new(), namespace: None, read_only: false })
+}
+
+/// `GET /v1/sql?sql=…`
+pub fn sql_from_query(uri: &Uri) -> Result<SqlRequest, Problem> {
+    let mut sql = None;
+    let mut params = Vec::new();
+    let mut namespace = None;
+    for (name, value) in pairs(uri)? {
+        match name.as_str() {
+            "sql" => once(&mut sql, "sql", value)?,
+            "params" => params = params_text(&value)?,
+            "namespace" => once(&mut namespace, "namespace", value)?,
+            _ => return Err(unknown_parameter(&name, "sql, params, namespace")),
+        }
+    }
+    let sql = sql.ok_or_else(|| Problem::bad_request("the query parameter `sql` is missing"))?;
+    Ok(SqlRequest { sql, params, namespace, read_only: true })
+}
+
+/// The query string, decoded strictly.
+pub fn pairs(uri: &Uri) -> Result<Vec<(String, String)>, Problem> {
+    let bad = || Problem::bad_request("the query string is not percent-encoded UTF-8");
+    let Query(pairs) = Query::<Vec<(String, String)>>::try_from_uri(uri).map_err(|_| bad())?;
+    // The decoder puts U+FFFD where bytes were no UTF-8; a client that means the character writes it out.
+    let replaced = pairs.iter().any(|(name, value)| name.contains('\u{fffd}') || value.contains('\u{fffd}'));
+    let meant = || uri.query().is_some_and(|query| query.to_ascii_lowercase().contains("%ef%bf%bd"));
+    if replaced && !meant() { Err(bad()) } else { Ok(pairs) }
+}
+
+/// For calls without query parameters.
+pub fn no_parameters(uri: &Uri) -> Result<(), Problem> {
+    match pairs(uri)?.first() {
+        Some((name, _)) => Err(unknown_parameter(name, "none")),
+        None => Ok(()),
+    }
+}
+
+pub fn unknown_parameter(name: &str, known: &str) -> Problem {
+    let detail = format!("unknown query parameter `{name}`; this call knows: {known}");
+    Problem::new(400, "unknown_parameter", detail)
+}
+
+pub fn once(slot: &mut Option<String>, name: &str, value: String) -> Result<(), Problem> {
+    match slot.replace(value) {
+        Some(_) => Err(Problem::bad_request(format!("the query parameter `{name}` is given twice"))),
+        None => Ok(()),
+    }
+}
+
+fn params_text(text: &str) -> Result<Vec<Param>, Problem> {
+    let raw: Vec<&RawValue> = parse("`params` (a JSON array)", text.as_bytes())?;
+    params(&raw)
+}
+
+fn params(raw: &[&RawValue]) -> Result<Vec<Param>, Problem> {
+    raw.iter().enumerate().map(|(index, value)| param(index + 1, value.get())).collect()
+}
+
+/// From the text of the JSON value: a parsed number might have lost digits already.
+fn param(number: usize, text: &str) -> Result<Param, Problem> {
+    let refuse = |why: &str| Problem::new(400, "bad_parameter", format!("parameter ${number}: {why}"));
+    match text.as_bytes().first() {
+        Some(b'n') => Ok(Param::Null),
+        Some(b't') => Ok(Param::Bool(true)),
+        Some(b'f') => Ok(Param::Bool(false)),
+        Some(b'"') => {
+            serde_json::from_str(text).map(Param::Text).map_err(|e| refuse(&format!("the string is not valid: {e}")))
+        }
+        Some(b'[') => Err(refuse("arrays are not supported; pass JSON as a string")),
+        Some(b'{') => Err(refuse("objects are not supported; pass JSON as a string")),
+        _ if text.contains(['.', 'e', 'E']) => {
+            let value: f64 = text.parse().map_err(|_| refuse("not a number"))?;
+            if value.is_finite() { Ok(Param::Float(value)) } else { Err(refuse("the number is too large")) }
+        }
+        _ => {
+            let beyond =
+                "the integer does not fit 64 bits; pass it as a string, it is cast to what it is compared with";
+            text.parse().map(Param::Int).map_err(|_| refuse(beyond))
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawLive<'a> {
+    sql: String,
+    #[serde(borrow)]
+    params: Option<Vec<&'a RawValue>>,
+    namespace: Option<String>,
+    pipeline: Option<Vec<RawStage>>,
+    on_error: Option<String>,
+    snapshot: Option<bool>,
+    old: Option<String>,
+    last_event_id: Option<String>,
+    last_rows: Option<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawStage {
+    plugin: String,
+    version: Option<RawVersion>,
+    #[serde(default)]
+    params: serde_json::Map<String, serde_json::Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum RawVersion {
+    Number(u32),
+    Text(String),
+}
+
+impl RawStage {
+    fn check(self) -> StageRequest {
+        let plugin = match self.version {
+            Some(RawVersion::Number(version)) => format!("{}@{version}", self.plugin),
+            Some(RawVersion::Text(version)) => format!("{}@{version}", self.plugin),
+            None => self.plugin,
+        };
+        StageRequest { plugin, params: self.params.into() }
+    }
+}
+
+/// `POST /v1/live` and `POST /v1/auth/ticket`.
+pub fn live_from_json(body: &[u8]) -> Result<LiveRequest, Problem> {
+    // Looked for first: a list of queries has no `sql`, and "missing field `sql`" would not say why it is refused.
+    if let Ok(fields) = serde_json::from_slice::<std::collections::HashMap<String, IgnoredAny>>(body)
+        && fields.contains_key("queries")
+    {
+        return Err(Problem::not_implemented("`queries` (several live queries on one stream)"));
+    }
+    let raw: RawLive<'_> = parse("the request body", body)?;
+    if raw.last_rows.is_some() {
+        return Err(Problem::not_implemented("`last_rows`"));
+    }
+    on_error(raw.on_error.as_deref())?;
+    Ok(LiveRequest {
+        sql: raw.sql,
+        params: params(raw.params.as_deref().unwrap_or_default())?,
+        namespace: raw.namespace,
+        pipeline: raw.pipeline.unwrap_or_default().into_iter().map(RawStage::check).collect(),
+        snapshot: raw.snapshot.unwrap_or(true),
+        old: old_mode(raw.old.as_deref())?,
+        position: raw.last_event_id,
+    })
+}
+
+/// `GET /v1/live`: the query (none if only the ticket says it), the ticket, the event id of the query string.
+#[derive(Debug)]
+pub struct LiveQuery {
+    pub request: Option<LiveRequest>,
+    pub ticket: Option<String>,
+    pub last_event_id: Option<String>,
+}
+
+const LIVE_PARAMETERS: &str = "sql, params, namespace, plugin, on_error, snapshot, old, last_event_id, ticket";
+
+pub fn live_from_query(uri: &Uri) -> Result<LiveQuery, Problem> {
+    let mut query = LiveQuery { request: None, ticket: None, last_event_id: None };
+    let (mut sql, mut namespace, mut old, mut error, mut snapshot, mut list) = (None, None, None, None, None, None);
+    let mut pipeline = Vec::new();
+    for (name, value) in pairs(uri)? {
+        match name.as_str() {
+            "sql" => once(&mut sql, "sql", value)?,
+            "params" => once(&mut list, "params", value)?,
+            "namespace" => once(&mut namespace, "namespace", value)?,
+            "plugin" => pipeline.push(stage(&value)?),
+            "on_error" => once(&mut error, "on_error", value)?,
+            "snapshot" => once(&mut snapshot, "snapshot", value)?,
+            "old" => once(&mut old, "old", value)?,
+            "last_event_id" => once(&mut query.last_event_id, "last_event_id", value)?,
+            "ticket" => once(&mut query.ticket, "ticket", value)?,
+            "last_rows" => return Err(Problem::not_implemented("`last_rows`")),
+            _ => return Err(unknown_parameter(&name, LIVE_PARAMETERS)),
+        }
+    }
+    on_error(error.as_deref())?;
+    let options = list.is_some() || namespace.is_some() || old.is_some() || snapshot.is_some() || !pipeline.is_empty();
+    let Some(sql) = sql else {
+        if options || query.ticket.is_none() {
+            return Err(Problem::bad_request("the query parameter `sql` is missing"));
+        }
+        return Ok(query);
+    };
+    query.request = Some(LiveRequest {
+        sql,
+        params: list.as_deref().map(params_text).transpose()?.unwrap_or_default(),
+        namespace,
+        pipeline,
+        snapshot: flag("snapshot", snapshot.as_deref(), true)?,
+        old: old_mode(old.as_deref())?,
+        position: None,
+    });
+    Ok(query)
+}
+
+/// `name`, `name@3`, `name@sha256:…`, each optionally followed by `:` and a JSON object.
+fn stage(text: &str) -> Result<StageRequest, Problem> {
+    const PINNED: &str = "@sha256:";
+    let skip = text.find(PINNED).filter(|at| !text[..*at].contains(':')).map_or(0, |at| at + PINNED.len());
+    let colon = text[skip..].find(':').map(|at| skip + at);
+    let (plugin, params) = match colon {
+        Some(at) => (&text[..at], Some(&text[at + 1..])),
+        None => (text, None),
+    };
+    if plugin.is_empty() {
+        return Err(Problem::bad_request("a `plugin` parameter names no plugin"));
+    }
+    let params = match params {
+        Some(json) => parse::<serde_json::Map<_, _>>(&format!("the parameters of plugin {plugin}"), json.as_bytes())?,
+        None => serde_json::Map::new(),
+    };
+    Ok(StageRequest { plugin: plugin.to_owned(), params: params.into() })
+}
+
+fn on_error(value: Option<&str>) -> Result<(), Problem> {
+    match value {
+        None | Some("stop") => Ok(()),
+        Some(mode @ ("skip" | "pass")) => Err(Problem::not_implemented(&format!("`on_error={mode}`"))),
+        Some(other) => Err(Problem::bad_request(format!("`on_error` is `stop`, not {other:?}"))),
+    }
+}
+
+fn old_mode(value: Option<&str>) -> Result<OldMode, Problem> {
+    match value {
+        None | Some("changed") => Ok(OldMode::Changed),
+        Some("full") => Ok(OldMode::Full),
+        Some("none") => Ok(OldMode::None),
+        Some(other) => Err(Problem::bad_request(format!("`old` is `changed`, `full` or `none`, not {other:?}"))),
+    }
+}
+
+fn flag(name: &str, value: Option<&str>, default: bool) -> Result<bool, Problem> {
+    match value {
+        None => Ok(default),
+        Some("true") => Ok(true),
+        Some("false") => Ok(false),
+        Some(other) => Err(Problem::bad_request(format!("`{name}` is `true` or `false`, not {other:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn detail(problem: Problem) -> String {
+        problem.body().to_string()
+    }
+
+    #[test]
+    fn parameters_keep_their_types_and_digits() {
+        let body = br#"{"sql":"x","params":[null,true,1,-9223372036854775808,1.5,1e3,"a\n"]}"#;
+        let expect = vec![
+            Param::Null,
+            Param::Bool(true),
+            Param::Int(1),
+            Param::Int(i64::MIN),
+            Param::Float(1.5),
+            Param::Float(1000.0),
+            Param::Text("a\n".to_owned()),
+        ];
+        assert_eq!(sql_from_json(body).ok().unwrap().params, expect);
+        for (value, why) in [
+            ("9223372036854775808", "64 bits"),
+            ("99999999999999999999", "64 bits"),
+            ("1e999", "too large"),
+            ("[1]", "arrays"),
+            ("{}", "objects"),
+        ] {
+            let body = format!(r#"{{"sql":"x","params":[0,{value}]}}"#);
+            let said = detail(sql_from_json(body.as_bytes()).err().unwrap());
+            assert!(said.contains(why) && said.contains("$2"), "{value}: {said}");
+        }
+    }
+
+    #[test]
+    fn bad_json_is_told_with_its_place() {
+        let deep = format!("{{\"sql\":\"{}\",\"params\":{}", "[".repeat(100), "[".repeat(65));
+        for (body, position, why) in [
+            ("{\"sql\":1}", 8, "invalid type"),
+            ("{\n\"sql\":\"x\",\n\"sqll\":1}", 19, "unknown field `sqll`"),
+            ("{}", 1, "missing field `sql`"),
+            ("{\"sql\":\"x\"} x", 12, "trailing"),
+            ("{\"sql\":\"a\",\"sql\":\"b\"}", 16, "duplicate"),
+            ("", 0, "EOF"),
+            (deep.as_str(), 182, "nested deeper"),
+        ] {
+            let problem = sql_from_json(body.as_bytes()).err().unwrap();
+            let said = problem.body();
+            assert!(said["detail"].as_str().unwrap().contains(why), "{body:.40}: {said}");
+            let at = said["position"].as_u64().unwrap();
+            assert!(at.abs_diff(position) <= 2, "{body:.40}: {said}");
+        }
+        assert!(detail(sql_from_json(b"{\"sql\":\"\xff\"}").err().unwrap()).contains("UTF-8"));
+    }
+
+    #[test]
+    fn queries_by_get() {
+        let request = sql_from_query(&"/v1/sql?sql=SELECT%20%241&params=%5B7%5D".parse().unwrap()).ok().unwrap();
+        assert!(request.read_only);
+        assert_eq!((request.sql.as_str(), request.params), ("SELECT $1", vec![Param::Int(7)]));
+        for (uri, why) in [
+            ("/v1/sql", "missing"),
+            ("/v1/sql?sql=1&sql=2", "twice"),
+            ("/v1/sql?sql=1&token=abc", "unknown query parameter `token`"),
+            ("/v1/sql?sql=%ff", "UTF-8"),
+            ("/v1/sql?sql=1&params=7", "params"),
+        ] {
+            let said = detail(sql_from_query(&uri.parse().unwrap()).err().unwrap());
+            assert!(said.contains(why), "{uri}: {said}");
+        }
+        assert!(sql_from_query(&"/v1/sql?sql=%EF%BF%BD".parse().unwrap()).is_ok());
+    }
+
+    #[test]
+    fn stages() {
+        for (text, plugin, params) in [
+            ("late", "late", "{}"),
+            ("late@3", "late@3", "{}"),
+            ("late:{\"minutes\":15}", "late", "{\"minutes\":15}"),
+            ("late@sha256:ab12", "late@sha256:ab12", "{}"),
+            ("late@sha256:ab12:{\"a\":\"b:c\"}", "late@sha256:ab12", "{\"a\":\"b:c\"}"),
+            ("late:{\"a\":\"x@sha256:y\"}", "late", "{\"a\":\"x@sha256:y\"}"),
+        ] {
+            let stage = stage(text).unwrap();
+            assert_eq!((stage.plugin.as_str(), stage.params.to_string().as_str()), (plugin, params), "{text}");
+        }
+        assert!(stage(":{}").is_err() && stage("late:[1]").is_err() && stage("late:").is_err());
+    }
+
+    #[test]
+    fn the_two_ways_to_ask_for_a_live_query_agree() {
+        let uri = "/v1/live?sql=S&plugin=a%402:%7B%22x%22:1%7D&plugin=b&old=full&snapshot=false&params=%5B1%5D";
+        let get = live_from_query(&uri.parse().unwrap()).unwrap().request.unwrap();
+        let body = br#"{"sql":"S","params":[1],"snapshot":false,"old":"full",
+                        "pipeline":[{"plugin":"a","version":2,"params":{"x":1}},{"plugin":"b"}]}"#;
+        let post = live_from_json(body).unwrap();
+        assert_eq!(format!("{get:?}"), format!("{post:?}"));
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for body in [r#"{"queries":[]}"#, r#"{"sql":"S","last_rows":5}"#, r#"{"sql":"S","on_error":"skip"}"#] {
+            assert_eq!(live_from_json(body.as_bytes()).unwrap_err().status(), 501, "{body}");
+        }
+        assert!(live_from_json(br#"{"sql":"S","on_error":"never"}"#).is_err());
+        assert_eq!(live_from_query(&"/v1/live?sql=S&last_rows=1".parse().unwrap()).unwrap_err().status(), 501);
+        assert!(live_from_query(&"/v1/live".parse().unwrap()).is_err());
+        assert!(live_from_query(&"/v1/live?ticket=t&old=full".parse().unwrap()).is_err());
+        let only = live_from_query(&"/v1/live?ticket=t&last_event_id=1".parse().unwrap()).unwrap();
+        assert!(only.request.is_none() && only.ticket.is_some() && only.last_event_id.is_some());
+    }
+}

@@ -1,0 +1,376 @@
+//! The answer to SQL: JSON with all results, or NDJSON with the rows of one, written as batches arrive.
+//!
+//! Nothing is answered before the first piece is made, so an error in it has its true status. An error later can only
+//! be told in the body: NDJSON ends with an `{"error":…}` line, JSON is cut off (a document that does not parse is the
+//! one thing no client takes for a whole answer).
+
+use std::io::Write;
+use std::time::Instant;
+
+use arrow::record_batch::RecordBatch;
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use futures::StreamExt;
+use serde_json::json;
+
+use super::error::Problem;
+use super::json::{Rows, text, type_name};
+use crate::db::{SqlAnswer, StatementResult};
+use crate::sql::RowStream;
+use crate::store::Seq;
+
+/// A piece leaves when it has this many bytes: large enough to be cheap, small against a result.
+const PIECE: usize = 64 * 1024;
+/// Rows written between two looks at the size.
+const STRIDE: usize = 64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Json,
+    Ndjson,
+}
+
+impl Format {
+    /// The first of the client's wishes, by its weights, that there is.
+    pub fn accepted(headers: &HeaderMap) -> Result<Format, Problem> {
+        let accept: Vec<&str> =
+            headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
+        if accept.is_empty() {
+            return Ok(Format::Json);
+        }
+        let accept = accept.join(",");
+        let mut wishes: Vec<(f32, Format)> = accept.split(',').filter_map(wish).collect();
+        wishes.sort_by(|a, b| b.0.total_cmp(&a.0));
+        wishes.first().map(|(_, format)| *format).ok_or_else(|| {
+            let detail = "this build answers SQL as application/json or application/x-ndjson; \
+                          text/csv and Arrow streams are not built yet";
+            Problem::new(406, "not_acceptable", detail)
+        })
+    }
+
+    fn content_type(self) -> &'static str {
+        match self {
+            Format::Json => "application/json",
+            Format::Ndjson => "application/x-ndjson",
+        }
+    }
+}
+
+fn wish(range: &str) -> Option<(f32, Format)> {
+    let mut parts = range.split(';').map(str::trim);
+    let format = match parts.next()?.to_ascii_lowercase().as_str() {
+        "*/*" | "application/*" | "application/json" => Format::Json,
+        "application/x-ndjson" => Format::Ndjson,
+        _ => return None,
+    };
+    let weight = parts.find_map(|part| part.strip_prefix("q=")?.trim().parse().ok()).unwrap_or(1.0);
+    (weight > 0.0).then_some((weight, format))
+}
+
+/// Makes the response, with the first piece of the body already there.
+pub async fn respond(answer: SqlAnswer, format: Format, started: Instant) -> Response {
+    let format = match fitting(&answer, format) {
+        Ok(format) => format,
+        Err(problem) => return problem.into_response(),
+    };
+    let mut writer = Writer::new(answer, format, started);
+    let mut first = Vec::new();
+    let body = match writer.fill(&mut first).await {
+        Err(problem) => return problem.into_response(),
+        Ok(false) => Body::from(first),
+        Ok(true) => streamed(writer, first),
+    };
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+/// NDJSON has no way to say where one result ends. Where statements wrote, refusing would hide that, so JSON it is.
+fn fitting(answer: &SqlAnswer, format: Format) -> Result<Format, Problem> {
+    let rows = answer.results.iter().filter(|result| matches!(result, StatementResult::Rows(_))).count();
+    if format == Format::Json || answer.results.len() <= 1 {
+        return Ok(format);
+    }
+    if rows == answer.results.len() {
+        let detail =
+            "NDJSON carries the rows of one statement; send the statements one by one, or accept application/json";
+        return Err(Problem::new(406, "several_results", detail));
+    }
+    Ok(Format::Json)
+}
+
+fn streamed(writer: Writer, first: Vec<u8>) -> Body {
+    let pieces = futures::stream::unfold((Some(writer), Some(first)), |(writer, first)| async move {
+        if let Some(first) = first {
+            return Some((Ok(Bytes::from(first)), (writer, None)));
+        }
+        let mut writer = writer?;
+        let mut piece = Vec::with_capacity(PIECE + PIECE / 4);
+        match writer.fill(&mut piece).await {
+            Ok(true) => Some((Ok(Bytes::from(piece)), (Some(writer), None))),
+            Ok(false) => Some((Ok(Bytes::from(piece)), (None, None))),
+            Err(problem) if writer.format == Format::Ndjson => {
+                let line = json!({"error": problem.body()});
+                writeln!(piece, "{line}").expect("writing to memory cannot fail");
+                Some((Ok(Bytes::from(piece)), (None, None)))
+            }
+            Err(problem) => {
+                let cut = std::io::Error::other(format!("the result failed midway: {}", problem.code()));
+                Some((Err(cut), (None, None)))
+            }
+        }
+    });
+    Body::from_stream(pieces)
+}
+
+/// Writes an answer piece by piece.
+struct Writer {
+    format: Format,
+    results: std::vec::IntoIter<StatementResult>,
+    running: Option<Running>,
+    /// Results begun so far.
+    begun: usize,
+    seq: Seq,
+    started: Instant,
+}
+
+/// The rows of one statement.
+struct Running {
+    rows: RowStream,
+    /// The batch being written and its next row.
+    batch: Option<(RecordBatch, usize)>,
+    written: u64,
+}
+
+impl Writer {
+    fn new(answer: SqlAnswer, format: Format, started: Instant) -> Writer {
+        let SqlAnswer { results, seq } = answer;
+        Writer { format, results: results.into_iter(), running: None, begun: 0, seq, started }
+    }
+
+    /// Appends up to about a piece; false when everything is written.
+    async fn fill(&mut self, out: &mut Vec<u8>) -> Result<bool, Problem> {
+        while out.len() < PIECE {
+            match &mut self.running {
+                Some(running) => {
+                    if !running.advance(self.format, out).await? {
+                        self.end_rows(out);
+                    }
+                }
+                None => match self.results.next() {
+                    Some(result) => self.begin(result, out),
+                    None => {
+                        self.end(out);
+                        return Ok(false);
+                    }
+                },
+            }
+        }
+        Ok(true)
+    }
+
+    fn begin(&mut self, result: StatementResult, out: &mut Vec<u8>) {
+        if self.format == Format::Json {
+            out.extend_from_slice(if self.begun == 0 { b"{\"results\":[" } else { b"," });
+        }
+        self.begun += 1;
+        match result {
+            StatementResult::Affected { affected } if self.format == Format::Json => {
+                write!(out, "{{\"affected\":{affected}}}").expect("writing to memory cannot fail");
+            }
+            StatementResult::Affected { affected } => {
+                writeln!(out, "{{\"affected\":{affected},\"seq\":{}}}", self.seq.0)
+                    .expect("writing to memory cannot fail");
+            }
+            StatementResult::Rows(rows) => {
+                if self.format == Format::Json {
+                    columns(&rows, out);
+                }
+                self.running = Some(Running { rows, batch: None, written: 0 });
+            }
+        }
+    }
+
+    fn end_rows(&mut self, out: &mut Vec<u8>) {
+        if let Some(running) = self.running.take()
+            && self.format == Format::Json
+        {
+            write!(out, "],\"row_count\":{}}}", running.written).expect("writing to memory cannot fail");
+        }
+    }
+
+    fn end(&mut self, out: &mut Vec<u8>) {
+        if self.format == Format::Json {
+            if self.begun == 0 {
+                out.extend_from_slice(b"{\"results\":[");
+            }
+            let elapsed_ms = self.started.elapsed().as_micros() as f64 / 1000.0;
+            write!(out, "],\"seq\":{},\"elapsed_ms\":{elapsed_ms}}}", self.seq.0)
+                .expect("writing to memory cannot fail");
+        }
+    }
+}
+
+fn columns(rows: &RowStream, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"{\"columns\":[");
+    for (index, column) in rows.columns.iter().enumerate() {
+        out.extend_from_slice(if index == 0 { b"{\"name\":" } else { b",{\"name\":" });
+        text(&column.name, out);
+        out.extend_from_slice(b",\"type\":");
+        text(&type_name(column.ty), out);
+        out.push(b'}');
+    }
+    out.extend_from_slice(b"],\"rows\":[");
+}
+
+impl Running {
+    /// Writes rows of the present batch, or takes the next one; false when there is none.
+    async fn advance(&mut self, format: Format, out: &mut Vec<u8>) -> Result<bool, Problem> {
+        let (batch, start) = match self.batch.take() {
+            Some(batch) => batch,
+            None => match self.rows.batches.next().await {
+                Some(batch) => (batch?, 0),
+                None => return Ok(false),
+            },
+        };
+        let next = self.rows(&batch, start, format, out)?;
+        if next < batch.num_rows() {
+            self.batch = Some((batch, next));
+        }
+        Ok(true)
+    }
+
+    /// Writes rows from `start` until the piece is full; the next row to write.
+    fn rows(&mut self, batch: &RecordBatch, start: usize, format: Format, out: &mut Vec<u8>) -> Result<usize, Problem> {
+        let rows = Rows::new(batch).map_err(|error| {
+            tracing::error!(%error, "a result has a type without JSON form");
+            Problem::internal("a column of this result has no JSON form; cast it to TEXT")
+        })?;
+        let mut row = start;
+        while row < batch.num_rows() && out.len() < PIECE {
+            let end = batch.num_rows().min(row + STRIDE);
+            for row in row..end {
+                self.row(&rows, row, format, out);
+            }
+            row = end;
+        }
+        Ok(row)
+    }
+
+    fn row(&mut self, rows: &Rows<'_>, row: usize, format: Format, out: &mut Vec<u8>) {
+        match format {
+            Format::Ndjson => {
+                rows.object(row, out);
+                out.push(b'\n');
+            }
+            Format::Json => {
+                if self.written > 0 {
+                    out.push(b',');
+                }
+                rows.array(row, out);
+            }
+        }
+        self.written += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow::array::Int64Array;
+    use arrow::datatypes::{DataType, Field, Schema};
+    use axum::http::StatusCode;
+    use http_body_util::BodyExt;
+    use wire::Type;
+
+    use super::*;
+    use crate::sql::{OutputColumn, SqlError};
+
+    fn batch(values: std::ops::Range<i64>) -> RecordBatch {
+        let schema = Schema::new(vec![Field::new("n", DataType::Int64, false)]);
+        RecordBatch::try_new(Arc::new(schema), vec![Arc::new(Int64Array::from_iter_values(values))]).unwrap()
+    }
+
+    fn rows(batches: Vec<Result<RecordBatch, SqlError>>) -> StatementResult {
+        let columns = vec![OutputColumn { name: "n".to_owned(), ty: Type::BigInt }];
+        StatementResult::Rows(RowStream { columns, batches: Box::pin(futures::stream::iter(batches)) })
+    }
+
+    async fn answer(results: Vec<StatementResult>, format: Format) -> (StatusCode, Option<String>) {
+        let response = respond(SqlAnswer { results, seq: Seq(7) }, format, Instant::now()).await;
+        let status = response.status();
+        let body = response.into_body().collect().await.ok();
+        (status, body.map(|body| String::from_utf8(body.to_bytes().to_vec()).unwrap()))
+    }
+
+    fn late_error() -> Vec<Result<RecordBatch, SqlError>> {
+        vec![Ok(batch(0..50_000)), Err(SqlError::Limit("too much".to_owned()))]
+    }
+
+    #[tokio::test]
+    async fn json_has_all_results() {
+        let results =
+            vec![rows(vec![Ok(batch(1..3)), Ok(batch(3..4))]), StatementResult::Affected { affected: 2 }, rows(vec![])];
+        let (status, body) = answer(results, Format::Json).await;
+        let mut body: serde_json::Value = serde_json::from_str(&body.unwrap()).unwrap();
+        assert_eq!(status, 200);
+        assert!(body["elapsed_ms"].take().is_number());
+        let columns = json!([{"name": "n", "type": "BIGINT"}]);
+        let expect = json!({"results": [
+            {"columns": columns, "rows": [[1], [2], [3]], "row_count": 3},
+            {"affected": 2},
+            {"columns": columns, "rows": [], "row_count": 0},
+        ], "seq": 7, "elapsed_ms": null});
+        assert_eq!(body, expect);
+    }
+
+    #[tokio::test]
+    async fn large_results_are_whole() {
+        let (_, body) = answer(vec![rows(vec![Ok(batch(0..30_000)), Ok(batch(30_000..60_000))])], Format::Json).await;
+        let body: serde_json::Value = serde_json::from_str(&body.unwrap()).unwrap();
+        let found = body["results"][0]["rows"].as_array().unwrap();
+        assert!(found.iter().enumerate().all(|(index, row)| row[0] == index) && found.len() == 60_000);
+        let (_, body) = answer(vec![rows(vec![Ok(batch(0..60_000))])], Format::Ndjson).await;
+        assert!(body.unwrap().lines().enumerate().all(|(index, line)| line == format!("{{\"n\":{index}}}")));
+    }
+
+    #[tokio::test]
+    async fn errors_are_never_taken_for_an_end() {
+        let early = || vec![rows(vec![Err(SqlError::Limit("too much".to_owned()))])];
+        assert_eq!(answer(early(), Format::Json).await.0, 400);
+        assert_eq!(answer(early(), Format::Ndjson).await.0, 400);
+        let (status, body) = answer(vec![rows(late_error())], Format::Json).await;
+        assert_eq!((status.as_u16(), body), (200, None), "the body is cut off");
+        let body = answer(vec![rows(late_error())], Format::Ndjson).await.1.unwrap();
+        let last: serde_json::Value = serde_json::from_str(body.lines().last().unwrap()).unwrap();
+        assert_eq!(last["error"]["code"], "limit");
+    }
+
+    #[tokio::test]
+    async fn ndjson_is_for_one_result() {
+        assert_eq!(answer(vec![rows(vec![]), rows(vec![])], Format::Ndjson).await.0, 406);
+        let one = answer(vec![StatementResult::Affected { affected: 3 }], Format::Ndjson).await.1;
+        assert_eq!(one.as_deref(), Some("{\"affected\":3,\"seq\":7}\n"));
+    }
+
+    #[test]
+    fn accept() {
+        for (accept, expect) in [
+            ("*/*", Some(Format::Json)),
+            ("application/x-ndjson", Some(Format::Ndjson)),
+            ("application/json;q=0.5, application/x-ndjson", Some(Format::Ndjson)),
+            ("text/html, */*;q=0.8", Some(Format::Json)),
+            ("text/csv", None),
+            ("application/vnd.apache.arrow.stream", None),
+            ("application/json;q=0", None),
+        ] {
+            let headers = HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_str(accept).unwrap())]);
+            assert_eq!(Format::accepted(&headers).ok(), expect, "{accept}");
+        }
+        assert_eq!(Format::accepted(&HeaderMap::new()).ok(), Some(Format::Json));
+    }
+}
