@@ -19,6 +19,14 @@ pub struct NamespaceId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TableId(pub u32);
 
+/// A commit's place in the one order. Strictly rises; gaps are allowed; nobody computes seq + 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Seq(pub u64);
+
+/// Random id of this history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Epoch(pub u64);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TableKind {
     /// One set of rows.
@@ -159,6 +167,15 @@ pub struct Plugin {
     /// Microseconds since 1970.
     pub uploaded_at: i64,
     pub uploaded_by: String,
+}
+
+/// One stage of a pipeline: which module with which parameters (JSON object text).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Stage {
+    pub name: String,
+    pub version: u32,
+    pub sha256: String,
+    pub params: String,
 }
 
 #[derive(Clone, Debug, PartialEq)]

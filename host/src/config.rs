@@ -4,17 +4,15 @@
 //! [`Config`], which the rest of the server is given by value. Nothing else reads settings from files or the
 //! environment.
 
+mod options;
 mod raw;
+
+pub use options::{LiveOptions, PluginOptions, SqlOptions, StoreOptions};
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-use crate::live::LiveOptions;
-use crate::plugins::PluginOptions;
-use crate::sql::SqlOptions;
-use crate::store::StoreOptions;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {

@@ -248,6 +248,10 @@ impl Db {
         let (subscriptions, groups) = self.inner.live.counts();
         self.inner.metrics.subscriptions.set(subscriptions as i64);
         self.inner.metrics.groups.set(groups as i64);
+        let (write_buffers, block_cache, table_readers) = self.inner.store.memory();
+        self.inner.metrics.store_write_buffer_bytes.set(write_buffers as i64);
+        self.inner.metrics.store_block_cache_bytes.set(block_cache as i64);
+        self.inner.metrics.store_table_reader_bytes.set(table_readers as i64);
     }
 
     /// From now on [`Db::ready`] is false, new requests are refused and live streams say why they end. Requests that

@@ -47,14 +47,14 @@ mod worker;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use arrow::record_batch::RecordBatch;
 use bytes::Bytes;
 use wire::image::ImageAt;
 use wire::{ImageRef, Schema, Scope};
 
-use crate::catalog::Table;
+use crate::catalog::{Stage, Table};
+pub use crate::config::LiveOptions;
 use crate::store::keys::KeyRange;
 use crate::store::{Commit, Epoch, Seq, Store, StoreError};
 
@@ -63,19 +63,6 @@ use group::Registry;
 pub use subscription::{Delivery, EndReason, Subscription};
 use tail::{CommitTail, lock};
 use worker::{Joined, Mailbox, Shared};
-
-#[derive(Clone, Debug)]
-pub struct LiveOptions {
-    pub workers: usize,
-    /// Bytes of recent commits kept in memory for workers, per server; older ones are read from the log.
-    pub commit_tail_bytes: usize,
-    /// Bytes of encoded events kept per group; a subscriber further behind reads the log.
-    pub group_tail_bytes: usize,
-    /// Rows or events made in one step for a snapshot or a replay.
-    pub chunk_bytes: usize,
-    pub heartbeat: Duration,
-    pub max_subscriptions: usize,
-}
 
 /// A compiled live query over row images of one table.
 pub trait Program: Send + Sync {
@@ -142,7 +129,7 @@ pub struct GroupSpec {
     pub range: KeyRange,
     pub program: Arc<dyn Program>,
     /// Stages of the pipeline; empty without plugins. Opaque to this module.
-    pub stages: Vec<crate::plugins::Stage>,
+    pub stages: Vec<Stage>,
     /// The output schema of the pipeline's last transform.
     pub output: Option<Schema>,
     pub old: OldMode,

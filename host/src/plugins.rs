@@ -20,36 +20,13 @@ pub mod window;
 
 pub use registry::{ModuleSource, PluginWorker, Plugins};
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use wire::abi::ManifestLine;
 use wire::{ImageRef, Schema};
 
-use crate::catalog::PluginKind;
-
-/// Checked limits of plugins.
-#[derive(Clone, Debug)]
-pub struct PluginOptions {
-    /// Bytes of a namespace's ring; a power of two, ≥ 64 KiB.
-    pub ring_bytes: u32,
-    /// Bytes of the part of the window that one worker writes for itself.
-    pub worker_bytes: u32,
-    pub module_bytes: usize,
-    /// Linear memory beside the window.
-    pub memory_bytes: usize,
-    pub stack_bytes: usize,
-    pub table_elements: usize,
-    /// CPU time of one batch; the wall limit is ten times it.
-    pub batch_time: Duration,
-    /// CPU time of instantiation, start, `_initialize`, configure (each).
-    pub init_time: Duration,
-    pub output_bytes: usize,
-    pub log_bytes: usize,
-    pub compile_time: Duration,
-    pub workers: usize,
-    pub instances_per_worker: usize,
-}
+pub use crate::catalog::Stage;
+use crate::catalog::{PluginKind, Seq};
+pub use crate::config::PluginOptions;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
@@ -104,19 +81,10 @@ pub struct Inspected {
     pub manifest: Vec<ManifestLine>,
 }
 
-/// One stage of a pipeline: which module with which parameters (JSON object text).
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Stage {
-    pub name: String,
-    pub version: u32,
-    pub sha256: String,
-    pub params: String,
-}
-
 /// The rows of one call, where they lie, and whether the ring has them.
 pub struct Rows<'a> {
     /// Set for live changes: the commit whose shared section `base` is; the ring may hold the same bytes.
-    pub commit: Option<crate::store::Seq>,
+    pub commit: Option<Seq>,
     /// Bytes that the places count from.
     pub base: &'a [u8],
     pub places: &'a [wire::image::ImageAt],

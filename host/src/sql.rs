@@ -28,21 +28,9 @@ use futures::Stream;
 use wire::{Scope, Type, Value};
 
 use crate::catalog::{Catalog, TableId};
+pub use crate::config::SqlOptions;
 use crate::store::snapshot::Snapshot;
 use crate::store::{CatalogWrite, RowWrite, StoreError};
-
-/// Checked limits of the SQL engine.
-#[derive(Clone, Debug)]
-pub struct SqlOptions {
-    /// Bytes all running queries may hold together.
-    pub memory_bytes: usize,
-    /// Bytes all running queries may spill to disk together.
-    pub spill_bytes: u64,
-    pub spill_dir: std::path::PathBuf,
-    pub deadline: Duration,
-    pub batch_rows: usize,
-    pub target_partitions: usize,
-}
 
 #[derive(Debug, thiserror::Error)]
 pub enum SqlError {

@@ -28,6 +28,8 @@ use rocksdb::{Cache, ColumnFamily, DB, WriteOptions};
 use wire::Scope;
 
 use crate::catalog::{Catalog, NamespaceId, Plugin, Table, TableId, TableKind};
+pub use crate::catalog::{Epoch, Seq};
+pub use crate::config::StoreOptions;
 
 const USER_FAMILY: &str = "user_tables";
 const SHARED_FAMILY: &str = "shared_tables";
@@ -36,28 +38,6 @@ const DEFAULT_FAMILY: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
 /// Families whose keys have the first three parts of a row key.
 const ROW_FAMILIES: [&str; 3] = [USER_FAMILY, SHARED_FAMILY, STREAM_FAMILY];
 const FAMILIES: [&str; 4] = [USER_FAMILY, SHARED_FAMILY, STREAM_FAMILY, DEFAULT_FAMILY];
-
-/// A commit's place in the one order. Strictly rises; gaps are allowed; nobody computes seq + 1.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Seq(pub u64);
-
-/// Random id of this history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Epoch(pub u64);
-
-/// Checked settings of the store.
-#[derive(Clone, Debug)]
-pub struct StoreOptions {
-    pub path: PathBuf,
-    pub write_buffer_size: usize,
-    pub max_write_buffers: i32,
-    pub block_cache_size: usize,
-    pub max_background_jobs: i32,
-    pub max_open_files: i32,
-    pub max_commit_bytes: usize,
-    /// Commits kept in the change log for resume; older ones answer `resync`.
-    pub log_commits: u64,
-}
 
 /// One row of a transaction: what was read and what shall be.
 #[derive(Clone, Debug)]

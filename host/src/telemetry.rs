@@ -59,6 +59,7 @@ impl Metrics {
         let mut registry = Registry::with_prefix("tidegate");
         metrics.register_counters(&mut registry);
         metrics.register_gauges(&mut registry);
+        registry.register("plugin_metric", "Counters that plugins keep themselves", metrics.plugin_metrics.clone());
         registry.register_collector(Box::new(PluginSeconds(metrics.plugin_nanos.clone())));
         (metrics, Exposition(registry))
     }

@@ -55,6 +55,8 @@ enum Rejoin {
 struct Compiled {
     spec: Arc<GroupSpec>,
     columns: Vec<OutputColumn>,
+    /// The version of the catalog that was compiled against.
+    catalog_version: u64,
 }
 
 impl Db {
@@ -116,7 +118,7 @@ impl Db {
                 fingerprint: fingerprint.text(),
                 key,
             };
-            Ok(Compiled { spec: Arc::new(spec), columns })
+            Ok(Compiled { spec: Arc::new(spec), columns, catalog_version: env.catalog.version })
         })
         .await?
     }
@@ -173,8 +175,11 @@ impl LiveStream {
             match &mut self.state {
                 State::Done => return None,
                 State::Running(subscription) => {
-                    let delivery = subscription.next().await;
-                    self.deliver(delivery);
+                    // A snapshot of which nothing matches for long says nothing: the stream still shows that it lives.
+                    match tokio::time::timeout(2 * self.db.inner.heartbeat, subscription.next()).await {
+                        Ok(delivery) => self.deliver(delivery),
+                        Err(_elapsed) => return Some(LiveOutput::Waiting),
+                    }
                 }
                 State::Rejoin(rejoin) => {
                     let rejoin = *rejoin;
@@ -218,6 +223,21 @@ impl LiveStream {
         });
         self.queue.extend(resync.map(LiveOutput::Resync));
         self.state = State::Running(subscription);
+        self.check_activation().await
+    }
+
+    /// A plugin may have been activated between compiling and joining, and the worker may have passed that commit
+    /// already: then nobody would tell this stream. Seen here, it compiles again.
+    async fn check_activation(&mut self) -> Result<(), DbError> {
+        if self.compiled.spec.stages.is_empty()
+            || self.db.inner.store.catalog().version == self.compiled.catalog_version
+        {
+            return Ok(());
+        }
+        let now = self.db.compile(&self.who, &self.request).await?;
+        if now.spec.fingerprint != self.compiled.spec.fingerprint {
+            self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Plugin));
+        }
         Ok(())
     }
 
@@ -227,11 +247,17 @@ impl LiveStream {
         self.uses = PluginUses::new(&self.db, &compiled.spec);
         self.compiled = compiled;
         match rejoin {
-            // Pinned to a version that is still there: the change was none of ours.
-            Rejoin::Plugin(seq) if same => {
-                let subscription = self.db.inner.live.subscribe(self.compiled.spec.clone(), From::After(seq)).await;
-                self.state = State::Running(subscription.map_err(subscribe_error)?);
-                Ok(())
+            // Pinned to a version that is still there: the change was none of ours, and the stream goes on where it was
+            // (seq 0: its snapshot was not complete, so nothing is held that could go on).
+            Rejoin::Plugin(seq) if same && seq > Seq(0) => {
+                match self.db.inner.live.subscribe(self.compiled.spec.clone(), From::After(seq)).await {
+                    Ok(subscription) => self.state = State::Running(subscription),
+                    Err(SubscribeError::Expired) => {
+                        return self.join(From::Snapshot, Some(ResyncReason::Expired)).await;
+                    }
+                    Err(error) => return Err(subscribe_error(error)),
+                }
+                self.check_activation().await
             }
             Rejoin::Plugin(_) => self.join(From::Snapshot, Some(ResyncReason::Plugin)).await,
             Rejoin::Resync(reason) => self.join(From::Snapshot, Some(reason)).await,

@@ -17,8 +17,8 @@ use wire::{ColumnDecl, ImageBuilder, ImageRef, Kind, Schema, Scope, Type, Value}
 
 use super::event::{CommitEvents, EventOp};
 use super::*;
+use crate::catalog::Stage;
 use crate::catalog::{Column, NamespaceId, Plugin, PluginKind, Table, TableId, TableKind};
-use crate::plugins::Stage;
 use crate::store::keys::{KeyRange, encode_key};
 use crate::store::{CatalogWrite, RowWrite, StoreOptions, Transaction};
 use crate::telemetry::Metrics;

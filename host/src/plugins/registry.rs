@@ -17,7 +17,7 @@ use super::{
     FaultCause, Inspected, Opened, Piped, PipelineId, PluginError, PluginOptions, Rows, Stage, check, params, selftest,
 };
 use crate::catalog::NamespaceId;
-use crate::store::Seq;
+use crate::catalog::Seq;
 use crate::telemetry::Metrics;
 
 /// Counters that plugins keep through `metric`, over all plugins: more would make `/metrics` theirs to flood.

@@ -7,7 +7,7 @@ use wire::abi::WINDOW_ALIGN;
 
 use super::engine::Engine;
 use super::window::{GuestWindow, Mapping, Ring, WindowError, WorkerPart};
-use crate::store::Seq;
+use crate::catalog::Seq;
 
 /// The smallest guest with a window: its second page and the one behind that.
 const GUEST: &str = r#"(module

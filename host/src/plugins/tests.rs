@@ -19,7 +19,7 @@ use super::registry::PluginWorker;
 use super::window::Mapping;
 use super::*;
 use crate::catalog::NamespaceId;
-use crate::store::Seq;
+use crate::catalog::Seq;
 use crate::telemetry::Metrics;
 
 pub const NS: NamespaceId = NamespaceId(1);

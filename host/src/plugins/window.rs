@@ -47,7 +47,7 @@ use wasmtime::unix::StoreExt;
 use wasmtime::{AsContext, Memory, Store};
 use wire::abi::{DESCRIPTOR_BYTES, MAX_BATCH, WINDOW_ALIGN};
 
-use crate::store::Seq;
+use crate::catalog::Seq;
 
 /// Entries start on a cache line, so that two frames never share one.
 const ENTRY_ALIGN: u32 = 64;

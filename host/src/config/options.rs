@@ -1,0 +1,67 @@
+//! Checked settings of each module, made by [`super::Config`] and handed down by value.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Checked settings of the store.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    pub path: PathBuf,
+    pub write_buffer_size: usize,
+    pub max_write_buffers: i32,
+    pub block_cache_size: usize,
+    pub max_background_jobs: i32,
+    pub max_open_files: i32,
+    pub max_commit_bytes: usize,
+    /// Commits kept in the change log for resume; older ones answer `resync`.
+    pub log_commits: u64,
+}
+
+/// Checked limits of the SQL engine.
+#[derive(Clone, Debug)]
+pub struct SqlOptions {
+    /// Bytes all running queries may hold together.
+    pub memory_bytes: usize,
+    /// Bytes all running queries may spill to disk together.
+    pub spill_bytes: u64,
+    pub spill_dir: PathBuf,
+    pub deadline: Duration,
+    pub batch_rows: usize,
+    pub target_partitions: usize,
+}
+
+#[derive(Clone, Debug)]
+pub struct LiveOptions {
+    pub workers: usize,
+    /// Bytes of recent commits kept in memory for workers, per server; older ones are read from the log.
+    pub commit_tail_bytes: usize,
+    /// Bytes of encoded events kept per group; a subscriber further behind reads the log.
+    pub group_tail_bytes: usize,
+    /// Rows or events made in one step for a snapshot or a replay.
+    pub chunk_bytes: usize,
+    pub heartbeat: Duration,
+    pub max_subscriptions: usize,
+}
+
+/// Checked limits of plugins.
+#[derive(Clone, Debug)]
+pub struct PluginOptions {
+    /// Bytes of a namespace's ring; a power of two, ≥ 64 KiB.
+    pub ring_bytes: u32,
+    /// Bytes of the part of the window that one worker writes for itself.
+    pub worker_bytes: u32,
+    pub module_bytes: usize,
+    /// Linear memory beside the window.
+    pub memory_bytes: usize,
+    pub stack_bytes: usize,
+    pub table_elements: usize,
+    /// CPU time of one batch; the wall limit is ten times it.
+    pub batch_time: Duration,
+    /// CPU time of instantiation, start, `_initialize`, configure (each).
+    pub init_time: Duration,
+    pub output_bytes: usize,
+    pub log_bytes: usize,
+    pub compile_time: Duration,
+    pub workers: usize,
+    pub instances_per_worker: usize,
+}
