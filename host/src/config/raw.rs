@@ -11,11 +11,10 @@ use ::config::{Environment, File, FileFormat, Source, Value, ValueKind};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
-use super::{Config, ConfigError, HttpOptions, LogFormat, Role, Token, check_tokens, invalid};
-use crate::live::LiveOptions;
-use crate::plugins::PluginOptions;
-use crate::sql::SqlOptions;
-use crate::store::StoreOptions;
+use super::{
+    Config, ConfigError, HttpOptions, LiveOptions, LogFormat, PluginOptions, Role, SqlOptions, StoreOptions, Token,
+    check_tokens, invalid,
+};
 
 /// Declares a section: all keys optional, and their names as a list, so that an unknown key is answered by full name.
 macro_rules! section {

@@ -1,7 +1,7 @@
 //! Tries at start whether the window works on this machine: a guest has to see what the host writes, and a guest that
 //! writes (by a store, by a bulk operation) has to be found out without reaching the host's bytes.
 
-use prometheus_client::metrics::gauge::Gauge;
+use crate::telemetry::Gauge;
 use wasmtime::{Linker, Module, Store, TypedFunc};
 use wire::abi::WINDOW_ALIGN;
 

@@ -83,6 +83,8 @@ pub struct Checker {
     fold: Fold,
     /// The fold at the last id.
     settled: State,
+    /// The fold at that position, numbers as they were written: what a client that lost its connection holds.
+    held: State,
     /// Answers after that with their seqs, each different from the one before.
     due: VecDeque<(u64, State)>,
     /// The latest answer.
@@ -110,7 +112,7 @@ impl Checker {
                 Ok(())
             }
             Item::Lost => {
-                self.fold.rows = if self.positioned { self.settled.clone() } else { State::new() };
+                self.fold.rows = if self.positioned { self.held.clone() } else { State::new() };
                 Ok(())
             }
             Item::Event(event) => {
@@ -141,6 +143,7 @@ impl Checker {
             return Err(format!("at {event:?}\nthe fold is {rows:?}\nthe SELECT was {due:?}"));
         }
         self.settled = due;
+        self.held = self.fold.rows.clone();
         Ok(())
     }
 
@@ -157,6 +160,7 @@ impl Checker {
         self.positioned = true;
         let rows = normal(&self.fold.rows);
         if rows == self.settled {
+            self.held = self.fold.rows.clone();
             return Ok(());
         }
         Err(format!("at {event:?}\nthe fold is {rows:?}\nthe SELECT was {:?}", self.settled))
