@@ -1,6 +1,7 @@
 //! Column types, the few physical kinds they are stored as, and values.
 
 use alloc::{string::String, vec::Vec};
+use core::fmt;
 use serde::{Deserialize, Serialize};
 
 /// A SQL column type. Positional in postcard: append variants only.
@@ -47,6 +48,28 @@ pub enum Kind {
     Bytes = 5,
     /// Heap: 16 bytes, in the order they are printed.
     Uuid = 6,
+}
+
+/// The SQL name, as results, messages and `information_schema` show it.
+impl fmt::Display for Type {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Type::Boolean => "BOOLEAN",
+            Type::SmallInt => "SMALLINT",
+            Type::Int => "INT",
+            Type::BigInt => "BIGINT",
+            Type::Real => "REAL",
+            Type::Double => "DOUBLE",
+            Type::Decimal { precision, scale } => return write!(f, "DECIMAL({precision},{scale})"),
+            Type::Text => "TEXT",
+            Type::Bytea => "BYTEA",
+            Type::Date => "DATE",
+            Type::Time => "TIME",
+            Type::Timestamp => "TIMESTAMP",
+            Type::Uuid => "UUID",
+            Type::Json => "JSON",
+        })
+    }
 }
 
 impl Type {

@@ -16,7 +16,6 @@ use arrow::util::display::{ArrayFormatter, FormatOptions};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde::de::IgnoredAny;
-use wire::Type;
 
 /// Field metadata that names the SQL type where the Arrow type leaves it open (JSON and TEXT are both strings).
 const SQL_TYPE: &str = "tg.type";
@@ -94,27 +93,6 @@ fn label(name: &str) -> Vec<u8> {
 /// A JSON string, quoted and escaped.
 pub fn text(value: &str, out: &mut Vec<u8>) {
     serde_json::to_writer(out, value).expect("writing a string to memory cannot fail");
-}
-
-/// The SQL name of a type, as results and `start` events show it.
-pub fn type_name(ty: Type) -> String {
-    let name = match ty {
-        Type::Boolean => "BOOLEAN",
-        Type::SmallInt => "SMALLINT",
-        Type::Int => "INT",
-        Type::BigInt => "BIGINT",
-        Type::Real => "REAL",
-        Type::Double => "DOUBLE",
-        Type::Decimal { precision, scale } => return format!("DECIMAL({precision},{scale})"),
-        Type::Text => "TEXT",
-        Type::Bytea => "BYTEA",
-        Type::Date => "DATE",
-        Type::Time => "TIME",
-        Type::Timestamp => "TIMESTAMP",
-        Type::Uuid => "UUID",
-        Type::Json => "JSON",
-    };
-    name.to_owned()
 }
 
 fn cell<'a>(field: &Field, column: &'a ArrayRef) -> Result<Cell<'a>, ArrowError> {

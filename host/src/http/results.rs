@@ -15,7 +15,7 @@ use futures::StreamExt;
 use serde_json::json;
 
 use super::error::Problem;
-use super::json::{Rows, text, type_name};
+use super::json::{Rows, text};
 use crate::db::{SqlAnswer, StatementResult};
 use crate::sql::RowStream;
 use crate::store::Seq;
@@ -220,7 +220,7 @@ fn columns(rows: &RowStream, out: &mut Vec<u8>) {
         out.extend_from_slice(if index == 0 { b"{\"name\":" } else { b",{\"name\":" });
         text(&column.name, out);
         out.extend_from_slice(b",\"type\":");
-        text(&type_name(column.ty), out);
+        text(&column.ty.to_string(), out);
         out.push(b'}');
     }
     out.extend_from_slice(b"],\"rows\":[");

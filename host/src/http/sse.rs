@@ -15,7 +15,7 @@ use rand::Rng;
 use serde_json::{Value, json};
 
 use super::error::Problem;
-use super::json::{self, Rows};
+use super::json::Rows;
 use crate::db::{LiveOutput, ResyncReason};
 use crate::live::event::{CommitEvents, EventOp, EventRow};
 use crate::live::position::Position;
@@ -193,7 +193,7 @@ pub fn output(output: LiveOutput) -> Bytes {
         LiveOutput::Encoded(bytes) => return bytes,
         LiveOutput::Start { live_id, columns, key, from } => {
             let columns: Vec<Value> =
-                columns.iter().map(|c| json!({"name": c.name, "type": json::type_name(c.ty)})).collect();
+                columns.iter().map(|c| json!({"name": c.name, "type": c.ty.to_string()})).collect();
             let from = from.unwrap_or_else(|| "snapshot".to_owned());
             let data = json!({"live_id": live_id, "columns": columns, "key": key, "semantics": "map",
                               "mode": "incremental", "from": from});

@@ -62,27 +62,6 @@ pub fn arrow_schema(schema: &Schema) -> SchemaRef {
     Arc::new(ArrowSchema::new(fields))
 }
 
-/// The SQL name of a type, as `information_schema` and messages show it.
-pub(crate) fn type_name(ty: Type) -> String {
-    match ty {
-        Type::Boolean => "BOOLEAN",
-        Type::SmallInt => "SMALLINT",
-        Type::Int => "INT",
-        Type::BigInt => "BIGINT",
-        Type::Real => "REAL",
-        Type::Double => "DOUBLE",
-        Type::Decimal { precision, scale } => return format!("DECIMAL({precision},{scale})"),
-        Type::Text => "TEXT",
-        Type::Bytea => "BYTEA",
-        Type::Date => "DATE",
-        Type::Time => "TIME",
-        Type::Timestamp => "TIMESTAMP",
-        Type::Uuid => "UUID",
-        Type::Json => "JSON",
-    }
-    .to_owned()
-}
-
 /// The SQL type a result column of this field is given; its batches are cast to [`arrow_type`] of it.
 pub(crate) fn output_type(field: &Field) -> Type {
     match (field.data_type(), field.metadata().get(TYPE_KEY).map(String::as_str)) {
@@ -389,8 +368,7 @@ pub(crate) fn cast_for(target: &CastTarget<'_>, array: &ArrayRef) -> Result<Arra
         return Ok(new_null_array(&arrow_type(target.ty), array.len()));
     }
     if !assignable(from, target.ty) {
-        let message =
-            format!("column {:?} is {}, but the value is {}", target.name, type_name(target.ty), plain_type(from));
+        let message = format!("column {:?} is {}, but the value is {}", target.name, target.ty, plain_type(from));
         return Err(SqlError::invalid("type_mismatch", message));
     }
     let text = matches!(from, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
@@ -427,7 +405,7 @@ fn assignable(from: &DataType, to: Type) -> bool {
 }
 
 fn plain_type(from: &DataType) -> String {
-    type_name(output_type(&Field::new("", from.clone(), true)))
+    output_type(&Field::new("", from.clone(), true)).to_string()
 }
 
 fn cast_plain(target: &CastTarget<'_>, array: &ArrayRef) -> Result<ArrayRef, SqlError> {
@@ -497,7 +475,7 @@ fn does_not_fit(target: &CastTarget<'_>, array: &ArrayRef, row: usize) -> SqlErr
         .unwrap_or_default();
     // Enough to recognise it by.
     let shown: String = shown.chars().take(80).collect();
-    let message = format!("{shown:?} does not fit into column {:?} ({})", target.name, type_name(target.ty));
+    let message = format!("{shown:?} does not fit into column {:?} ({})", target.name, target.ty);
     let code = if string_at_type(array) { "invalid_value" } else { "out_of_range" };
     SqlError::constraint(code, message)
 }

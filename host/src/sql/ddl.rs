@@ -14,7 +14,7 @@ use datafusion::sql::sqlparser::ast::{
 use wire::image::MAX_COLUMNS;
 use wire::{Type, Value};
 
-use super::arrow::{CastTarget, cast_for, type_name, value_at};
+use super::arrow::{CastTarget, cast_for, value_at};
 use super::error::offset;
 use super::information::{CATALOG_NAME, INFORMATION_SCHEMA};
 use super::{DdlPlan, RequestEnv, SqlError, Statement};
@@ -443,7 +443,7 @@ fn default_value(expr: &Expr, column: &Column) -> Result<Option<DefaultValue>, S
         // Digits go in as text: so that a DECIMAL gets all of them.
         Some(Literal::Number(digits)) if takes_numbers(column.ty) => Arc::new(StringArray::from(vec![digits])),
         Some(Literal::Number(digits)) => {
-            let message = format!("column {:?} is {}, but its default is {digits}", column.name, type_name(column.ty));
+            let message = format!("column {:?} is {}, but its default is {digits}", column.name, column.ty);
             return Err(SqlError::invalid("type_mismatch", message));
         }
         None => {
@@ -473,7 +473,7 @@ fn default_function(call: &str, column: &Column) -> Result<DefaultValue, SqlErro
         }
     };
     if !fits {
-        let message = format!("DEFAULT {call} does not fit column {:?} ({})", column.name, type_name(column.ty));
+        let message = format!("DEFAULT {call} does not fit column {:?} ({})", column.name, column.ty);
         return Err(SqlError::invalid("type_mismatch", message));
     }
     Ok(default)

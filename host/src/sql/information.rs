@@ -11,7 +11,6 @@ use datafusion::logical_expr::TableSource;
 
 use wire::{Type, Value};
 
-use super::arrow::type_name;
 use super::dml::show_value;
 use crate::catalog::{Catalog, Column, DefaultValue, Table};
 
@@ -54,7 +53,7 @@ fn columns(catalog: &Catalog) -> Result<Arc<dyn TableSource>> {
         text("table_name", rows.iter().map(|(table, ..)| Some(table.name.clone()))),
         text("column_name", rows.iter().map(|(.., column)| Some(column.name.clone()))),
         ("ordinal_position", Arc::new(Int32Array::from_iter(positions)) as ArrayRef),
-        text("data_type", rows.iter().map(|(.., column)| Some(type_name(column.ty)))),
+        text("data_type", rows.iter().map(|(.., column)| Some(column.ty.to_string()))),
         text("is_nullable", rows.iter().map(|(.., column)| yes(column.nullable))),
         text(
             "column_default",

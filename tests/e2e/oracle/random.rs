@@ -358,7 +358,10 @@ impl Transactions {
 
     /// A row moves to another key: a delete and an insert.
     fn key_change(&self, random: &mut StdRng, present: &mut BTreeSet<usize>, absent: &[usize]) -> String {
-        let Some(&from) = present.iter().choose(random) else { return self.table.insert_anything(random, absent[0]) };
+        let Some(&from) = present.iter().choose(random) else {
+            present.insert(absent[0]);
+            return self.table.insert_anything(random, absent[0]);
+        };
         let to = *absent.choose(random).expect("the caller has looked");
         present.remove(&from);
         present.insert(to);

@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
+use wire::Type;
 
 use arrow::array::*;
 
@@ -112,8 +113,8 @@ fn rows_as_arrays_and_objects() {
 
 #[test]
 fn type_names() {
-    assert_eq!(type_name(Type::Decimal { precision: 10, scale: 2 }), "DECIMAL(10,2)");
-    assert_eq!(type_name(Type::BigInt), "BIGINT");
+    assert_eq!(Type::Decimal { precision: 10, scale: 2 }.to_string(), "DECIMAL(10,2)");
+    assert_eq!(Type::BigInt.to_string(), "BIGINT");
 }
 
 proptest::proptest! {
