@@ -175,6 +175,8 @@ impl Checker {
 fn normal(state: &State) -> State {
     fn floats(value: &Value) -> Value {
         match value {
+            // Kept apart from 0.0, which it equals as a number: SQL shows which of them is stored.
+            Value::Number(number) if number.as_f64().is_some_and(|v| v == 0.0 && v.is_sign_negative()) => "-0.0".into(),
             Value::Number(number) => number.as_f64().map_or_else(|| value.clone(), Value::from),
             Value::Array(values) => values.iter().map(floats).collect(),
             Value::Object(object) => object.iter().map(|(name, value)| (name.clone(), floats(value))).collect(),
