@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use host::config::{Config, Flags, LogFormat};
@@ -14,6 +15,9 @@ use host::http::{auth, server, sse};
 use host::telemetry::{self, Metrics};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+
+/// How often the store is asked whether it failed: a lock-free load, so seldom is a matter of taste, not of cost.
+const FAILURE_CHECK: Duration = Duration::from_millis(200);
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -82,11 +86,30 @@ async fn run(config: Config) -> Result<(), String> {
     let admin_token = admin_token(&config)?;
     let app = App::new(db.clone(), &config, &admin_token, metrics, exposition);
     announce(address);
-    server::run(listener, app, shutdown).await;
+    let ended = async {
+        tokio::select! {
+            () = shutdown => {}
+            () = failed(&db) => {}
+        }
+    };
+    server::run(listener, app, ended).await;
+    let store_failed = db.failed();
     // Flushes and joins threads, so it blocks.
     tokio::task::spawn_blocking(move || db.close()).await.map_err(|error| format!("closing failed: {error}"))?;
     tracing::info!("stopped");
+    if store_failed {
+        // Whether the last commits are on disk is not known: only a start finds out, and a supervisor has to make one.
+        return Err("the store failed; the log above says why. Start again to recover what is on disk".to_owned());
+    }
     Ok(())
+}
+
+/// Resolves when the store took a failed write and acknowledges nothing any more.
+async fn failed(db: &Db) {
+    let mut look = tokio::time::interval(FAILURE_CHECK);
+    while !db.failed() {
+        look.tick().await;
+    }
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
