@@ -69,7 +69,8 @@ impl Fold {
         let held = held.ok_or_else(|| format!("an update of a key that is not there: {event:?}"))?;
         let before = std::mem::replace(held, row.clone());
         // By their text: 0.0 and -0.0 are equal numbers, but another value was stored and is shown.
-        if before.to_string() == row.to_string() {
+        let shown = [before.to_string(), row.to_string()];
+        if shown[0] == shown[1] {
             return Err(format!("an update that changes nothing: {event:?}"));
         }
         // `old` has the changed columns as they were. It may have columns of the table that are not in the result.
