@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -55,6 +56,8 @@ pub struct TestServer {
 struct Process {
     child: Child,
     output: Output,
+    /// They end when the process closes its two streams.
+    readers: Vec<JoinHandle<()>>,
 }
 
 /// What the process printed so far, both streams.
@@ -177,7 +180,7 @@ pub fn command(config: &Path, data_dir: &Path) -> Command {
 /// Runs a command that is to end by itself, refused or done; its status and all it printed.
 pub async fn run_to_end(mut command: Command) -> (ExitStatus, String) {
     let (process, _bound) = Process::spawn(&mut command);
-    let Process { mut child, output } = process;
+    let Process { mut child, output, readers } = process;
     let pid = Pid::from_child(&child);
     let ended = tokio::task::spawn_blocking(move || child.wait());
     let status = match tokio::time::timeout(crate::PATIENCE, ended).await {
@@ -187,6 +190,10 @@ pub async fn run_to_end(mut command: Command) -> (ExitStatus, String) {
             panic!("{command:?} did not end by itself\n{}", output.text());
         }
     };
+    // What was said last may still be on its way from the pipe.
+    for reader in readers {
+        reader.join().expect("reading lines does not panic");
+    }
     (status, output.text())
 }
 
@@ -199,9 +206,8 @@ impl Process {
         let (output, (sender, bound)) = (Output::default(), oneshot::channel());
         let stdout = child.stdout.take().expect("stdout is piped");
         let stderr = child.stderr.take().expect("stderr is piped");
-        output.collect("", stdout, Some(sender));
-        output.collect("! ", stderr, None);
-        (Process { child, output }, bound)
+        let readers = vec![output.collect("", stdout, Some(sender)), output.collect("! ", stderr, None)];
+        (Process { child, output, readers }, bound)
     }
 
     fn pid(&self) -> Pid {
@@ -222,7 +228,7 @@ impl Output {
         mark: &'static str,
         stream: impl Read + Send + 'static,
         mut bound: Option<oneshot::Sender<String>>,
-    ) {
+    ) -> JoinHandle<()> {
         let lines = Arc::clone(&self.0);
         std::thread::spawn(move || {
             for line in BufReader::new(stream).lines().map_while(Result::ok) {
@@ -234,7 +240,7 @@ impl Output {
                 }
                 lines.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{mark}{line}"));
             }
-        });
+        })
     }
 
     pub fn text(&self) -> String {

@@ -30,7 +30,7 @@ use super::range::{KeyRanges, is_useful, key_ranges};
 use super::{RequestEnv, SqlError};
 use crate::catalog::{Table, TableId, TableKind};
 use crate::store::StoreError;
-use crate::store::keys::KeyRange;
+use crate::store::keys::{KeyRange, successor};
 
 /// Batches that may wait for their reader.
 const WAITING_BATCHES: usize = 2;
@@ -285,7 +285,11 @@ impl Scan {
         let env = self.env.clone();
         let none = BTreeMap::new();
         let pending = env.overlay.rows.get(&(self.table.id, self.scope.clone())).unwrap_or(&none);
-        let mut pending = pending.range::<[u8], _>(bounds(&range)).peekable();
+        // Bounds may be partial keys, which the map does not know: it gives the start, `contains` says the end.
+        let mut pending = pending
+            .range::<[u8], _>((lower(&range.start).as_ref().map(Vec::as_slice), Bound::Unbounded))
+            .take_while(|(key, _)| range.contains(key))
+            .peekable();
         let mut stored = env.snapshot.scan(&self.table, &self.scope, range.clone());
         while let Some((key, image)) = stored.next_row()? {
             let mut replaced = false;
@@ -333,23 +337,10 @@ fn send(builder: &mut RowBatchBuilder, batches: &Batches) -> std::result::Result
     Ok(batches.blocking_send(Ok(batch)).is_ok())
 }
 
-/// A range that `BTreeMap` takes without panic: an upside-down one is empty.
-fn bounds(range: &KeyRange) -> (Bound<&[u8]>, Bound<&[u8]>) {
-    let (start, end) = (as_slice(&range.start), as_slice(&range.end));
-    match (start, end) {
-        (Bound::Included(least) | Bound::Excluded(least), Bound::Included(most) | Bound::Excluded(most))
-            if least > most || least == most && !matches!((start, end), (Bound::Included(_), Bound::Included(_))) =>
-        {
-            (Bound::Included(&[]), Bound::Excluded(&[]))
-        }
-        bounds => bounds,
-    }
-}
-
-fn as_slice(bound: &Bound<Vec<u8>>) -> Bound<&[u8]> {
-    match bound {
-        Bound::Unbounded => Bound::Unbounded,
-        Bound::Included(bytes) => Bound::Included(bytes),
-        Bound::Excluded(bytes) => Bound::Excluded(bytes),
+/// Where the keys of a range may begin: behind everything that starts with an excluded (partial) key.
+fn lower(start: &Bound<Vec<u8>>) -> Bound<Vec<u8>> {
+    match start {
+        Bound::Excluded(key) => successor(key).map_or_else(|| Bound::Excluded(key.clone()), Bound::Included),
+        other => other.clone(),
     }
 }
