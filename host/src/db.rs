@@ -78,7 +78,8 @@ pub struct SqlRequest {
 
 pub enum StatementResult {
     Rows(RowStream),
-    Affected { affected: u64 },
+    /// With the rows of RETURNING, where a statement has it.
+    Affected { affected: u64, returned: Option<RowStream> },
 }
 
 pub struct SqlAnswer {

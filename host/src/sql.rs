@@ -13,6 +13,7 @@ pub mod live;
 pub mod planner;
 pub mod provider;
 pub mod range;
+mod row_exprs;
 pub mod session;
 pub mod statement;
 #[cfg(test)]
@@ -127,7 +128,24 @@ pub type Batches = Pin<Box<dyn Stream<Item = Result<RecordBatch, SqlError>> + Se
 #[derive(Debug, Default)]
 pub struct ChangeSet {
     pub writes: Vec<RowWrite>,
+    /// Rows inserted, updated or deleted.
     pub affected: u64,
+    /// What RETURNING asked for.
+    pub returned: Option<Returned>,
+}
+
+/// The rows of RETURNING, as those of a [`RowStream`].
+#[derive(Debug)]
+pub struct Returned {
+    pub columns: Vec<OutputColumn>,
+    pub batches: Vec<RecordBatch>,
+}
+
+impl From<Returned> for RowStream {
+    fn from(returned: Returned) -> RowStream {
+        let batches = futures::stream::iter(returned.batches.into_iter().map(Ok));
+        RowStream { columns: returned.columns, batches: Box::pin(batches) }
+    }
 }
 
 /// What a DDL statement does; empty when IF [NOT] EXISTS made it a no-op.

@@ -8,7 +8,7 @@ use wire::Scope;
 use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult};
 use crate::catalog::{Catalog, TableId, TableKind};
 use crate::config::Role;
-use crate::sql::{Overlay, RequestEnv, SqlError, Statement, StatementKind};
+use crate::sql::{Overlay, RequestEnv, RowStream, SqlError, Statement, StatementKind};
 use crate::store::{CommitError, RowWrite, Seq, Transaction};
 
 /// A writer that lost this often takes its turn alone, and then cannot lose.
@@ -98,7 +98,7 @@ pub(super) async fn ddl(
             namespace = plan.namespace;
             writes.extend(plan.writes);
         }
-        let results = || statements.iter().map(|_| StatementResult::Affected { affected: 0 }).collect();
+        let results = || statements.iter().map(|_| StatementResult::Affected { affected: 0, returned: None }).collect();
         let Some(namespace) = namespace else {
             return Ok(SqlAnswer { results: results(), seq: base });
         };
@@ -116,13 +116,13 @@ pub(super) async fn ddl(
 #[derive(Default)]
 struct Planned {
     rows: Vec<RowWrite>,
-    affected: Vec<u64>,
+    /// Of each statement.
+    results: Vec<StatementResult>,
 }
 
 impl Planned {
-    fn answer(&self, seq: Seq) -> SqlAnswer {
-        let results = self.affected.iter().map(|&affected| StatementResult::Affected { affected }).collect();
-        SqlAnswer { results, seq }
+    fn answer(self, seq: Seq) -> SqlAnswer {
+        SqlAnswer { results: self.results, seq }
     }
 
     fn namespace(&self) -> Result<crate::catalog::NamespaceId, DbError> {
@@ -136,7 +136,8 @@ async fn plan(db: &Db, who: &Identity, statements: &[Statement], mut env: Reques
     let mut index: HashMap<(TableId, Scope, Vec<u8>), usize> = HashMap::new();
     for statement in statements {
         let changes = db.inner.sql.change_set(statement, env.clone()).await?;
-        planned.affected.push(changes.affected);
+        let returned = changes.returned.map(RowStream::from);
+        planned.results.push(StatementResult::Affected { affected: changes.affected, returned });
         let overlay = Arc::make_mut(&mut env.overlay);
         for write in changes.writes {
             may_write(who, &write)?;

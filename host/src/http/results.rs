@@ -143,6 +143,8 @@ struct Running {
     /// The batch being written and its next row.
     batch: Option<(RecordBatch, usize)>,
     written: u64,
+    /// RETURNING's rows are counted as `affected` already.
+    counted: bool,
 }
 
 impl Writer {
@@ -178,18 +180,26 @@ impl Writer {
         }
         self.begun += 1;
         match result {
-            StatementResult::Affected { affected } if self.format == Format::Json => {
+            StatementResult::Affected { affected, returned: Some(rows) } => {
+                if self.format == Format::Json {
+                    write!(out, "{{\"affected\":{affected},").expect("writing to memory cannot fail");
+                    columns(&rows, out);
+                }
+                self.running = Some(Running { rows, batch: None, written: 0, counted: false });
+            }
+            StatementResult::Affected { affected, returned: None } if self.format == Format::Json => {
                 write!(out, "{{\"affected\":{affected}}}").expect("writing to memory cannot fail");
             }
-            StatementResult::Affected { affected } => {
+            StatementResult::Affected { affected, returned: None } => {
                 writeln!(out, "{{\"affected\":{affected},\"seq\":{}}}", self.seq.0)
                     .expect("writing to memory cannot fail");
             }
             StatementResult::Rows(rows) => {
                 if self.format == Format::Json {
+                    out.push(b'{');
                     columns(&rows, out);
                 }
-                self.running = Some(Running { rows, batch: None, written: 0 });
+                self.running = Some(Running { rows, batch: None, written: 0, counted: true });
             }
         }
     }
@@ -198,7 +208,11 @@ impl Writer {
         if let Some(running) = self.running.take()
             && self.format == Format::Json
         {
-            write!(out, "],\"row_count\":{}}}", running.written).expect("writing to memory cannot fail");
+            match running.counted {
+                true => write!(out, "],\"row_count\":{}}}", running.written),
+                false => write!(out, "]}}"),
+            }
+            .expect("writing to memory cannot fail");
         }
     }
 
@@ -215,7 +229,7 @@ impl Writer {
 }
 
 fn columns(rows: &RowStream, out: &mut Vec<u8>) {
-    out.extend_from_slice(b"{\"columns\":[");
+    out.extend_from_slice(b"\"columns\":[");
     for (index, column) in rows.columns.iter().enumerate() {
         out.extend_from_slice(if index == 0 { b"{\"name\":" } else { b",{\"name\":" });
         text(&column.name, out);
@@ -314,7 +328,7 @@ mod tests {
     #[tokio::test]
     async fn json_has_all_results() {
         let results =
-            vec![rows(vec![Ok(batch(1..3)), Ok(batch(3..4))]), StatementResult::Affected { affected: 2 }, rows(vec![])];
+            vec![rows(vec![Ok(batch(1..3)), Ok(batch(3..4))]), StatementResult::Affected { affected: 2, returned: None }, rows(vec![])];
         let (status, body) = answer(results, Format::Json).await;
         let mut body: serde_json::Value = serde_json::from_str(&body.unwrap()).unwrap();
         assert_eq!(status, 200);
@@ -353,7 +367,7 @@ mod tests {
     #[tokio::test]
     async fn ndjson_is_for_one_result() {
         assert_eq!(answer(vec![rows(vec![]), rows(vec![])], Format::Ndjson).await.0, 406);
-        let one = answer(vec![StatementResult::Affected { affected: 3 }], Format::Ndjson).await.1;
+        let one = answer(vec![StatementResult::Affected { affected: 3, returned: None }], Format::Ndjson).await.1;
         assert_eq!(one.as_deref(), Some("{\"affected\":3,\"seq\":7}\n"));
     }
 

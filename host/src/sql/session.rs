@@ -69,8 +69,10 @@ impl Sql {
         let (engine, planned, asked) = (self.engine.clone(), env.clone(), statement.clone());
         let (target, plan) = self
             .planned(started, move || {
-                let (target, select) = dml::target(&asked, &planned)?;
-                Ok((target, engine.plan(select, &planned, &asked.text)?))
+                let (target, select) = dml::target(&engine, &asked, &planned)?;
+                let plan = engine.plan(select, &planned, &asked.text)?;
+                target.check_width(plan.schema().fields().len())?;
+                Ok((target, plan))
             })
             .await?;
         let mut changes = dml::Changes::new(target, &env, self.engine.state.runtime_env());

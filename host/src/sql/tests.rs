@@ -79,7 +79,10 @@ impl Bench {
                     let affected = changes.affected;
                     let rows = changes.writes;
                     self.store.commit(Transaction { namespace, base, rows, catalog: Vec::new() }).await.unwrap();
-                    format!("affected {affected}")
+                    match changes.returned {
+                        Some(returned) => format!("affected {affected}: {}", show(returned.into()).await?),
+                        None => format!("affected {affected}"),
+                    }
                 }
                 StatementKind::Ddl => {
                     let plan = self.sql.ddl(&statement, &env)?;
@@ -213,12 +216,108 @@ async fn key_changes_and_constraints() {
                 "ERROR table \"flights\" has a row with the key (id) = (5) already",
             ),
             ("UPDATE flights SET id = 7", "ERROR table \"flights\" has a row with the key (id) = (7) already"),
-            ("INSERT INTO flights VALUES (1, 'A', 1, 1) ON CONFLICT DO NOTHING", "ERROR ON CONFLICT is not supported"),
-            ("DELETE FROM flights RETURNING id", "ERROR RETURNING is not supported"),
             ("UPDATE flights SET dist = b.id FROM flights b", "ERROR UPDATE … FROM is not supported"),
             ("DELETE FROM flights USING flights b WHERE true", "ERROR DELETE … USING is not supported"),
         ])
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn returning_shows_what_was_written() {
+    let bench = bench();
+    bench
+        .script(&[
+            (FLIGHTS, "CREATE TABLE main.flights"),
+            (
+                "INSERT INTO flights VALUES (1, 'AA', 5, 100), (2, 'UA', NULL, 250.5) RETURNING *",
+                "affected 2: 1|AA|5|100.0 2|UA|NULL|250.5",
+            ),
+            (
+                "INSERT INTO flights (id, carrier) SELECT id + 2, 'AA' FROM flights RETURNING id * 10 AS tens, current_user, now()",
+                "affected 2: 30|alice|2026-01-02T03:04:05Z 40|alice|2026-01-02T03:04:05Z",
+            ),
+            (
+                "UPDATE flights SET dist = coalesce(dist, 0) + 1, id = id + 1 RETURNING id, dist, flights.carrier || '!' AS c",
+                "affected 4: 2|101.0|AA! 3|251.5|UA! 4|1.0|AA! 5|1.0|AA!",
+            ),
+            // What is written as it was is returned too.
+            ("UPDATE main.flights AS f SET carrier = 'AA' WHERE f.id = 4 RETURNING f.id, f.carrier", "affected 1: 4|AA"),
+            ("UPDATE flights SET carrier = 'X' WHERE false RETURNING id", "affected 0: "),
+            ("DELETE FROM flights WHERE dist > 200 RETURNING id, dist", "affected 1: 3|251.5"),
+            ("DELETE FROM flights AS f WHERE f.id = (SELECT max(id) FROM flights) RETURNING f.*", "affected 1: 5|AA|NULL|1.0"),
+            ("DELETE FROM flights WHERE id = 2 RETURNING 1 + 1", "affected 1: 2"),
+            ("SELECT id FROM flights", "4"),
+            ("DELETE FROM flights RETURNING (SELECT 1)", "ERROR a sub-query in RETURNING is not supported"),
+            ("DELETE FROM flights RETURNING count(*)", "ERROR an aggregate function in RETURNING is not supported"),
+            ("DELETE FROM flights RETURNING row_number() OVER ()", "ERROR a window function in RETURNING is not supported"),
+            ("DELETE FROM flights RETURNING 1 / (id - 4)", "ERROR division by zero"),
+            ("SELECT id FROM flights", "4"),
+            ("CREATE TABLE log (at TIMESTAMP DEFAULT now(), n INT)", "CREATE TABLE main.log"),
+            ("INSERT INTO log (n) VALUES (7) RETURNING at, n, _id IS NULL", "affected 1: 2026-01-02T03:04:05Z|7|false"),
+            ("INSERT INTO log DEFAULT VALUES RETURNING at, n", "affected 1: 2026-01-02T03:04:05Z|NULL"),
+        ])
+        .await;
+    let unknown = bench.run_as("alice", "DELETE FROM flights RETURNING nope", &[]).await;
+    assert!(matches!(unknown, Err(SqlError::Invalid { code: "unknown_column", position: Some(30), .. })), "{unknown:?}");
+    // A column keeps its type: a UUID is one, not TEXT.
+    let env = bench.env("alice", &[Param::Int(5)]);
+    let statement = bench.sql.parse("INSERT INTO log (n) VALUES ($1) RETURNING _id, n + $1 AS sum").unwrap().remove(0);
+    let returned = bench.sql.change_set(&statement, env).await.unwrap().returned.unwrap();
+    let types: Vec<wire::Type> = returned.columns.iter().map(|column| column.ty).collect();
+    assert_eq!(types, [wire::Type::Uuid, wire::Type::BigInt]);
+    assert_eq!(returned.columns[1].name, "sum");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_conflict_does_nothing_or_updates() {
+    let bench = bench();
+    bench
+        .script(&[
+            ("CREATE TABLE t (a TEXT, b INT, n INT NOT NULL DEFAULT 1, at TIMESTAMP, PRIMARY KEY (a, b))", "CREATE TABLE main.t"),
+            ("INSERT INTO t VALUES ('x', 1, 10, NULL) ON CONFLICT DO NOTHING RETURNING n", "affected 1: 10"),
+            ("INSERT INTO t VALUES ('x', 1, 11, NULL), ('x', 2, 20, NULL), ('x', 2, 21, NULL) ON CONFLICT DO NOTHING RETURNING n",
+             "affected 1: 20"),
+            ("INSERT INTO t (a, b) VALUES ('x', 1) ON CONFLICT (b, a) DO NOTHING", "affected 0"),
+            // The stored row by its bare names or the table's, the proposed one as excluded, defaults in it.
+            ("INSERT INTO t (a, b) VALUES ('x', 1), ('y', 1) ON CONFLICT (a, b) DO UPDATE SET n = n + excluded.n, at = now() RETURNING a, b, n, at",
+             "affected 2: y|1|1|NULL x|1|11|2026-01-02T03:04:05Z"),
+            ("INSERT INTO t SELECT a, b, n * 100, NULL FROM t ON CONFLICT (a, b) DO UPDATE SET n = excluded.n - t.n, at = DEFAULT WHERE t.n < 20",
+             "affected 2"),
+            ("SELECT a, b, n FROM t", "x|1|1089 x|2|20 y|1|99"),
+            // What the condition leaves alone may not even be possible to evaluate.
+            ("INSERT INTO t VALUES ('x', 1, 0, NULL), ('y', 1, 3, NULL) ON CONFLICT (a, b) DO UPDATE SET n = 300 / excluded.n WHERE excluded.n > 0",
+             "affected 1"),
+            ("SELECT n FROM t WHERE a = 'y'", "100"),
+            ("INSERT INTO t VALUES ('z', 1, 1, NULL), ('z', 1, 2, NULL) ON CONFLICT (a, b) DO UPDATE SET n = 0",
+             "ERROR DO UPDATE meets the same row twice in one statement: give each key once"),
+            ("INSERT INTO t VALUES ('x', 2, 1, NULL), ('x', 2, 2, NULL) ON CONFLICT (a, b) DO UPDATE SET n = 0",
+             "ERROR DO UPDATE meets the same row twice in one statement: give each key once"),
+            // A key may be changed by it.
+            ("INSERT INTO t VALUES ('x', 2, 1, NULL) ON CONFLICT (a, b) DO UPDATE SET b = 5 RETURNING b, n", "affected 1: 5|20"),
+            ("INSERT INTO t VALUES ('x', 5, 1, NULL) ON CONFLICT (a, b) DO UPDATE SET b = 1",
+             "ERROR table \"t\" has a row with the key (a, b) = (x, 1) already"),
+            ("SELECT a, b FROM t", "x|1 x|5 y|1"),
+            ("INSERT INTO t VALUES ('x', 1, NULL, NULL) ON CONFLICT DO NOTHING", "ERROR column \"n\" of table \"t\" must not be NULL"),
+            ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON CONFLICT (a, b) DO UPDATE SET n = NULL",
+             "ERROR column \"n\" of table \"t\" must not be NULL"),
+            ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON CONFLICT (a) DO NOTHING",
+             "ERROR there is no key over exactly these columns; the primary key of \"t\" is (a, b)"),
+            ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON CONFLICT DO UPDATE SET n = 1",
+             "ERROR say which key: ON CONFLICT (a, b) DO UPDATE …"),
+            ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON CONFLICT (a, b) DO UPDATE SET n = (SELECT 1)",
+             "ERROR a sub-query in DO UPDATE is not supported"),
+            ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON CONFLICT (a, b) DO UPDATE SET n = 1 WHERE n",
+             "ERROR WHERE in DO UPDATE is INT, not BOOLEAN"),
+            ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON DUPLICATE KEY UPDATE n = 1",
+             "ERROR ON DUPLICATE KEY UPDATE is not supported: say ON CONFLICT (key) DO UPDATE SET …"),
+            ("INSERT INTO t SELECT 1, 2 WHERE false", "ERROR 2 values for 4 columns"),
+        ])
+        .await;
+    let unknown = "INSERT INTO t (a, b) VALUES ('x', 1) ON CONFLICT (a, nope) DO NOTHING";
+    let outcome = bench.run_as("alice", unknown, &[]).await;
+    assert!(matches!(outcome, Err(SqlError::Invalid { code: "unknown_column", position: Some(53), .. })), "{outcome:?}");
+    let typed = "INSERT INTO t (a, b) VALUES ($1, $2) ON CONFLICT (a, b) DO UPDATE SET n = $3 + t.n RETURNING n";
+    assert_eq!(bench.with(typed, &[Param::Text("x".to_owned()), Param::Int(1), Param::Int(1)]).await, "affected 1: 1090");
 }
 
 #[tokio::test(flavor = "multi_thread")]
