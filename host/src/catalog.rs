@@ -19,6 +19,10 @@ pub struct NamespaceId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TableId(pub u32);
 
+/// An index's short id in keys; never reused, and from the same numbers as table ids: neither meets the other's keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IndexId(pub u32);
+
 /// A commit's place in the one order. Strictly rises; gaps are allowed; nobody computes seq + 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Seq(pub u64);
@@ -63,6 +67,40 @@ pub struct Column {
     pub default: Option<DefaultValue>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IndexState {
+    /// Commits keep it up; rows that were there before are being added; nobody reads it.
+    Building,
+    /// It has every row, and unique values are kept unique; whether they all are is being looked at.
+    Verifying,
+    /// In use.
+    Ready,
+}
+
+/// A secondary index: the rows by the values of some columns.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Index {
+    pub id: IndexId,
+    /// One of its kind in the namespace.
+    pub name: String,
+    /// Column ids, in index order; never empty.
+    pub columns: Vec<u16>,
+    /// No two rows of a scope have the same values, unless one of them is NULL.
+    pub unique: bool,
+    pub state: IndexState,
+}
+
+impl Index {
+    /// Whether commits are held to its being unique.
+    pub fn is_enforced(&self) -> bool {
+        self.unique && self.state != IndexState::Building
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.state == IndexState::Ready
+    }
+}
+
 /// One table at one schema version.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table {
@@ -78,6 +116,8 @@ pub struct Table {
     pub key: Vec<u16>,
     /// The key is the hidden-from-INSERT column `_id` (time-ordered UUID), because none was declared.
     pub generated_key: bool,
+    /// In the order they were made. Another set of indexes is no other schema version: rows stay as they are.
+    pub indexes: Vec<Arc<Index>>,
 }
 
 /// The name of the key column of a table without a declared primary key.
@@ -195,7 +235,7 @@ pub struct Catalog {
     pub version: u64,
     namespaces: BTreeMap<String, Namespace>,
     tables: HashMap<TableId, Arc<Table>>,
-    /// The next id of a namespace, table; kept so that a dropped id never comes back.
+    /// The next id of a namespace, of a table or index; kept so that a dropped id never comes back.
     pub next_namespace: u32,
     pub next_table: u32,
 }
@@ -215,6 +255,12 @@ impl Catalog {
 
     pub fn table_by_id(&self, id: TableId) -> Option<&Arc<Table>> {
         self.tables.get(&id)
+    }
+
+    /// The index of this name and its table.
+    pub fn index(&self, namespace: &str, name: &str) -> Option<(&Arc<Table>, &Arc<Index>)> {
+        let mut tables = self.namespaces.get(namespace)?.tables.values();
+        tables.find_map(|table| Some((table, table.indexes.iter().find(|index| index.name == name)?)))
     }
 
     /// The active version of a plugin.
@@ -237,7 +283,8 @@ impl Catalog {
     }
 
     pub fn put_table(&mut self, table: Arc<Table>) {
-        self.next_table = self.next_table.max(table.id.0 + 1);
+        let ids = table.indexes.iter().map(|index| index.id.0).chain([table.id.0]);
+        self.next_table = ids.fold(self.next_table, |next, id| next.max(id + 1));
         if let Some(namespace) = self.namespaces.get_mut(&table.namespace_name) {
             namespace.tables.insert(table.name.clone(), table.clone());
             self.tables.insert(table.id, table);

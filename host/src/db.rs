@@ -5,6 +5,7 @@
 //! [`subscribe`]; what an upload goes through in [`install`].
 
 mod adapters;
+mod index;
 mod install;
 mod subscribe;
 mod write;
@@ -79,7 +80,10 @@ pub struct SqlRequest {
 pub enum StatementResult {
     Rows(RowStream),
     /// With the rows of RETURNING, where a statement has it.
-    Affected { affected: u64, returned: Option<RowStream> },
+    Affected {
+        affected: u64,
+        returned: Option<RowStream>,
+    },
 }
 
 pub struct SqlAnswer {

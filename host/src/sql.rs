@@ -28,7 +28,7 @@ use ::arrow::record_batch::RecordBatch;
 use futures::Stream;
 use wire::{Scope, Type, Value};
 
-use crate::catalog::{Catalog, TableId};
+use crate::catalog::{Catalog, IndexId, TableId};
 pub use crate::config::SqlOptions;
 use crate::store::snapshot::Snapshot;
 use crate::store::{CatalogWrite, RowWrite, StoreError};
@@ -156,6 +156,8 @@ pub struct DdlPlan {
     pub namespace: Option<crate::catalog::NamespaceId>,
     /// For the audit log and the answer.
     pub summary: String,
+    /// An index that is to be built once the writes are committed: the table may have rows.
+    pub build: Option<(TableId, IndexId)>,
 }
 
 /// Alias kept short in signatures.

@@ -9,6 +9,7 @@ mod ddl;
 #[cfg(test)]
 mod fixtures;
 mod high_water;
+pub mod index;
 pub mod keys;
 mod meta;
 mod open;

@@ -1,6 +1,7 @@
 //! End to end: a real server process, spoken to over HTTP. One test program; a module for each part.
 
 mod auth;
+mod dml;
 mod durability;
 mod live;
 mod ops;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use wire::Scope;
 
-use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult};
+use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, index};
 use crate::catalog::{Catalog, TableId, TableKind};
 use crate::config::Role;
 use crate::sql::{Overlay, RequestEnv, RowStream, SqlError, Statement, StatementKind};
@@ -78,11 +78,11 @@ pub(super) async fn ddl(
         return Err(DbError::Forbidden("CREATE and DROP need the role admin".into()));
     }
     for _ in 0..TRIES {
-        let _alone = db.inner.turn.write().await;
+        let alone = db.inner.turn.write().await;
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
         let mut env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
-        let (mut writes, mut namespace) = (Vec::new(), None);
+        let (mut writes, mut namespace, mut build) = (Vec::new(), None, None);
         for statement in statements {
             let plan = db.inner.sql.ddl(statement, &env)?;
             // The next statement sees what this one made.
@@ -97,6 +97,10 @@ pub(super) async fn ddl(
             }
             namespace = plan.namespace;
             writes.extend(plan.writes);
+            if plan.build.is_some() && statements.len() > 1 {
+                return Err(build_beside_others());
+            }
+            build = build.or(plan.build);
         }
         let results = || statements.iter().map(|_| StatementResult::Affected { affected: 0, returned: None }).collect();
         let Some(namespace) = namespace else {
@@ -104,7 +108,15 @@ pub(super) async fn ddl(
         };
         let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes };
         match db.inner.store.commit(transaction).await {
-            Ok(seq) => return Ok(SqlAnswer { results: results(), seq }),
+            Ok(seq) => {
+                // Writes go on while it is built.
+                drop(alone);
+                let seq = match build {
+                    Some((table, index)) => index::build(db, table, index).await?,
+                    None => seq,
+                };
+                return Ok(SqlAnswer { results: results(), seq });
+            }
             Err(CommitError::Stale) => continue,
             Err(error) => return Err(DbError::Commit(error)),
         }
@@ -133,7 +145,7 @@ impl Planned {
 
 async fn plan(db: &Db, who: &Identity, statements: &[Statement], mut env: RequestEnv) -> Result<Planned, DbError> {
     let mut planned = Planned::default();
-    let mut index: HashMap<(TableId, Scope, Vec<u8>), usize> = HashMap::new();
+    let mut places: HashMap<(TableId, Scope, Vec<u8>), usize> = HashMap::new();
     for statement in statements {
         let changes = db.inner.sql.change_set(statement, env.clone()).await?;
         let returned = changes.returned.map(RowStream::from);
@@ -143,11 +155,11 @@ async fn plan(db: &Db, who: &Identity, statements: &[Statement], mut env: Reques
             may_write(who, &write)?;
             overlay.put(&write);
             let key = (write.table.id, write.scope.clone(), write.key.clone());
-            match index.get(&key) {
+            match places.get(&key) {
                 // The first statement saw the row as it is stored; the last one says what it shall be.
                 Some(&at) => planned.rows[at].new = write.new,
                 None => {
-                    index.insert(key, planned.rows.len());
+                    places.insert(key, planned.rows.len());
                     planned.rows.push(write);
                 }
             }
@@ -166,6 +178,15 @@ fn may_write(who: &Identity, write: &RowWrite) -> Result<(), DbError> {
         "the role user may not write the shared table \"{}\"; use a token of role service or admin",
         write.table.name
     )))
+}
+
+/// Building takes several commits and may fail: then the others would stand alone.
+fn build_beside_others() -> DbError {
+    DbError::Sql(SqlError::Unsupported {
+        what: "CREATE INDEX on a table that may have rows, beside other statements".into(),
+        hint: Some("send it as a request of its own".into()),
+        position: None,
+    })
 }
 
 fn two_namespaces() -> DbError {

@@ -327,8 +327,11 @@ mod tests {
 
     #[tokio::test]
     async fn json_has_all_results() {
-        let results =
-            vec![rows(vec![Ok(batch(1..3)), Ok(batch(3..4))]), StatementResult::Affected { affected: 2, returned: None }, rows(vec![])];
+        let results = vec![
+            rows(vec![Ok(batch(1..3)), Ok(batch(3..4))]),
+            StatementResult::Affected { affected: 2, returned: None },
+            rows(vec![]),
+        ];
         let (status, body) = answer(results, Format::Json).await;
         let mut body: serde_json::Value = serde_json::from_str(&body.unwrap()).unwrap();
         assert_eq!(status, 200);

@@ -44,6 +44,7 @@ fn table(id: TableId, namespace: NamespaceId, name: &str) -> Arc<Table> {
         ],
         key: vec![0],
         generated_key: false,
+        indexes: Vec::new(),
     })
 }
 

@@ -4,9 +4,10 @@
 //! was optimized away means every row. Here a statement becomes a query whose rows are the keys to touch and the new
 //! values, and nothing is written that the query did not return. RETURNING is evaluated over the rows written.
 
+mod unique;
 mod upsert;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use ::arrow::array::ArrayRef;
@@ -20,16 +21,17 @@ use datafusion::sql::sqlparser::ast::{
 use uuid::Uuid;
 use wire::{ImageBuilder, ImageRef, Scope, Type, Value};
 
+use self::unique::Uniques;
+use self::upsert::{OnConflict, Rivals};
 use super::arrow::{CastTarget, cast_for, value_at};
 use super::context::find_table;
 use super::ddl::{Literal, fold, literal, table_name};
-use self::upsert::{OnConflict, Rivals};
 use super::error::from_datafusion;
 use super::provider::scope_of;
 use super::row_exprs::{Asked, RowExprs};
 use super::session::Engine;
 use super::{ChangeSet, RequestEnv, Returned, SqlError, Statement};
-use crate::catalog::{Column, DefaultValue, GENERATED_KEY, Table};
+use crate::catalog::{Column, DefaultValue, GENERATED_KEY, IndexId, Table};
 use crate::store::keys::encode_key;
 use crate::store::{RowWrite, StoreError};
 
@@ -353,9 +355,11 @@ fn numbered(exprs: impl Iterator<Item = Expr>) -> Vec<SelectItem> {
 
 fn only_table(from: &TableWithJoins, what: &str, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
     refuse(&[(!from.joins.is_empty(), &format!("a join in {what}"))])?;
-    let TableFactor::Table { name, .. } = &from.relation else {
+    let TableFactor::Table { name, alias, .. } = &from.relation else {
         return Err(SqlError::unsupported(format!("{what} of anything but a table"), None));
     };
+    let renamed = alias.as_ref().is_some_and(|alias| !alias.columns.is_empty());
+    refuse(&[(renamed, &format!("other names for the columns in {what}"))])?;
     let (namespace, name) = table_name(name)?;
     Ok(find_table(env, namespace.as_deref(), &name)?.clone())
 }
@@ -386,14 +390,19 @@ pub(crate) struct Changes<'a> {
     /// Rows whose key changes: taken away at once, put back when all old keys are gone.
     moved: Vec<(Vec<Value>, Vec<u8>)>,
     affected: u64,
+    uniques: Uniques,
+    /// What rows written so far have in unique indexes; kept for ON CONFLICT alone.
+    claims: HashMap<(IndexId, Vec<u8>), Vec<u8>>,
     memory: MemoryReservation,
 }
 
 impl<'a> Changes<'a> {
-    pub(crate) fn new(target: Target, env: &'a RequestEnv, runtime: &RuntimeEnv) -> Changes<'a> {
-        Changes {
+    pub(crate) fn new(target: Target, env: &'a RequestEnv, runtime: &RuntimeEnv) -> Result<Changes<'a>, SqlError> {
+        let scope = scope_of(&target.table, &env.user);
+        Ok(Changes {
             env,
-            scope: scope_of(&target.table, &env.user),
+            uniques: Uniques::new(env, &target.table, &scope)?,
+            scope,
             table: target.table,
             action: Arc::new(target.action),
             returning: target.returning,
@@ -401,8 +410,9 @@ impl<'a> Changes<'a> {
             by_key: HashMap::new(),
             moved: Vec::new(),
             affected: 0,
+            claims: HashMap::new(),
             memory: MemoryConsumer::new("change set").register(&runtime.memory_pool),
-        }
+        })
     }
 
     pub(crate) fn add(&mut self, batch: &RecordBatch) -> Result<(), SqlError> {
@@ -417,6 +427,7 @@ impl<'a> Changes<'a> {
         for (key, image) in std::mem::take(&mut self.moved) {
             self.put_new(&key, image)?;
         }
+        self.check_unique()?;
         let returned = self.returned()?;
         Ok(ChangeSet { writes: self.writes, affected: self.affected, returned })
     }
@@ -593,29 +604,22 @@ impl<'a> Changes<'a> {
     }
 
     fn duplicate(&self, key: &[Value]) -> SqlError {
-        let columns: Vec<&str> = self
-            .table
-            .key
-            .iter()
-            .filter_map(|id| self.table.column_by_id(*id))
-            .map(|column| column.name.as_str())
-            .collect();
-        let values: Vec<String> = self
-            .table
-            .key
-            .iter()
-            .zip(key)
-            .filter_map(|(id, value)| Some((self.table.column_by_id(*id)?, value)))
-            .map(|(column, value)| show_value(value, column.ty).unwrap_or_default().chars().take(80).collect())
-            .collect();
-        let message = format!(
-            "table {:?} has a row with the key ({}) = ({}) already",
-            self.table.name,
-            columns.join(", "),
-            values.join(", ")
-        );
+        let shown = show_columns(&self.table, &self.table.key, key);
+        let message = format!("table {:?} has a row with the key {shown} already", self.table.name);
         SqlError::constraint("duplicate_key", message)
     }
+}
+
+/// `(a, b) = (1, x)`, long values cut.
+pub(crate) fn show_columns(table: &Table, ids: &[u16], values: &[Value]) -> String {
+    let columns: Vec<&Column> = ids.iter().filter_map(|id| table.column_by_id(*id)).collect();
+    let names: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
+    let shown: Vec<String> = columns
+        .iter()
+        .zip(values)
+        .map(|(column, value)| show_value(value, column.ty).unwrap_or_default().chars().take(80).collect())
+        .collect();
+    format!("({}) = ({})", names.join(", "), shown.join(", "))
 }
 
 /// The row that RETURNING shows of a write, if any.

@@ -76,9 +76,8 @@ impl RowExprs {
                 table.schema().columns.into_iter().filter(is_read).collect()
             })
             .collect();
-        let field = |(at, column): (usize, &ColumnDecl)| {
-            arrow_field(&place(at, &column.name), column.ty, column.nullable)
-        };
+        let field =
+            |(at, column): (usize, &ColumnDecl)| arrow_field(&place(at, &column.name), column.ty, column.nullable);
         let fields = read.iter().enumerate().flat_map(|(at, columns)| columns.iter().map(move |column| (at, column)));
         let schema: SchemaRef = Arc::new(ArrowSchema::new(fields.map(field).collect::<Vec<_>>()));
 
@@ -133,10 +132,8 @@ fn projection(plan: LogicalPlan, clause: &str) -> Result<Vec<Expr>, SqlError> {
     let refused = |what: &str| Err(SqlError::unsupported(format!("{what} in {clause}"), None));
     let LogicalPlan::Projection(projection) = plan else { return refused("anything but expressions of a row") };
     let sub_query = |expr: &Expr| {
-        let found = matches!(
-            expr,
-            Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_)
-        );
+        let found =
+            matches!(expr, Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_));
         Ok(found)
     };
     for expr in &projection.expr {

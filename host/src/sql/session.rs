@@ -75,7 +75,7 @@ impl Sql {
                 Ok((target, plan))
             })
             .await?;
-        let mut changes = dml::Changes::new(target, &env, self.engine.state.runtime_env());
+        let mut changes = dml::Changes::new(target, &env, self.engine.state.runtime_env())?;
         let mut stream = self.engine.start(plan, env.clone(), &statement.text)?;
         let deadline = started + self.engine.options.deadline;
         while let Some(batch) = tokio::time::timeout_at(deadline.into(), stream.next())

@@ -258,7 +258,10 @@ async fn returning_shows_what_was_written() {
         ])
         .await;
     let unknown = bench.run_as("alice", "DELETE FROM flights RETURNING nope", &[]).await;
-    assert!(matches!(unknown, Err(SqlError::Invalid { code: "unknown_column", position: Some(30), .. })), "{unknown:?}");
+    assert!(
+        matches!(unknown, Err(SqlError::Invalid { code: "unknown_column", position: Some(30), .. })),
+        "{unknown:?}"
+    );
     // A column keeps its type: a UUID is one, not TEXT.
     let env = bench.env("alice", &[Param::Int(5)]);
     let statement = bench.sql.parse("INSERT INTO log (n) VALUES ($1) RETURNING _id, n + $1 AS sum").unwrap().remove(0);
@@ -301,7 +304,7 @@ async fn on_conflict_does_nothing_or_updates() {
             ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON CONFLICT (a, b) DO UPDATE SET n = NULL",
              "ERROR column \"n\" of table \"t\" must not be NULL"),
             ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON CONFLICT (a) DO NOTHING",
-             "ERROR there is no key over exactly these columns; the primary key of \"t\" is (a, b)"),
+             "ERROR no key of \"t\" has exactly these columns; unique there are (a, b)"),
             ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON CONFLICT DO UPDATE SET n = 1",
              "ERROR say which key: ON CONFLICT (a, b) DO UPDATE …"),
             ("INSERT INTO t VALUES ('x', 1, 1, NULL) ON CONFLICT (a, b) DO UPDATE SET n = (SELECT 1)",
@@ -315,9 +318,15 @@ async fn on_conflict_does_nothing_or_updates() {
         .await;
     let unknown = "INSERT INTO t (a, b) VALUES ('x', 1) ON CONFLICT (a, nope) DO NOTHING";
     let outcome = bench.run_as("alice", unknown, &[]).await;
-    assert!(matches!(outcome, Err(SqlError::Invalid { code: "unknown_column", position: Some(53), .. })), "{outcome:?}");
+    assert!(
+        matches!(outcome, Err(SqlError::Invalid { code: "unknown_column", position: Some(53), .. })),
+        "{outcome:?}"
+    );
     let typed = "INSERT INTO t (a, b) VALUES ($1, $2) ON CONFLICT (a, b) DO UPDATE SET n = $3 + t.n RETURNING n";
-    assert_eq!(bench.with(typed, &[Param::Text("x".to_owned()), Param::Int(1), Param::Int(1)]).await, "affected 1: 1090");
+    assert_eq!(
+        bench.with(typed, &[Param::Text("x".to_owned()), Param::Int(1), Param::Int(1)]).await,
+        "affected 1: 1090"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -460,7 +469,20 @@ async fn ddl_takes_and_refuses_by_name() {
                 "CREATE TABLE u (a DECIMAL(39, 2))",
                 "ERROR DECIMAL(precision, scale): 1 to 38 digits, the scale at most as many",
             ),
-            ("CREATE TABLE u (a INT UNIQUE)", "ERROR UNIQUE is not supported: use the primary key"),
+            ("CREATE TABLE u (a INT UNIQUE DEFERRABLE)", "ERROR DEFERRABLE is not supported"),
+            ("CREATE TABLE u (a JSON UNIQUE)", "ERROR a JSON column in an index is not supported"),
+            ("CREATE TABLE u (a INT, UNIQUE (a, b))", "ERROR table \"u\" has no column \"b\""),
+            ("CREATE TABLE u (a INT, UNIQUE (a, a))", "ERROR the index names \"a\" twice"),
+            ("CREATE TABLE u (a INT UNIQUE, CONSTRAINT x UNIQUE (a), UNIQUE (a))", "CREATE TABLE main.u"),
+            (
+                "CREATE TABLE v (a INT, CONSTRAINT x UNIQUE (a))",
+                "ERROR index \"x\" exists already in namespace \"main\"",
+            ),
+            ("DROP INDEX u_a_key", "DROP INDEX main.u_a_key"),
+            ("DROP INDEX main.u_a_key1", "DROP INDEX main.u_a_key1"),
+            ("DROP INDEX IF EXISTS u_a_key", "there is no index \"u_a_key\" in namespace \"main\""),
+            ("DROP TABLE u", "DROP TABLE main.u"),
+            ("DROP INDEX x", "ERROR there is no index \"x\" in namespace \"main\""),
             ("CREATE TABLE u (a INT CHECK (a > 0))", "ERROR CHECK is not supported"),
             ("CREATE TABLE u (a INT REFERENCES t (a))", "ERROR REFERENCES is not supported"),
             (
@@ -555,6 +577,78 @@ async fn a_transaction_sees_its_own_writes() {
     assert_eq!(query("SELECT id FROM flights WHERE id > 1 AND id < 10").await, "2 3");
     assert_eq!(query("SELECT id FROM flights LIMIT 2").await, "0 2");
     assert_eq!(bench.run("SELECT count(*) FROM flights").await, "4");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn index_ranges_reach_the_scan_and_find_the_transactions_own_rows() {
+    let bench = bench();
+    bench
+        .script(&[
+            (
+                "CREATE TABLE t (id INT PRIMARY KEY, a INT, b TEXT, c REAL, UNIQUE (a, b), CONSTRAINT ci UNIQUE (c))",
+                "CREATE TABLE main.t",
+            ),
+            (
+                "INSERT INTO t VALUES (1, 1, 'x', 0.0), (2, 1, 'y', -1.5), (3, 2, 'x', 2.5), (4, NULL, 'x', NULL), (5, 3, NULL, 4)",
+                "affected 5",
+            ),
+        ])
+        .await;
+    let cases = [
+        ("a = 1", "index=t_a_b_key, keys=[a = 1]", "1 2"),
+        ("a = 1 AND b = 'y'", "index=t_a_b_key, keys=[a = 1 AND b = \"y\"]", "2"),
+        ("a = 1 AND b > 'x'", "index=t_a_b_key, keys=[a = 1 AND b >= \"x\"]", "2"),
+        ("a IN (1, 2) AND b = 'x'", "index=t_a_b_key, keys=[a = one of 2", "1 3"),
+        ("a < 3", "index=t_a_b_key, keys=[a < 3]", "1 2 3"),
+        ("a >= 2", "index=t_a_b_key, keys=[a >= 2]", "3 5"),
+        ("c = 0", "index=ci, keys=[c = 0]", "1"),
+        ("c < 2.5", "index=ci", "1 2"),
+        ("a = 1 AND c > 100", "index=t_a_b_key, keys=[a = 1]", ""),
+        ("a > 0 AND id = 3", ": main.t, keys=[id = 3]", "3"),
+        ("id < 3 AND a > 1", ": main.t, keys=[id < 3]", ""),
+        ("b = 'x'", "keys=[all]", "1 3 4"),
+        ("a IS NULL", "keys=[all]", "4"),
+        ("a = 1 OR b = 'x'", "keys=[all]", "1 2 3 4"),
+    ];
+    for (filter, plan, rows) in cases {
+        let explained = bench.run(&format!("EXPLAIN SELECT id FROM t WHERE {filter}")).await;
+        assert!(explained.contains(plan), "{filter}: {explained}");
+        assert_eq!(bench.run(&format!("SELECT id FROM t WHERE {filter} ORDER BY id")).await, rows, "{filter}");
+    }
+    // Rows in key order need no sort; rows by an index do.
+    let sorts = async |sql: &str| bench.run(&format!("EXPLAIN {sql} ORDER BY id")).await.contains("Sort");
+    assert!(!sorts("SELECT id FROM t WHERE id > 2").await);
+    assert!(sorts("SELECT id FROM t WHERE a > 1").await);
+
+    let mut env = bench.env("alice", &[]);
+    for text in [
+        "INSERT INTO t VALUES (10, 1, 'z', 7)",
+        "UPDATE t SET a = 1 WHERE a = 2",
+        "DELETE FROM t WHERE a = 1 AND b = 'y'",
+        "INSERT INTO t VALUES (11, 2, 'x', 2.5) ON CONFLICT (c) DO UPDATE SET c = 9",
+    ] {
+        let statement = bench.sql.parse(text).unwrap().remove(0);
+        match bench.sql.change_set(&statement, env.clone()).await {
+            Ok(changes) => {
+                let mut overlay = (*env.overlay).clone();
+                for write in changes.writes {
+                    overlay.rows.entry((write.table.id, write.scope)).or_default().insert(write.key, write.new);
+                }
+                env.overlay = Arc::new(overlay);
+            }
+            // Row 3 would be a second (1, 'x').
+            Err(error) => {
+                assert!(error.to_string().contains("(a, b) = (1, x)") && text.starts_with("UPDATE"), "{error}")
+            }
+        }
+    }
+    let query = async |text: &str| {
+        let statement = bench.sql.parse(text).unwrap().remove(0);
+        show(bench.sql.query(&statement, env.clone()).await.unwrap()).await.unwrap()
+    };
+    assert_eq!(query("SELECT id FROM t WHERE a = 1 ORDER BY id").await, "1 10");
+    assert_eq!(query("SELECT id, c FROM t WHERE c > 5 ORDER BY id").await, "3|9.0 10|7.0");
+    assert_eq!(query("SELECT id FROM t WHERE a = 1 AND b = 'y'").await, "");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@ use wire::abi::{ColumnType, ManifestLine, ParamType};
 use wire::{ImageBuilder, Type, Value};
 
 use super::*;
-use crate::catalog::{Column, PluginKind};
+use crate::catalog::{Column, Index, IndexId, IndexState, PluginKind};
 
 pub const MAIN: NamespaceId = NamespaceId(1);
 
@@ -28,11 +28,18 @@ pub fn table(id: u32) -> Table {
         ],
         key: vec![0],
         generated_key: false,
+        indexes: Vec::new(),
     }
 }
 
 pub fn user_table(id: u32) -> Table {
     Table { kind: TableKind::User, ..table(id) }
+}
+
+/// `i{id}` over these columns, in use.
+pub fn index(id: u32, columns: &[u16], unique: bool) -> Arc<Index> {
+    let name = format!("i{id}");
+    Arc::new(Index { id: IndexId(id), name, columns: columns.to_vec(), unique, state: IndexState::Ready })
 }
 
 pub fn table_with_key(id: u32, types: &[Type]) -> Table {

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use ::arrow::array::{Array, AsArray};
 use datafusion::sql::sqlparser::ast::{
@@ -12,8 +13,9 @@ use datafusion::sql::sqlparser::ast::{
 };
 use wire::{ImageRef, Type, Value};
 
+use super::unique::claimed;
 use super::{Changes, assignments, cast_columns, numbered, parse_image, table_named};
-use crate::catalog::{Column, Table};
+use crate::catalog::{Column, Index, IndexId, Table};
 use crate::sql::ddl::fold;
 use crate::sql::error::from_datafusion;
 use crate::sql::row_exprs::{Asked, RowExprs};
@@ -25,8 +27,17 @@ use crate::store::keys::encode_key;
 const PROPOSED: &str = "excluded";
 
 pub(super) struct OnConflict {
+    arbiter: Arbiter,
     /// `None`: DO NOTHING.
     update: Option<Update>,
+}
+
+/// What is a conflict; anything else that is there twice is an error.
+#[derive(Clone, Copy, PartialEq)]
+enum Arbiter {
+    Any,
+    Key,
+    Index(IndexId),
 }
 
 struct Update {
@@ -34,6 +45,8 @@ struct Update {
     columns: Vec<Column>,
     set: RowExprs,
     condition: Option<RowExprs>,
+    /// It may set what rows conflict by: then the next row is to find it set.
+    at_once: bool,
 }
 
 /// Stored rows that proposed ones ran into; evaluated many at a time.
@@ -62,22 +75,23 @@ impl OnConflict {
             let hint = Some("say ON CONFLICT (key) DO UPDATE SET …");
             return Err(SqlError::unsupported("ON DUPLICATE KEY UPDATE", hint));
         };
-        match &on.conflict_target {
-            None => {}
-            Some(ConflictTarget::Columns(columns)) => check_target(columns, table, text)?,
+        let arbiter = match &on.conflict_target {
+            None => Arbiter::Any,
+            Some(ConflictTarget::Columns(columns)) => arbiter(columns, table, text)?,
             Some(ConflictTarget::OnConstraint(_)) => {
                 return Err(SqlError::unsupported("ON CONFLICT ON CONSTRAINT", Some("name the columns")));
             }
-        }
+        };
         let update = match &on.action {
             OnConflictAction::DoNothing => None,
-            OnConflictAction::DoUpdate(_) if on.conflict_target.is_none() => {
-                let message = format!("say which key: ON CONFLICT ({}) DO UPDATE …", key_names(table).join(", "));
+            OnConflictAction::DoUpdate(_) if arbiter == Arbiter::Any => {
+                let key = names(table, &table.key).join(", ");
+                let message = format!("say which key: ON CONFLICT ({key}) DO UPDATE …");
                 return Err(SqlError::invalid("conflict_target", message));
             }
             OnConflictAction::DoUpdate(update) => Some(Update::compile(engine, env, text, update, table, named)?),
         };
-        Ok(OnConflict { update })
+        Ok(OnConflict { arbiter, update })
     }
 }
 
@@ -109,12 +123,15 @@ impl Update {
             let message = format!("WHERE in DO UPDATE is {found}, not BOOLEAN");
             return Err(SqlError::invalid("type_mismatch", message));
         }
-        Ok(Update { columns, set, condition })
+        let unique = table.indexes.iter().filter(|index| index.unique).flat_map(|index| &index.columns);
+        let arbiters: HashSet<u16> = unique.chain(&table.key).copied().collect();
+        let at_once = columns.iter().any(|column| arbiters.contains(&column.id));
+        Ok(Update { columns, set, condition, at_once })
     }
 }
 
-/// The columns are those of the primary key, in any order.
-fn check_target(columns: &[Ident], table: &Table, text: &str) -> Result<(), SqlError> {
+/// The primary key or unique index over exactly these columns, in any order.
+fn arbiter(columns: &[Ident], table: &Table, text: &str) -> Result<Arbiter, SqlError> {
     let mut ids = Vec::with_capacity(columns.len());
     for ident in columns {
         let name = fold(ident);
@@ -124,17 +141,26 @@ fn check_target(columns: &[Ident], table: &Table, text: &str) -> Result<(), SqlE
         })?;
         ids.push(column.id);
     }
-    let mut key = table.key.clone();
-    key.sort_unstable();
     ids.sort_unstable();
-    if ids == key {
-        return Ok(());
+    let is_meant = |columns: &[u16]| {
+        let mut columns = columns.to_vec();
+        columns.sort_unstable();
+        columns == ids
+    };
+    if is_meant(&table.key) {
+        return Ok(Arbiter::Key);
     }
-    let message = format!(
-        "there is no key over exactly these columns; the primary key of {:?} is ({})",
-        table.name,
-        key_names(table).join(", ")
-    );
+    let unique = || table.indexes.iter().filter(|index| index.is_enforced());
+    if let Some(index) = unique().find(|index| is_meant(&index.columns)) {
+        return Ok(Arbiter::Index(index.id));
+    }
+    let known: Vec<String> = [&table.key]
+        .into_iter()
+        .chain(unique().map(|index| &index.columns))
+        .map(|columns| format!("({})", names(table, columns).join(", ")))
+        .collect();
+    let message =
+        format!("no key of {:?} has exactly these columns; unique there are {}", table.name, known.join(", "));
     let error = SqlError::invalid("conflict_target", message);
     match columns.first() {
         Some(first) => Err(error.at_span(text, first.span)),
@@ -142,8 +168,8 @@ fn check_target(columns: &[Ident], table: &Table, text: &str) -> Result<(), SqlE
     }
 }
 
-fn key_names(table: &Table) -> Vec<&str> {
-    table.key.iter().filter_map(|id| table.column_by_id(*id)).map(|column| column.name.as_str()).collect()
+fn names<'a>(table: &'a Table, columns: &[u16]) -> Vec<&'a str> {
+    columns.iter().filter_map(|id| table.column_by_id(*id)).map(|column| column.name.as_str()).collect()
 }
 
 /// A bare column name means the stored row's: the proposed one's is said with `excluded.`.
@@ -169,26 +195,62 @@ impl Changes<'_> {
         proposed: Vec<u8>,
         rivals: &mut Rivals,
     ) -> Result<(), SqlError> {
-        let encoded = encode_key(&self.table, key);
-        let Some(stored) = self.present(&encoded)? else {
+        let Some(rival) = self.rival(on_conflict.arbiter, key, &proposed)? else {
+            self.claim(&proposed, &encode_key(&self.table, key))?;
             self.put_new(key, proposed)?;
             self.affected += 1;
             return Ok(());
         };
-        if on_conflict.update.is_none() {
-            return Ok(());
-        }
-        if rivals.keys.contains(&encoded) {
+        let Some(update) = &on_conflict.update else { return Ok(()) };
+        if rivals.keys.contains(&rival) {
             self.resolve(on_conflict, rivals)?;
         }
-        if self.by_key.contains_key(&encoded) {
+        if self.by_key.contains_key(&rival) {
             let message = "DO UPDATE meets the same row twice in one statement: give each key once";
             return Err(SqlError::constraint("conflict_twice", message));
         }
-        let bytes = 2 * encoded.len() + stored.len() + proposed.len() + size_of::<Rival>();
+        let stored = self.lookup(&rival)?.ok_or_else(|| {
+            SqlError::Internal(format!("a row of table {:?} conflicts but cannot be found", self.table.name))
+        })?;
+        let bytes = 2 * rival.len() + stored.len() + proposed.len() + size_of::<Rival>();
         self.memory.try_grow(bytes).map_err(|error| from_datafusion(error, ""))?;
-        rivals.keys.insert(encoded.clone());
-        rivals.rows.push(Rival { key: encoded, stored, proposed });
+        rivals.keys.insert(rival.clone());
+        rivals.rows.push(Rival { key: rival, stored, proposed });
+        if update.at_once { self.resolve(on_conflict, rivals) } else { Ok(()) }
+    }
+
+    /// The key of the row that a proposed one runs into, as the statement has left it so far.
+    fn rival(&self, arbiter: Arbiter, key: &[Value], proposed: &[u8]) -> Result<Option<Vec<u8>>, SqlError> {
+        if matches!(arbiter, Arbiter::Any | Arbiter::Key) {
+            let encoded = encode_key(&self.table, key);
+            if self.present(&encoded)? {
+                return Ok(Some(encoded));
+            }
+        }
+        let asked = |index: &&Arc<Index>| match arbiter {
+            Arbiter::Any => true,
+            Arbiter::Key => false,
+            Arbiter::Index(id) => index.id == id,
+        };
+        for index in self.uniques.indexes.iter().filter(asked) {
+            let Some(values) = claimed(&self.table, index, proposed)? else { continue };
+            let written = self.claims.get(&(index.id, values.clone())).cloned();
+            if let Some(rival) = written.map_or_else(|| self.holder(index, values), |key| Ok(Some(key)))? {
+                return Ok(Some(rival));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Remembers what a row written by this statement has in unique indexes, for the rows that follow.
+    fn claim(&mut self, image: &[u8], key: &[u8]) -> Result<(), SqlError> {
+        for index in &self.uniques.indexes {
+            if let Some(values) = claimed(&self.table, index, image)? {
+                let bytes = values.len() + key.len() + size_of::<(IndexId, Vec<u8>, Vec<u8>)>();
+                self.memory.try_grow(bytes).map_err(|error| from_datafusion(error, ""))?;
+                self.claims.insert((index.id, values), key.to_vec());
+            }
+        }
         Ok(())
     }
 
@@ -211,16 +273,21 @@ impl Changes<'_> {
         let values = update.set.evaluate(&pairs(&rows)?.each_ref().map(Vec::as_slice))?;
         let values = cast_columns(&values, &update.columns)?;
         for (row, rival) in rows.into_iter().enumerate() {
+            let key = rival.key.clone();
             self.replace(rival.key, rival.stored, &update.columns, &values, row)?;
+            // (A row whose key changes has moved away; it is put back, and judged, at the end.)
+            if let Some(new) = self.by_key.get(&key).and_then(|at| self.writes[*at].new.clone()) {
+                self.claim(&new, &key)?;
+            }
         }
         Ok(())
     }
 
-    /// The row under this key as the statement has left it so far.
-    fn present(&self, key: &[u8]) -> Result<Option<Vec<u8>>, SqlError> {
+    /// Whether there is a row under this key as the statement has left it so far.
+    fn present(&self, key: &[u8]) -> Result<bool, SqlError> {
         match self.by_key.get(key) {
-            Some(at) => Ok(self.writes[*at].new.clone()),
-            None => self.lookup(key),
+            Some(at) => Ok(self.writes[*at].new.is_some()),
+            None => Ok(self.lookup(key)?.is_some()),
         }
     }
 }
