@@ -196,11 +196,13 @@ fn extend(prefixes: &[Vec<Value>], values: &[Value]) -> Vec<Vec<Value>> {
     prefixes.iter().flat_map(|prefix| values.iter().map(move |value| with(prefix, value))).collect()
 }
 
-/// Upside down, as of `id > 5 AND id < 3`.
+/// Upside down, as of `id > 5 AND id < 3`. An included end takes in every longer key that starts with it.
 fn is_empty(range: &KeyRange) -> bool {
     match (&range.start, &range.end) {
-        (Bound::Included(start), Bound::Included(end)) => start > end,
-        (Bound::Included(start) | Bound::Excluded(start), Bound::Included(end) | Bound::Excluded(end)) => start >= end,
+        (Bound::Included(start) | Bound::Excluded(start), Bound::Included(end)) => {
+            start > end && !start.starts_with(end)
+        }
+        (Bound::Included(start) | Bound::Excluded(start), Bound::Excluded(end)) => start >= end,
         _ => false,
     }
 }
