@@ -600,8 +600,8 @@ async fn an_index_shows_what_a_full_scan_shows() {
         let (db, model) = (&clients[user], &mut models[user]);
         match random.random_range(0..12) {
             0..6 => {
-                let mut ids = BTreeSet::new();
-                (0..random.random_range(1..8)).for_each(|_| drop(ids.insert(random.random_range(0..40i64))));
+                let count = random.random_range(1..8);
+                let ids: BTreeSet<i64> = (0..count).map(|_| random.random_range(0..40)).collect();
                 let (mut rows, mut params) = (Vec::new(), Vec::new());
                 for id in ids {
                     let a = random.random_bool(0.8).then(|| random.random_range(-3..4i64));

@@ -47,7 +47,7 @@ pub(crate) struct Target {
 
 enum Action {
     /// Column n of the query is the value for this column of the table.
-    Insert(Vec<Column>, Option<OnConflict>),
+    Insert(Vec<Column>, Option<Box<OnConflict>>),
     /// First the key columns, then the new values of these columns.
     Update(Vec<Column>),
     /// The key columns.
@@ -92,7 +92,9 @@ pub(crate) fn target(
             let (table, columns, query) = insert_target(insert, env, &statement.text)?;
             let on_conflict = match &insert.on {
                 None => None,
-                Some(on) => Some(OnConflict::compile(engine, env, &statement.text, on, &table, &insert.table)?),
+                Some(on) => {
+                    Some(Box::new(OnConflict::compile(engine, env, &statement.text, on, &table, &insert.table)?))
+                }
             };
             let returning = returning(&insert.returning, &table, &table_named(&insert.table, None)?)?;
             Ok((Target { table, action: Action::Insert(columns, on_conflict), returning }, query))
@@ -417,7 +419,7 @@ impl<'a> Changes<'a> {
 
     pub(crate) fn add(&mut self, batch: &RecordBatch) -> Result<(), SqlError> {
         match &*self.action.clone() {
-            Action::Insert(columns, on_conflict) => self.insert(batch, columns, on_conflict.as_ref()),
+            Action::Insert(columns, on_conflict) => self.insert(batch, columns, on_conflict.as_deref()),
             Action::Update(columns) => self.update(batch, columns),
             Action::Delete => self.delete(batch),
         }

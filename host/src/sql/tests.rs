@@ -530,6 +530,8 @@ async fn key_ranges_reach_the_scan() {
         ("a = 'x'", "keys=[a = \"x\"]", "1 2 3"),
         ("a = 'x' AND b = 2", "keys=[a = \"x\" AND b = 2]", "2"),
         ("a = 'x' AND b > 1 AND b <= 3", "keys=[a = \"x\" AND b >= 1 AND b <= 3]", "2 3"),
+        // Without an upper bound the range ends where the beginning of the key does.
+        ("a = 'x' AND b > 1", "keys=[a = \"x\" AND b >= 1]", "2 3"),
         ("a = 'y' AND b < 0", "keys=[a = \"y\" AND b < 0]", "5"),
         ("a IN ('y', 'x') AND b BETWEEN 2 AND 9", "b >= 2 AND b <= 9]", "2 3 6"),
         ("a > 'x'", "keys=[a >= \"x\"]", "4 5 6"),

@@ -110,9 +110,13 @@ impl Queue {
         let (answer, outcome) = oneshot::channel();
         let sender = locked(&self.sender);
         let Some(sender) = sender.as_ref() else { return Err(self.inner.refusal().into()) };
-        // One transaction may always wait, however large: its bytes exist already.
+        // One transaction may always wait, however large: its bytes exist already. So may a piece: it is small, and a
+        // build has one at a time.
         let waiting = self.waiting_bytes.load(Ordering::Relaxed);
-        if waiting > 0 && waiting + bytes > QUEUE_COMMITS * self.inner.max_commit_bytes {
+        if matches!(work, Work::Transaction(_))
+            && waiting > 0
+            && waiting + bytes > QUEUE_COMMITS * self.inner.max_commit_bytes
+        {
             return Err(CommitError::Busy);
         }
         self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);

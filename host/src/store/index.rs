@@ -20,14 +20,13 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::Arc;
-use std::time::Duration;
 
-use wire::{ImageRef, Scope, Value};
+use wire::{ImageRef, Value};
 
 use super::keys::{put_value, row_prefix_len, table_prefix, value_len};
 use super::snapshot::Snapshot;
 use super::{CommitError, Seq, Store, StoreError};
-use crate::catalog::{Index, IndexId, IndexState, Table, TableId};
+use crate::catalog::{Index, IndexId, Table, TableId};
 
 const NULL: u8 = 0;
 const VALUE: u8 = 1;
@@ -36,8 +35,6 @@ const VALUE: u8 = 1;
 /// commits wait for no more than one piece.
 const PIECE_ROWS: usize = 2_048;
 const PIECE_BYTES: usize = 1 << 20;
-/// Before a piece is offered again when too many commits wait: some of their syncs.
-const BUSY: Duration = Duration::from_millis(10);
 /// Rows between two looks at whether the build shall go on.
 const STRIDE: u64 = 1_024;
 
@@ -228,8 +225,6 @@ impl Store {
                 Ok(_) => after = last,
                 // So much was written meanwhile that nobody knows any more which rows: read the piece again.
                 Err(CommitError::Stale) => {}
-                // Others' writes go first.
-                Err(CommitError::Busy) => std::thread::sleep(BUSY),
                 Err(CommitError::Invalid(_)) => return Err(BuildError::Gone),
                 Err(error) => return Err(error.into()),
             }
@@ -305,7 +300,7 @@ impl Digest {
     fn add(&mut self, hasher: &RandomState, entry: &[u8], stopped: &dyn Fn() -> bool) -> Result<(), BuildError> {
         self.count += 1;
         self.sum = self.sum.wrapping_add(hasher.hash_one(entry));
-        if self.count % STRIDE == 0 && stopped() { Err(BuildError::Stopped) } else { Ok(()) }
+        if self.count.is_multiple_of(STRIDE) && stopped() { Err(BuildError::Stopped) } else { Ok(()) }
     }
 }
 

@@ -145,9 +145,9 @@ fn an_index_is_built_while_others_write() {
             while !done.load(Ordering::Acquire) {
                 let (snapshot, scope) = (store.snapshot(), &users[written as usize % 3]);
                 let text = [Some("new"), None, Some("other")][written as usize / 3 % 3];
-                let writes =
-                    [7, 1_013, 5_003].map(|step| write(&snapshot, &table, scope, written * step % 6_000, text));
-                commit(&store, snapshot.seq(), writes.into()).unwrap();
+                let ids: BTreeSet<i64> = [7, 1_013, 5_003].into_iter().map(|step| written * step % 6_000).collect();
+                let writes = ids.into_iter().map(|id| write(&snapshot, &table, scope, id, text)).collect();
+                commit(&store, snapshot.seq(), writes).unwrap();
                 written += 1;
             }
             written
@@ -233,7 +233,7 @@ fn a_half_built_index_is_gone_after_a_crash_and_its_id_too() {
     let crashed = crash(dir.path());
     let reopened = open_with(&options(crashed.path()));
     let found = reopened.catalog().table("main", "t1").unwrap().clone();
-    assert_eq!(found.indexes, [ready.clone()]);
+    assert_eq!(found.indexes, std::slice::from_ref(&ready));
     assert_eq!(reopened.catalog().next_table, 4);
     let snapshot = reopened.snapshot();
     assert_eq!(stored(&snapshot, &found, &table.indexes[1]).len(), 0);
@@ -326,7 +326,8 @@ proptest! {
                     store.close();
                     drop(store);
                     store = open_with(&options(dir.path()));
-                    prop_assert_eq!(&**store.catalog().table("main", "t1").unwrap(), &*table);
+                    let catalog = store.catalog();
+                    prop_assert_eq!(&**catalog.table("main", "t1").unwrap(), &*table);
                 }
                 _ => {}
             }
