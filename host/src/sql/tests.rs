@@ -587,7 +587,7 @@ async fn index_ranges_reach_the_scan_and_find_the_transactions_own_rows() {
     bench
         .script(&[
             (
-                "CREATE TABLE t (id INT PRIMARY KEY, a INT, b TEXT, c REAL, UNIQUE (a, b), CONSTRAINT ci UNIQUE (c))",
+                "CREATE TABLE t (id INT PRIMARY KEY, a INT, b TEXT, c DOUBLE, UNIQUE (a, b), CONSTRAINT ci UNIQUE (c))",
                 "CREATE TABLE main.t",
             ),
             (
