@@ -27,7 +27,12 @@ export TIDEGATE_BIN TIDEGATE_PLUGINS
 
 if [ $# -eq 0 ]; then
     say "lints"
-    cargo clippy -q --locked --workspace --all-targets -- -D warnings
+    # A newer compiler knows lints that this tree has not met: it shows them, they fail nothing.
+    deny=
+    is_minor cargo "$RUST_MINOR" && deny="-D warnings"
+    # $deny is a list of words.
+    # shellcheck disable=SC2086
+    cargo clippy -q --locked --workspace --all-targets -- $deny
 fi
 
 say "tests"

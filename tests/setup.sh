@@ -88,9 +88,14 @@ install_packages() {
 
 # ---- Rust ----
 
-# Whether `$1 --version` is new enough.
+# The M of the 1.M that `$1 --version` says; nothing where there is no such program.
+minor_of() { "$1" --version 2>/dev/null | sed -n 's/^[a-z]* 1\.\([0-9]*\)\..*/\1/p'; }
+
+is_minor() { [ "$(minor_of "$1")" = "$2" ]; }
+
+# Whether `$1` is new enough.
 recent() {
-    minor=$("$1" --version 2>/dev/null | sed -n 's/^[a-z]* 1\.\([0-9]*\)\..*/\1/p')
+    minor=$(minor_of "$1")
     [ -n "$minor" ] && [ "$minor" -ge "$RUST_MINOR" ]
 }
 
