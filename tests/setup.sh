@@ -31,6 +31,8 @@ have() { command -v "$1" >/dev/null 2>&1; }
 have_libclang() {
     for place in "${LIBCLANG_PATH:-}" /usr/lib/llvm-*/lib /usr/lib/*-linux-gnu /usr/lib64 /usr/lib /usr/local/lib; do
         for file in "$place"/libclang.so* "$place"/libclang-*.so*; do
+            # libclang-cpp, which comes with other packages, is another library of a name that fits.
+            case $file in */libclang-cpp*) continue ;; esac
             [ -e "$file" ] && return 0
         done
     done
