@@ -26,7 +26,7 @@ use wire::{ImageRef, Value};
 use super::keys::{put_value, row_prefix_len, table_prefix, value_len};
 use super::snapshot::Snapshot;
 use super::{CommitError, Seq, Store, StoreError};
-use crate::catalog::{Index, IndexId, Table, TableId};
+use crate::catalog::{Index, IndexId, IndexState, Table, TableId};
 
 const NULL: u8 = 0;
 const VALUE: u8 = 1;
@@ -188,16 +188,17 @@ pub(super) fn entry_change(
         index_values(table, index, &image)
     };
     let (old, new) = (old.map(values).transpose()?, new.map(values).transpose()?);
-    if let (Some(old), Some(new)) = (&old, &new)
-        && old.bytes == new.bytes
-    {
+    let same = old.as_ref().zip(new.as_ref()).is_some_and(|(old, new)| old.bytes == new.bytes);
+    // While an index is being built, the entry of the old row may not be there yet, and the build leaves out every row
+    // that is written meanwhile: so the writer makes it, also where nothing about it changes.
+    if same && index.state != IndexState::Building {
         return Ok(None);
     }
     let prefix = entry_prefix(table, index, row_prefix);
     let entry = |values: &IndexValues| [prefix.as_slice(), &values.bytes, key].concat();
     let claimed = new.as_ref().filter(|new| index.is_enforced() && !new.has_null);
     Ok(Some(EntryChange {
-        delete: old.as_ref().map(entry),
+        delete: old.as_ref().filter(|_| !same).map(entry),
         claim: claimed.map(|new| [prefix.as_slice(), &new.bytes].concat()),
         put: new.as_ref().map(entry),
     }))

@@ -171,17 +171,22 @@ fn what_was_written_since_a_piece_was_read_is_left_to_its_writer() {
     let (_dir, store, table) = with_table(table(1));
     put(&store, &table, 1, Some("old"));
     put(&store, &table, 2, Some("old"));
-    let building = in_state(&index(2, &[1], false), IndexState::Building);
-    let table = with_indexes(&store, &table, vec![building.clone()]);
-    let (piece, last) = store.read_piece(TableId(1), IndexId(2), &[]).unwrap();
-    assert!(last.is_some());
+    put(&store, &table, 3, Some("old"));
+    let building = [(2, 1), (3, 2)].map(|(id, column)| in_state(&index(id, &[column], false), IndexState::Building));
+    let table = with_indexes(&store, &table, building.to_vec());
+    let pieces = building.each_ref().map(|index| store.read_piece(TableId(1), index.id, &[]).unwrap());
+    // One row changes in the first index and not in the second, one goes, one stays.
     put(&store, &table, 1, Some("new"));
     put(&store, &table, 2, None);
-    let outcome = store.queue.push_piece(piece).unwrap();
-    block_on(outcome).unwrap().unwrap();
+    for (piece, last) in pieces {
+        assert!(last.is_some());
+        block_on(store.queue.push_piece(piece).unwrap()).unwrap().unwrap();
+    }
     let snapshot = store.snapshot();
-    assert_eq!(stored(&snapshot, &table, &building), expected(&snapshot, &table, &building));
-    assert_eq!(stored(&snapshot, &table, &building).len(), 1);
+    for index in &building {
+        assert_eq!(stored(&snapshot, &table, index), expected(&snapshot, &table, index));
+        assert_eq!(stored(&snapshot, &table, index).len(), 2);
+    }
 }
 
 #[test]
