@@ -61,6 +61,8 @@ pub struct Column {
     pub ty: Type,
     pub nullable: bool,
     pub default: Option<DefaultValue>,
+    /// What rows have in this column that were stored before it was added; `None`: NULL.
+    pub fill: Option<Value>,
 }
 
 /// One table at one schema version.
@@ -78,6 +80,10 @@ pub struct Table {
     pub key: Vec<u16>,
     /// The key is the hidden-from-INSERT column `_id` (time-ordered UUID), because none was declared.
     pub generated_key: bool,
+    /// The id of the next column; kept so that a dropped one never comes back: old rows still hold its values.
+    pub next_column: u16,
+    /// Row images of this schema version and later ones have the present columns: what came after were new names.
+    pub images_since: u32,
 }
 
 /// The name of the key column of a table without a declared primary key.
@@ -236,9 +242,13 @@ impl Catalog {
         }
     }
 
+    /// A new table, or another version of one, which may have another name.
     pub fn put_table(&mut self, table: Arc<Table>) {
         self.next_table = self.next_table.max(table.id.0 + 1);
         if let Some(namespace) = self.namespaces.get_mut(&table.namespace_name) {
+            if let Some(before) = self.tables.get(&table.id) {
+                namespace.tables.remove(&before.name);
+            }
             namespace.tables.insert(table.name.clone(), table.clone());
             self.tables.insert(table.id, table);
         }

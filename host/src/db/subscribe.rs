@@ -141,18 +141,15 @@ impl Db {
         if position.epoch != spec.epoch.0 {
             return resync(ResyncReason::Epoch);
         }
-        let mut theirs = position.fingerprint.split('.');
-        let mut ours = spec.fingerprint.split('.');
-        if theirs.next() != ours.next() {
-            return Err(DbError::BadRequest(
-                "the position (Last-Event-ID) belongs to another live query; start this one without it".into(),
-            ));
-        }
-        if theirs.next() != ours.next() {
-            return resync(ResyncReason::Schema);
-        }
-        if theirs.next() != ours.next() {
-            return resync(ResyncReason::Plugin);
+        match Fingerprint::compare(&position.fingerprint, &spec.fingerprint) {
+            Same::All => {}
+            Same::OtherQuery => {
+                return Err(DbError::BadRequest(
+                    "the position (Last-Event-ID) belongs to another live query; start this one without it".into(),
+                ));
+            }
+            Same::OtherSchema => return resync(ResyncReason::Schema),
+            Same::OtherPipeline => return resync(ResyncReason::Plugin),
         }
         let seq = Seq(position.seq);
         if seq > self.inner.store.applied() {
@@ -184,7 +181,12 @@ impl LiveStream {
                 State::Rejoin(rejoin) => {
                     let rejoin = *rejoin;
                     if let Err(error) = self.rejoin(rejoin).await {
-                        self.end(closed_by(&error));
+                        self.end(match rejoin {
+                            Rejoin::Resync(ResyncReason::Schema) if !matches!(error, DbError::Closed) => {
+                                self.closed_by_schema(&error)
+                            }
+                            _ => closed_by(&error),
+                        });
                     }
                 }
                 State::AwaitPlugin(catalog) => {
@@ -313,6 +315,7 @@ impl LiveStream {
                 code: "table_dropped",
                 message: format!("table \"{}\" was dropped", self.compiled.spec.table.name),
             }),
+            EndReason::TableAltered => self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Schema)),
             EndReason::PluginDropped { name } => self
                 .end(LiveOutput::Closed { code: "plugin_dropped", message: format!("plugin \"{name}\" was deleted") }),
             EndReason::Store { message } => self.end(LiveOutput::Failed { message }),
@@ -321,6 +324,13 @@ impl LiveStream {
                 message: "the server is shutting down; connect again with the last id".into(),
             }),
         }
+    }
+
+    /// The altered table and the query no longer fit together.
+    fn closed_by_schema(&self, error: &DbError) -> LiveOutput {
+        let table = &self.compiled.spec.table.name;
+        let message = format!("table \"{table}\" was altered, and the live query no longer fits it: {error}");
+        LiveOutput::Closed { code: "schema", message }
     }
 
     fn end(&mut self, last: LiveOutput) {
@@ -403,10 +413,13 @@ fn resolve_stage(catalog: &Catalog, namespace: &str, stage: &StageRequest) -> Re
     })
 }
 
-/// The three parts of a position that must agree before a stream is resumed, each 32 bits of SHA-256.
+/// The three parts of a position that must agree before a stream is resumed: 32 bits of the plan's SHA-256; 16 bits of the
+/// table's and 16 of its schema version; 32 bits of the pipeline's SHA-256.
 struct Fingerprint {
     plan: [u8; 32],
     schema: [u8; 32],
+    table: [u8; 2],
+    schema_version: u32,
     pipeline: [u8; 32],
 }
 
@@ -418,6 +431,7 @@ impl Fingerprint {
         let mut schema = Sha256::new();
         schema.update(plan.table.id.0.to_le_bytes());
         schema.update(plan.table.schema_version.to_le_bytes());
+        let table_hash = Sha256::digest(plan.table.id.0.to_le_bytes());
         let mut pipeline = Sha256::new();
         for stage in stages {
             // Length-prefixed, so that no two pipelines spell the same bytes.
@@ -429,12 +443,39 @@ impl Fingerprint {
         Fingerprint {
             plan: query.finalize().into(),
             schema: schema.finalize().into(),
+            table: [table_hash[0], table_hash[1]],
+            schema_version: plan.table.schema_version,
             pipeline: pipeline.finalize().into(),
         }
     }
 
     fn text(&self) -> String {
-        format!("{}.{}.{}", hex(&self.plan[..4]), hex(&self.schema[..4]), hex(&self.pipeline[..4]))
+        // Versions are told apart unless exactly 65,536 of them lie between two.
+        let version = self.schema_version as u16;
+        format!("{}.{}{version:04x}.{}", hex(&self.plan[..4]), hex(&self.table), hex(&self.pipeline[..4]))
+    }
+
+    /// What two texts have in common. The table comes before the plan: after an ALTER the same `SELECT *` is another
+    /// plan, and that is no mistake of the client.
+    fn compare(theirs: &str, ours: &str) -> Same {
+        let parts = |text: &str| {
+            let mut parts = text.split('.').map(str::to_owned);
+            let (plan, schema) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+            let table = schema.get(..4).unwrap_or_default().to_owned();
+            (table, schema, plan, parts.collect::<Vec<_>>())
+        };
+        let (theirs, ours) = (parts(theirs), parts(ours));
+        if theirs.0 != ours.0 {
+            Same::OtherQuery
+        } else if theirs.1 != ours.1 {
+            Same::OtherSchema
+        } else if theirs.2 != ours.2 {
+            Same::OtherQuery
+        } else if theirs.3 != ours.3 {
+            Same::OtherPipeline
+        } else {
+            Same::All
+        }
     }
 
     /// Equal only for equal groups: all bits of all parts.
@@ -445,6 +486,14 @@ impl Fingerprint {
     fn live_id(&self) -> String {
         hex(&Sha256::digest(self.key())[..8])
     }
+}
+
+/// How far two fingerprints agree.
+enum Same {
+    All,
+    OtherQuery,
+    OtherSchema,
+    OtherPipeline,
 }
 
 fn hex(bytes: &[u8]) -> String {

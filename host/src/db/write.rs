@@ -67,7 +67,7 @@ pub(super) async fn dml(
     Err(DbError::Conflict)
 }
 
-/// CREATE and DROP: all statements of the request are one commit.
+/// CREATE, ALTER and DROP: all statements of the request are one commit.
 pub(super) async fn ddl(
     db: &Db,
     who: &Identity,
@@ -75,7 +75,7 @@ pub(super) async fn ddl(
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
     if who.role != Role::Admin {
-        return Err(DbError::Forbidden("CREATE and DROP need the role admin".into()));
+        return Err(DbError::Forbidden("CREATE, ALTER and DROP need the role admin".into()));
     }
     for _ in 0..TRIES {
         let _alone = db.inner.turn.write().await;

@@ -33,6 +33,7 @@ pub(super) struct Rows<'a> {
     /// Where the images lie, counted from the section's (the piece's) first byte.
     places: Vec<ImageAt>,
     changes: Vec<RowChange>,
+    schema_version: Option<u32>,
 }
 
 /// One change: its images as indices of [`Rows::images`].
@@ -49,8 +50,14 @@ impl<'a> Rows<'a> {
             let old = change.old.map(|(image, at)| rows.push(image, at));
             let new = change.new.map(|(image, at)| rows.push(image, at));
             rows.changes.push(RowChange { old, new });
+            rows.schema_version = Some(change.header.schema_version);
         }
         rows
+    }
+
+    /// Of the changes of a section: one commit knows one version of a table. `None` where there are none.
+    pub(super) fn schema_version(&self) -> Option<u32> {
+        self.schema_version
     }
 
     /// Present rows: as if each had just been inserted.

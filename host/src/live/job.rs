@@ -9,7 +9,7 @@ use wire::{FrameView, ImageRef};
 use super::evaluate::{Fault, Query, Rows, Source, evaluate};
 use super::log::{LogError, read_piece};
 use super::subscription::EndReason;
-use super::worker::Shared;
+use super::worker::{Shared, outdated};
 use super::{Encoder, GroupSpec};
 use crate::store::snapshot::RowScan;
 use crate::store::{Seq, Store, StoreError};
@@ -45,6 +45,9 @@ pub(super) enum JobError {
     Fault(#[from] Fault),
     #[error("the position is no longer in the change log")]
     Expired,
+    /// The table is another one by now, and the group will hear of it.
+    #[error("the table was altered or dropped")]
+    Outdated(EndReason),
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -65,10 +68,14 @@ pub(super) struct SnapshotScan {
 }
 
 impl SnapshotScan {
-    pub(super) fn start(store: &Store, spec: &GroupSpec) -> Self {
+    pub(super) fn start(store: &Store, spec: &GroupSpec) -> Result<Self, JobError> {
         let snapshot = store.snapshot();
+        // Rows of the next version do not have this one's columns any more: nothing true could be said of them.
+        if let Some(reason) = outdated(snapshot.catalog(), spec) {
+            return Err(JobError::Outdated(reason));
+        }
         let rows = snapshot.scan(&spec.table, &spec.scope, spec.range.clone());
-        SnapshotScan { seq: snapshot.seq(), rows }
+        Ok(SnapshotScan { seq: snapshot.seq(), rows })
     }
 
     /// The next rows copied one after the other, where each starts, and whether there may be more.
@@ -144,6 +151,9 @@ fn replay_commit(
     let view = FrameView::parse(frame).map_err(|error| damaged("the change log", error))?;
     let Some(section) = view.section(&query.spec.scope) else { return Ok(()) };
     let rows = Rows::of_section(section, query.spec.table.id);
+    if rows.schema_version() != Some(query.spec.table.schema_version) {
+        return Ok(());
+    }
     let source = Source { seq, snapshot: false, base: section.bytes };
     if let Some(events) = evaluate(query, source, &rows)? {
         encoder.encode(query.spec, &events, out);

@@ -29,7 +29,7 @@ type Row = (Option<i64>, String);
 type Model = BTreeMap<i64, Row>;
 
 fn table(id: TableId, namespace: NamespaceId, name: &str) -> Arc<Table> {
-    let column = |id, name: &str, ty, nullable| Column { id, name: name.to_owned(), ty, nullable, default: None };
+    let column = |id, name: &str, ty, nullable| Column { id, name: name.to_owned(), ty, nullable, default: None, fill: None };
     Arc::new(Table {
         id,
         namespace,
@@ -44,6 +44,8 @@ fn table(id: TableId, namespace: NamespaceId, name: &str) -> Arc<Table> {
         ],
         key: vec![0],
         generated_key: false,
+        next_column: 3,
+        images_since: 1,
     })
 }
 

@@ -1,6 +1,8 @@
-//! CREATE and DROP of tables and namespaces, as what they write to the catalog.
+//! CREATE, ALTER and DROP of tables and namespaces, as what they write to the catalog.
 //!
 //! Only syntax and the catalog snapshot are looked at. Every clause that is not done here is refused by name.
+
+mod alter;
 
 use std::sync::Arc;
 
@@ -46,6 +48,7 @@ pub(crate) fn plan(statement: &Statement, env: &RequestEnv) -> Result<DdlPlan, S
                 other => Err(SqlError::unsupported(format!("DROP {other}"), None)),
             }
         }
+        ast::Statement::AlterTable(alter) => ddl.alter_table(alter),
         other => Err(SqlError::Internal(format!("not DDL: {other}"))),
     }
 }
@@ -163,8 +166,11 @@ impl Ddl<'_> {
             columns: Vec::new(),
             key: Vec::new(),
             generated_key: false,
+            next_column: 0,
+            images_since: 1,
         };
         self.columns(create, &mut table)?;
+        table.next_column = table.slots();
         let summary = format!("CREATE TABLE {}.{}", table.namespace_name, table.name);
         let writes = vec![CatalogWrite::PutTable(Arc::new(table))];
         Ok(DdlPlan { writes, namespace: Some(namespace.id), summary })
@@ -255,7 +261,7 @@ impl Ddl<'_> {
             return Err(SqlError::invalid("name", format!("the column name {GENERATED_KEY:?} is reserved")));
         }
         let ty = column_type(&declared.data_type)?;
-        let mut column = Column { id, name, ty, nullable: true, default: None };
+        let mut column = Column { id, name, ty, nullable: true, default: None, fill: None };
         for option in &declared.options {
             self.option(&mut column, &option.option)?;
         }
@@ -302,7 +308,7 @@ fn nothing(namespace: NamespaceId, summary: String) -> DdlPlan {
 }
 
 fn generated_key() -> Column {
-    Column { id: 0, name: GENERATED_KEY.to_owned(), ty: Type::Uuid, nullable: false, default: None }
+    Column { id: 0, name: GENERATED_KEY.to_owned(), ty: Type::Uuid, nullable: false, default: None, fill: None }
 }
 
 /// Everything that `CREATE TABLE` could say beyond columns, constraints and `WITH (…)`.

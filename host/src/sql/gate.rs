@@ -340,6 +340,7 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
         Keyword::EXPLAIN => return Ok(()),
         Keyword::DESCRIBE | Keyword::DESC => return Ok(()),
         Keyword::SHOW if second == Keyword::TABLES => return Ok(()),
+        Keyword::ALTER if second == Keyword::TABLE => return Ok(()),
         Keyword::CREATE | Keyword::DROP if matches!(second, Keyword::TABLE | Keyword::SCHEMA) => return Ok(()),
         Keyword::CREATE | Keyword::DROP if is_word(tokens, 1, "namespace") => {
             tokens[1].token = Token::make_keyword("SCHEMA");
@@ -358,7 +359,7 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
     if keyword_at(tokens, 0) == Keyword::NoKeyword {
         return Err(SqlError::invalid("syntax", format!("a statement cannot start with {first}")).at(position));
     }
-    // CREATE OR REPLACE VIEW, ALTER TABLE, COPY: as many words as say what it is.
+    // CREATE OR REPLACE VIEW, ALTER INDEX, COPY: as many words as say what it is.
     let words = match first.as_str() {
         "CREATE" if names.get(1).is_some_and(|word| word == "OR") => 3,
         "CREATE" | "DROP" | "ALTER" | "SHOW" => 2,
@@ -427,7 +428,8 @@ mod tests {
             ("CREATE EXTERNAL TABLE t STORED AS CSV LOCATION 'x'", "CREATE EXTERNAL is not supported"),
             ("CREATE OR REPLACE VIEW v AS SELECT 1", "CREATE OR REPLACE is not supported"),
             ("CREATE INDEX i ON t (a)", "CREATE INDEX is not supported"),
-            ("ALTER TABLE t ADD COLUMN a INT", "ALTER TABLE is not supported"),
+            ("ALTER TABLE t ADD COLUMN a INT", "ok"),
+            ("ALTER INDEX i RENAME TO j", "ALTER INDEX is not supported"),
             ("TRUNCATE t", "TRUNCATE is not supported: use DELETE FROM"),
             ("MERGE INTO t USING s ON true", "MERGE is not supported"),
             ("BEGIN", "BEGIN is not supported: the DML statements of one request are one transaction"),

@@ -59,9 +59,10 @@ fn classify(statement: ast::Statement, text: &Arc<str>) -> Result<Statement, Sql
             StatementKind::Query
         }
         ast::Statement::Insert(_) | ast::Statement::Update(_) | ast::Statement::Delete(_) => StatementKind::Dml,
-        ast::Statement::CreateTable(_) | ast::Statement::CreateSchema { .. } | ast::Statement::Drop { .. } => {
-            StatementKind::Ddl
-        }
+        ast::Statement::CreateTable(_)
+        | ast::Statement::CreateSchema { .. }
+        | ast::Statement::AlterTable(_)
+        | ast::Statement::Drop { .. } => StatementKind::Ddl,
         other => {
             let words: Vec<String> = other.to_string().split_whitespace().take(2).map(str::to_uppercase).collect();
             return Err(SqlError::unsupported(words.join(" "), None));

@@ -13,9 +13,11 @@
 //! s/{key}                settings of the layers above
 //! ```
 //!
-//! Integers in keys and fixed records are big-endian. Catalog records are a version byte and a postcard message of types
-//! that live here: the catalog's own types may change without changing what is on disk.
+//! Integers in keys and fixed records are big-endian. Catalog records are a version byte and postcard messages of types
+//! that live here: the catalog's own types may change without changing what is on disk. A table's record is one message
+//! in version 1 and two in version 2 (what ALTER TABLE needs to know of the past); both are read, the latter is written.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
@@ -26,8 +28,10 @@ use wire::{Type, Value};
 use super::{Seq, StoreError};
 use crate::catalog::{Catalog, Column, DefaultValue, NamespaceId, Plugin, Table, TableId, TableKind};
 
-/// The store format this build writes, and the newest it reads.
-pub(super) const FORMAT: u32 = 1;
+/// The store format this build writes, and the newest it reads. 1 had no altered tables; a directory of format 1 is
+/// taken over as it is and marked as 2, so that an older build, which would misread it from then on, refuses it.
+pub(super) const FORMAT: u32 = 2;
+pub(super) const OLDEST_FORMAT: u32 = 1;
 
 pub(super) const FORMAT_KEY: &[u8] = b"m/format";
 pub(super) const EPOCH_KEY: &[u8] = b"m/epoch";
@@ -39,6 +43,8 @@ pub(super) const PLUGINS: &[u8] = b"p/";
 pub(super) const LOGS: &[u8] = b"l/";
 
 const RECORD_VERSION: u8 = 1;
+/// Of a table's record.
+const TABLE_RECORD_VERSION: u8 = 2;
 
 pub(super) fn namespace_key(id: NamespaceId) -> Vec<u8> {
     [NAMESPACES, &id.0.to_be_bytes()].concat()
@@ -128,6 +134,15 @@ struct TableRecord {
     generated_key: bool,
 }
 
+/// What follows a [`TableRecord`] from version 2 on.
+#[derive(Serialize, Deserialize)]
+struct PastRecord {
+    next_column: u16,
+    images_since: u32,
+    /// By column id: what rows have that are older than the column.
+    fills: Vec<(u16, Value)>,
+}
+
 #[derive(Serialize, Deserialize)]
 enum TableKindRecord {
     Shared,
@@ -193,7 +208,7 @@ pub(super) fn encode_table(table: &Table) -> Result<Vec<u8>, StoreError> {
             DefaultValue::CurrentUser => DefaultRecord::CurrentUser,
         }),
     });
-    encode(&TableRecord {
+    let record = TableRecord {
         id: table.id.0,
         namespace: table.namespace.0,
         name: table.name.clone(),
@@ -205,7 +220,12 @@ pub(super) fn encode_table(table: &Table) -> Result<Vec<u8>, StoreError> {
         columns: columns.collect(),
         key: table.key.clone(),
         generated_key: table.generated_key,
-    })
+    };
+    let fills = table.columns.iter().filter_map(|column| Some((column.id, column.fill.clone()?)));
+    let past =
+        PastRecord { next_column: table.next_column, images_since: table.images_since, fills: fills.collect() };
+    let out = encode_to(&record, vec![TABLE_RECORD_VERSION])?;
+    encode_to(&past, out)
 }
 
 pub(super) fn encode_plugin(plugin: &Plugin) -> Result<Vec<u8>, StoreError> {
@@ -246,12 +266,14 @@ impl CatalogLoader {
     }
 
     pub fn table(&mut self, record: &[u8]) -> Result<(), StoreError> {
-        let record: TableRecord = decode("table", record)?;
+        let (record, past) = decode_table(record)?;
+        let mut fills: BTreeMap<u16, Value> = past.fills.into_iter().collect();
         let columns = record.columns.into_iter().map(|column| Column {
             id: column.id,
             name: column.name,
             ty: column.ty,
             nullable: column.nullable,
+            fill: fills.remove(&column.id),
             default: column.default.map(|default| match default {
                 DefaultRecord::Literal(value) => DefaultValue::Literal(value),
                 DefaultRecord::Now => DefaultValue::Now,
@@ -272,6 +294,8 @@ impl CatalogLoader {
             columns: columns.collect(),
             key: record.key,
             generated_key: record.generated_key,
+            next_column: past.next_column,
+            images_since: past.images_since,
         };
         self.catalog.put_table(Arc::new(table));
         Ok(())
@@ -319,8 +343,25 @@ impl CatalogLoader {
 }
 
 fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, StoreError> {
-    postcard::to_extend(record, vec![RECORD_VERSION])
+    encode_to(record, vec![RECORD_VERSION])
+}
+
+fn encode_to<T: Serialize>(record: &T, out: Vec<u8>) -> Result<Vec<u8>, StoreError> {
+    postcard::to_extend(record, out)
         .map_err(|error| StoreError::Corrupt(format!("a catalog record cannot be encoded: {error}")))
+}
+
+fn decode_table(record: &[u8]) -> Result<(TableRecord, PastRecord), StoreError> {
+    let Some((&TABLE_RECORD_VERSION, bytes)) = record.split_first() else {
+        let record: TableRecord = decode("table", record)?;
+        let next_column = record.columns.iter().map(|column| column.id + 1).max().unwrap_or(0);
+        let past = PastRecord { next_column, images_since: record.schema_version, fills: Vec::new() };
+        return Ok((record, past));
+    };
+    let unreadable = |error| StoreError::Corrupt(format!("a table record cannot be read: {error}"));
+    let (record, rest) = postcard::take_from_bytes(bytes).map_err(unreadable)?;
+    let past = postcard::from_bytes(rest).map_err(unreadable)?;
+    Ok((record, past))
 }
 
 fn decode<T: DeserializeOwned>(what: &str, record: &[u8]) -> Result<T, StoreError> {
@@ -367,12 +408,28 @@ mod tests {
         assert_eq!(
             encode_table(&table).unwrap(),
             [
-                1, 2, 1, 2, b't', b'2', 0, 1, // version, id, namespace, name, kind, schema version
+                2, 2, 1, 2, b't', b'2', 0, 1, // version, id, namespace, name, kind, schema version
                 3, 0, 2, b'i', b'd', 3, 0, 0, 1, 4, b't', b'e', b'x', b't', 7, 1, 0, // id, text
                 2, 5, b's', b'c', b'o', b'r', b'e', 5, 1, 0, // score
                 1, 0, 0, // key, generated
+                3, 1, 0, // next column, images since, no fills
             ]
         );
+    }
+
+    #[test]
+    fn a_table_record_of_version_1_is_read() {
+        let record = [
+            1, 2, 1, 2, b't', b'2', 0, 1, // version, id, namespace, name, kind, schema version
+            3, 0, 2, b'i', b'd', 3, 0, 0, 1, 4, b't', b'e', b'x', b't', 7, 1, 0, // id, text
+            2, 5, b's', b'c', b'o', b'r', b'e', 5, 1, 0, // score
+            1, 0, 0, // key, generated
+        ];
+        let mut loader = CatalogLoader::new(5);
+        loader.namespace(&encode_namespace(NamespaceId(1), "main").unwrap()).unwrap();
+        loader.table(&record).unwrap();
+        let catalog = loader.finish(&encode_catalog(&Catalog::default()).unwrap()).unwrap();
+        assert_eq!(**catalog.table("main", "t2").unwrap(), fixtures::table(2));
     }
 
     #[test]
@@ -381,6 +438,8 @@ mod tests {
         let mut table = fixtures::table(9);
         table.columns[1].default = Some(DefaultValue::Literal(Value::Decimal(i128::MIN)));
         table.columns[2].default = Some(DefaultValue::Literal(Value::Float(f64::INFINITY)));
+        table.columns[2].fill = Some(Value::Float(0.5));
+        (table.schema_version, table.images_since, table.next_column) = (7, 4, 12);
         let mut loader = CatalogLoader::new(5);
         loader.namespace(&encode_namespace(NamespaceId(1), "main").unwrap()).unwrap();
         loader.table(&encode_table(&table).unwrap()).unwrap();

@@ -149,10 +149,14 @@ fn is_set_up(db: &DB, directory: &Path) -> Result<bool, StoreError> {
     let format = format.try_into().map(u32::from_be_bytes);
     match format {
         Ok(meta::FORMAT) => Ok(true),
+        Ok(meta::OLDEST_FORMAT..meta::FORMAT) => {
+            db.put_opt(meta::FORMAT_KEY, meta::FORMAT.to_be_bytes(), &synced()).map_err(read_error)?;
+            Ok(true)
+        }
         Ok(found) => Err(StoreError::Open {
             path: directory.to_owned(),
             reason: format!(
-                "it has store format {found}; this tidegate reads format {}. Use the tidegate that wrote it, or a newer one",
+                "it has store format {found}; this tidegate reads formats up to {}. Use the tidegate that wrote it, or a newer one",
                 meta::FORMAT
             ),
         }),

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! ADD and DROP COLUMN rewrite no row: a row of another schema version is re-encoded when it is read. Column ids are
-//! never reused, so a slot means the same in every version that has it.
+//! never reused, so a slot means the same in every version that has it, and an image has a slot for every column there
+//! was when it was written: a column beyond its slots was added later, and reads as what ALTER said for older rows.
 
 use wire::{ImageBuilder, ImageRef, Kind};
 
@@ -38,7 +39,8 @@ pub(super) fn open_row<'a>(table: &Table, stored: &'a [u8], buffer: &'a mut Vec<
         }
         None => return Err(damaged(table)),
     };
-    if version == table.schema_version {
+    // Between the two only names changed.
+    if (table.images_since..=table.schema_version).contains(&version) {
         return Ok(image);
     }
     buffer.clear();
@@ -58,11 +60,17 @@ pub(super) fn same_row(kinds: &[Kind], old: &[u8], new: &[u8]) -> bool {
     }
 }
 
-/// Re-encodes an image of another schema version: columns the version did not have are NULL, dropped ones are gone.
+/// Re-encodes an image of another schema version: columns that came later have their fill, dropped ones are gone.
 fn lift(table: &Table, image: &[u8], out: &mut Vec<u8>) -> Result<(), StoreError> {
     let (image, ..) = ImageRef::parse(image).map_err(|_| damaged(table))?;
     let mut builder = ImageBuilder::new(table.slots());
     for column in &table.columns {
+        if column.id >= image.columns() {
+            if let Some(fill) = &column.fill {
+                builder.set(column.id, fill);
+            }
+            continue;
+        }
         let Some(slot) = image.slot(column.id) else { continue };
         match column.ty.kind() {
             Kind::Bool => builder.set_bool(column.id, slot != 0),
@@ -87,6 +95,7 @@ mod tests {
 
     use super::super::fixtures;
     use super::*;
+    use crate::catalog::Column;
 
     #[test]
     fn the_bytes_are_pinned() {
@@ -112,20 +121,46 @@ mod tests {
 
         let mut added = old.clone();
         added.schema_version += 1;
+        added.images_since = added.schema_version;
         added.columns.push(fixtures::column(4, "later", Type::Text, true));
+        added.columns.push(Column { fill: Some(Value::Int(9)), ..fixtures::column(5, "filled", Type::Int, true) });
         let mut buffer = Vec::new();
         let image = open_row(&added, &stored, &mut buffer).unwrap();
         let (image, ..) = ImageRef::parse(image).unwrap();
-        assert_eq!(image.columns(), 5);
-        assert_eq!((image.int(0), image.text(1), image.is_null(4)), (Some(7), Some("x"), true));
+        assert_eq!(image.columns(), 6);
+        assert_eq!((image.int(0), image.text(1), image.is_null(4), image.int(5)), (Some(7), Some("x"), true, Some(9)));
+
+        // NULL in a row that had the column is NULL, whatever the fill.
+        let mut null = old.clone();
+        null.columns[1].fill = Some(Value::Text("fill".to_owned()));
+        null.schema_version += 1;
+        null.images_since = null.schema_version;
+        let stored_null = encode_row(&old, &fixtures::image(7, None)).unwrap();
+        let mut buffer = Vec::new();
+        let image = open_row(&null, &stored_null, &mut buffer).unwrap();
+        assert!(ImageRef::parse(image).unwrap().0.is_null(1));
 
         let mut dropped = old.clone();
         dropped.schema_version += 1;
+        dropped.images_since = dropped.schema_version;
         dropped.columns.truncate(1);
         let mut buffer = Vec::new();
         let image = open_row(&dropped, &stored, &mut buffer).unwrap();
         let (image, ..) = ImageRef::parse(image).unwrap();
         assert_eq!((image.columns(), image.int(0)), (1, Some(7)));
+    }
+
+    #[test]
+    fn after_a_new_name_rows_are_read_in_place() {
+        let old = fixtures::table(1);
+        let image = fixtures::image(7, Some("x"));
+        let stored = encode_row(&old, &image).unwrap();
+        let mut renamed = old;
+        renamed.schema_version += 1;
+        renamed.columns[1].name = "other".to_owned();
+        let mut buffer = Vec::new();
+        assert_eq!(open_row(&renamed, &stored, &mut buffer).unwrap(), image);
+        assert!(buffer.is_empty());
     }
 
     #[test]

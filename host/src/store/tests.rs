@@ -506,7 +506,18 @@ fn a_directory_of_a_newer_format_is_refused_with_both_versions() {
     store.inner.db.put(meta::FORMAT_KEY, 7u32.to_be_bytes()).unwrap();
     drop(store);
     let error = Store::open(&options(dir.path())).err().unwrap().to_string();
-    assert!(error.contains("format 7") && error.contains("format 1"), "{error}");
+    assert!(error.contains("format 7") && error.contains("up to 2"), "{error}");
+}
+
+#[test]
+fn a_directory_of_the_first_format_is_taken_over() {
+    let (dir, store, table) = with_table(table(1));
+    put(&store, &table, 1, Some("kept"));
+    store.inner.db.put(meta::FORMAT_KEY, 1u32.to_be_bytes()).unwrap();
+    drop(store);
+    let store = open_with(&options(dir.path()));
+    assert_eq!(all(&store, &table), [(1, "kept".to_owned())]);
+    assert_eq!(store.inner.read(meta::FORMAT_KEY).unwrap().unwrap(), meta::FORMAT.to_be_bytes());
 }
 
 #[test]
