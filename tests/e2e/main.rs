@@ -6,5 +6,6 @@ mod live;
 mod ops;
 mod oracle;
 mod plugins;
+mod schema;
 mod sql;
 mod tidy;
