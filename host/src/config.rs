@@ -6,6 +6,7 @@
 
 mod options;
 mod raw;
+mod show;
 
 pub use options::{LiveOptions, PluginOptions, SqlOptions, StoreOptions};
 
@@ -14,11 +15,22 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// From the least to the most that one may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     User,
     Service,
     Admin,
+}
+
+impl Role {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::User => "user",
+            Role::Service => "service",
+            Role::Admin => "admin",
+        }
+    }
 }
 
 /// One bearer token of the configuration.

@@ -7,6 +7,7 @@
 mod adapters;
 mod install;
 mod subscribe;
+mod system;
 mod write;
 
 use std::collections::HashMap;
@@ -173,6 +174,7 @@ struct Inner {
     plugins: Arc<Plugins>,
     live: Live,
     metrics: Arc<Metrics>,
+    sources: system::Sources,
     heartbeat: std::time::Duration,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
@@ -187,14 +189,16 @@ impl Db {
     /// Opens the store, recovers, starts the committer and the live workers. Blocks.
     pub fn open(config: &Config, encoder: Arc<dyn Encoder>, metrics: Arc<Metrics>) -> Result<Db, DbError> {
         let store = Store::open(&config.store)?;
-        let sql = Arc::new(Sql::new(config.sql.clone())?);
-        metrics.session_contexts.inc_by(sql.contexts_created());
         let source = Box::new(adapters::StoredModules(store.clone()));
         let plugins = Arc::new(Plugins::new(config.plugins.clone(), source, metrics.clone())?);
         let pipelines = (0..config.live.workers)
             .map(|index| Box::new(adapters::WorkerPipelines::new(plugins.worker(index))) as Box<dyn Pipelines>)
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
+        let sources = || system::Sources { store: store.clone(), live: live.clone(), metrics: metrics.clone() };
+        let sql = Arc::new(Sql::new(config.sql.clone(), system::tables(config, sources()))?);
+        metrics.session_contexts.inc_by(sql.contexts_created());
+        let sources = sources();
         let (catalog_version, _) = watch::channel(store.catalog().version);
 
         let inner = Arc::new(Inner {
@@ -203,6 +207,7 @@ impl Db {
             plugins,
             live,
             metrics,
+            sources,
             heartbeat: config.live.heartbeat,
             turn: RwLock::new(()),
             catalog_version,
@@ -245,13 +250,7 @@ impl Db {
 
     /// Brings gauges up to date before `/metrics` is printed.
     pub fn refresh_metrics(&self) {
-        let (subscriptions, groups) = self.inner.live.counts();
-        self.inner.metrics.subscriptions.set(subscriptions as i64);
-        self.inner.metrics.groups.set(groups as i64);
-        let (write_buffers, block_cache, table_readers) = self.inner.store.memory();
-        self.inner.metrics.store_write_buffer_bytes.set(write_buffers as i64);
-        self.inner.metrics.store_block_cache_bytes.set(block_cache as i64);
-        self.inner.metrics.store_table_reader_bytes.set(table_readers as i64);
+        system::refresh_gauges(&self.inner.sources);
     }
 
     /// From now on [`Db::ready`] is false, new requests are refused and live streams say why they end. Requests that
@@ -306,6 +305,7 @@ impl Db {
             snapshot,
             namespace,
             user: who.user.clone(),
+            role: who.role,
             params: Arc::new(params),
             overlay: Arc::new(Overlay::default()),
             now: now_micros(),

@@ -15,6 +15,7 @@ pub mod provider;
 pub mod range;
 pub mod session;
 pub mod statement;
+pub mod system;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +29,7 @@ use futures::Stream;
 use wire::{Scope, Type, Value};
 
 use crate::catalog::{Catalog, TableId};
+use crate::config::Role;
 pub use crate::config::SqlOptions;
 use crate::store::snapshot::Snapshot;
 use crate::store::{CatalogWrite, RowWrite, StoreError};
@@ -72,6 +74,7 @@ pub struct RequestEnv {
     /// Default namespace of unqualified names.
     pub namespace: String,
     pub user: Arc<str>,
+    pub role: Role,
     pub params: Arc<Vec<Param>>,
     /// Writes of earlier statements of the same transaction, seen by later ones.
     pub overlay: Arc<Overlay>,

@@ -404,3 +404,65 @@ async fn answer_of(db: &Client, table: &str) -> State {
     let rows = db.objects(&format!("SELECT * FROM {table}")).await;
     rows.into_iter().map(|row| (format!("{{\"id\":{}}}", row["id"]), row)).collect()
 }
+
+// ---- system tables ----
+
+#[tokio::test]
+async fn the_server_describes_itself_and_keeps_its_secrets() {
+    let server = TestServer::start().await;
+    let (db, alice) = (server.admin(), server.client("alice"));
+    db.sql("CREATE TABLE t (id INT, part TEXT NOT NULL DEFAULT 'x', PRIMARY KEY (part, id))").await;
+    db.sql("CREATE NAMESPACE shop; CREATE TABLE shop.u (a INT) WITH (type = 'user')").await;
+    db.sql("ALTER TABLE t ADD COLUMN n DECIMAL(6, 2) DEFAULT 1.5").await;
+
+    let due = json!([["id", "INT", "NO", null, "YES"], ["part", "TEXT", "NO", "'x'", "YES"], ["n", "DECIMAL(6,2)", "YES", "1.50", "NO"]]);
+    assert_eq!(alice.rows("DESCRIBE t").await, due);
+    assert_eq!(alice.rows("SHOW COLUMNS FROM main.t").await, due);
+    assert_eq!(alice.rows("SHOW NAMESPACES").await, json!([["main"], ["shop"]]));
+    assert_eq!(alice.rows("SHOW SCHEMAS").await, json!([["main"], ["shop"]]));
+    assert_eq!(alice.rows("SHOW TABLES").await, json!([["main", "t", "shared"], ["shop", "u", "user"]]));
+    assert_eq!(alice.rows("SELECT schema_name FROM information_schema.schemata").await, json!([["main"], ["shop"]]));
+    let sql = "SELECT namespace, name, type, schema_version, columns, key FROM system.tables ORDER BY name";
+    assert_eq!(alice.rows(sql).await, json!([["main", "t", "shared", 2, 3, "part, id"], ["shop", "u", "user", 1, 2, "_id"]]));
+    let sql = "SELECT name, key_position FROM system.columns WHERE table_name = 't' AND key_position IS NOT NULL ORDER BY key_position";
+    assert_eq!(alice.rows(sql).await, json!([["part", 1], ["id", 2]]));
+    assert_eq!(alice.rows("SELECT count(*) FROM system.plugins").await, json!([[0]]));
+    db.put_plugin("late", tests::plugin("late.wasm")).await;
+    let sql = "SELECT name, version, active, kind, uploaded_by FROM system.plugins";
+    assert_eq!(alice.rows(sql).await, json!([["late", 1, true, "row_filter", "admin"]]));
+
+    // For administrators; by whatever way it is asked.
+    for table in ["settings", "stats", "users"] {
+        for sql in [
+            format!("SELECT * FROM system.{table}"),
+            format!("SELECT count(*) FROM t WHERE part IN (SELECT name FROM system.{table})"),
+        ] {
+            db.sql(&sql).await;
+            alice.expect_error(&sql, 403, "forbidden").await;
+            server.client("robot").expect_error(&sql, 403, "forbidden").await;
+        }
+    }
+    assert_eq!(db.rows("SELECT value FROM system.settings WHERE name = 'live.heartbeat_ms'").await, json!([["300"]]));
+    let users = db.rows("SELECT name, role, tokens FROM system.users ORDER BY name").await;
+    let due = json!([["admin", "admin", 1], ["al", "user", 1], ["alice", "user", 1], ["bob", "user", 1], ["robot", "service", 1]]);
+    assert_eq!(users, due);
+    let stats = db.rows("SELECT value FROM system.stats WHERE name = 'commits'").await;
+    assert!(stats[0][0].as_f64().is_some_and(|commits| commits >= 4.0), "{stats}");
+    for table in ["settings", "stats", "users"] {
+        let all = db.rows(&format!("SELECT * FROM system.{table}")).await.to_string();
+        assert!(!all.contains("the-token-of") && !all.contains("administrators-token"), "{all}");
+    }
+    assert_eq!(db.rows("DESCRIBE system.users").await[0], json!(["name", "TEXT", "YES", null, "NO"]));
+
+    for (sql, code, named) in [
+        ("SELECT * FROM system.nothing", "unknown_table", "settings"),
+        ("DESCRIBE nothing", "unknown_table", "nothing"),
+        ("INSERT INTO system.users VALUES ('x', 'admin', 1)", "unsupported", "system.users"),
+        ("DROP TABLE system.users", "unsupported", "system.users"),
+        ("SHOW COLUMNS FROM t LIKE 'x'", "unsupported", "SHOW COLUMNS"),
+    ] {
+        let problem = db.expect_error(sql, 400, code).await;
+        assert!(problem["detail"].as_str().unwrap().contains(named), "{sql}: {problem}");
+    }
+    db.expect_no_live("SELECT name FROM system.users", 400, "unsupported").await;
+}

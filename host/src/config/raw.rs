@@ -199,10 +199,16 @@ fn ours(environment: impl Iterator<Item = (OsString, OsString)>) -> Result<HashM
     Ok(variables)
 }
 
+/// The full names of all settings.
+pub fn all_keys() -> Vec<String> {
+    let mut keys = Vec::new();
+    Raw::keys("", &mut keys);
+    keys
+}
+
 /// Refuses the first unknown key, by its full name, with the closest known one.
 fn check_keys(table: HashMap<String, Value>, origin: &str) -> Result<(), ConfigError> {
-    let mut known = Vec::new();
-    Raw::keys("", &mut known);
+    let known = all_keys();
     let mut found = Vec::new();
     for (key, value) in table {
         flatten(key, value, &mut found);

@@ -33,7 +33,7 @@ const SMALL_TOKENS: usize = 256;
 /// Text that may be parsed.
 #[derive(Debug)]
 pub(crate) struct Gated {
-    /// Without whitespace and comments; CREATE/DROP NAMESPACE already spelled SCHEMA.
+    /// Without whitespace and comments; NAMESPACE and NAMESPACES already spelled SCHEMA and SCHEMAS.
     pub(crate) tokens: Vec<TokenWithSpan>,
     /// Harmless to parse and drop on any thread.
     pub(crate) small: bool,
@@ -339,7 +339,11 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
         Keyword::INSERT | Keyword::UPDATE | Keyword::DELETE => return Ok(()),
         Keyword::EXPLAIN => return Ok(()),
         Keyword::DESCRIBE | Keyword::DESC => return Ok(()),
-        Keyword::SHOW if second == Keyword::TABLES => return Ok(()),
+        Keyword::SHOW if matches!(second, Keyword::TABLES | Keyword::COLUMNS | Keyword::SCHEMAS) => return Ok(()),
+        Keyword::SHOW if is_word(tokens, 1, "namespaces") => {
+            tokens[1].token = Token::make_keyword("SCHEMAS");
+            return Ok(());
+        }
         Keyword::ALTER if second == Keyword::TABLE => return Ok(()),
         Keyword::CREATE | Keyword::DROP if matches!(second, Keyword::TABLE | Keyword::SCHEMA) => return Ok(()),
         Keyword::CREATE | Keyword::DROP if is_word(tokens, 1, "namespace") => {
@@ -437,6 +441,7 @@ mod tests {
             ("ATTACH DATABASE 'x' AS y", "ATTACH is not supported"),
             ("DROP FUNCTION f", "DROP FUNCTION is not supported"),
             ("SHOW ALL", "SHOW ALL is not supported"),
+            ("show namespaces; SHOW COLUMNS FROM t", "ok"),
             ("hello world", "a statement cannot start with HELLO"),
             ("'x'", "a statement cannot start with 'x'"),
         ];
