@@ -33,6 +33,8 @@ pub enum TableKind {
     Shared,
     /// Each user has only their own rows.
     User,
+    /// One set of rows, each gone when its time to live has passed.
+    Stream,
 }
 
 impl TableKind {
@@ -40,6 +42,7 @@ impl TableKind {
         match self {
             TableKind::Shared => "shared",
             TableKind::User => "user",
+            TableKind::Stream => "stream",
         }
     }
 }
@@ -84,6 +87,8 @@ pub struct Table {
     pub next_column: u16,
     /// Row images of this schema version and later ones have the present columns: what came after were new names.
     pub images_since: u32,
+    /// How long a row of a stream table lives after its commit, in microseconds; `None` for other kinds.
+    pub ttl_micros: Option<i64>,
 }
 
 /// The name of the key column of a table without a declared primary key.
@@ -110,6 +115,11 @@ impl Table {
             kinds[usize::from(column.id)] = column.ty.kind();
         }
         kinds
+    }
+
+    /// When a row that is committed at this time stops showing (microseconds since 1970).
+    pub fn expires(&self, committed_at: i64) -> Option<i64> {
+        self.ttl_micros.map(|ttl| committed_at.saturating_add(ttl))
     }
 
     pub fn is_key(&self, id: u16) -> bool {

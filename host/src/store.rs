@@ -4,6 +4,7 @@
 //! is read goes through a [`snapshot::Snapshot`]. The data directory holds `db`, the RocksDB database, and `high-water`
 //! (see [`high_water`]). What a row means, who may see it and who listens is for the layers above.
 
+mod clock;
 pub mod commit;
 mod ddl;
 #[cfg(test)]
@@ -19,7 +20,7 @@ pub mod snapshot;
 mod tests;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
@@ -152,6 +153,9 @@ struct Inner {
     log_commits: u64,
     applied: AtomicU64,
     log_floor: AtomicU64,
+    clock: Arc<clock::Clock>,
+    /// Of the newest commit.
+    committed_at: AtomicI64,
     /// As of the newest durable commit.
     catalog: ArcSwap<Catalog>,
     /// The two newest, in this order; the second may be that of a commit still being written. Snapshots find theirs here.
@@ -173,6 +177,8 @@ impl Store {
             log_commits: options.log_commits,
             applied: AtomicU64::new(opened.state.applied.0),
             log_floor: AtomicU64::new(opened.state.log_floor.0),
+            clock: opened.clock,
+            committed_at: AtomicI64::new(opened.state.committed_at),
             catalogs: ArcSwap::from_pointee([catalog.clone(), catalog.clone()]),
             catalog: ArcSwap::new(catalog),
             failure: OnceLock::new(),
@@ -282,7 +288,8 @@ impl Inner {
     /// As in memory; for what is on disk at one point, see [`snapshot::Snapshot`].
     fn state(&self) -> meta::State {
         let catalog_version = self.catalog.load().version;
-        meta::State { applied: self.applied(), catalog_version, log_floor: self.log_floor() }
+        let committed_at = self.committed_at.load(Ordering::Acquire);
+        meta::State { applied: self.applied(), catalog_version, log_floor: self.log_floor(), committed_at }
     }
 
     fn read(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
@@ -300,6 +307,9 @@ impl Inner {
     }
 
     fn flush(&self) -> Result<(), StoreError> {
+        // Exact: no row expires early after an orderly end.
+        let mark = self.clock.now().to_be_bytes();
+        self.db.put_opt(meta::CLOCK_KEY, mark, &synced()).map_err(read_error)?;
         for name in FAMILIES {
             self.db.flush_cf(family(&self.db, name)).map_err(read_error)?;
         }
@@ -316,6 +326,7 @@ fn row_family(db: &DB, kind: TableKind) -> &ColumnFamily {
     match kind {
         TableKind::Shared => family(db, SHARED_FAMILY),
         TableKind::User => family(db, USER_FAMILY),
+        TableKind::Stream => family(db, STREAM_FAMILY),
     }
 }
 

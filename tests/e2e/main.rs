@@ -8,4 +8,5 @@ mod oracle;
 mod plugins;
 mod schema;
 mod sql;
+mod stream;
 mod tidy;

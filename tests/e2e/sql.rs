@@ -239,7 +239,7 @@ async fn what_is_not_there_is_refused_by_name() {
         ("PREPARE p AS SELECT 1", "PREPARE"),
         ("SELECT * FROM '/etc/passwd'", "passwd"),
         ("CREATE VIEW v AS SELECT 1", "VIEW"),
-        ("CREATE TABLE s (id INT PRIMARY KEY) WITH (type = 'stream')", "stream"),
+        ("CREATE TABLE s (id INT PRIMARY KEY) WITH (type = 'cache')", "stream"),
         ("ALTER TABLE t ALTER COLUMN name DROP NOT NULL", "ALTER"),
         ("INSERT INTO t VALUES (1, 'a') RETURNING id", "RETURNING"),
         ("INSERT INTO t VALUES (1, 'a') ON CONFLICT DO NOTHING", "CONFLICT"),

@@ -156,13 +156,14 @@ async fn plan(db: &Db, who: &Identity, statements: &[Statement], mut env: Reques
     Ok(planned)
 }
 
-/// Own rows of user tables belong to everybody; shared tables are written by services and admins.
+/// Own rows of user tables belong to everybody; shared and stream tables are written by services and admins.
 fn may_write(who: &Identity, write: &RowWrite) -> Result<(), DbError> {
     if write.table.kind == TableKind::User || who.role != Role::User {
         return Ok(());
     }
     Err(DbError::Forbidden(format!(
-        "the role user may not write the shared table \"{}\"; use a token of role service or admin",
+        "the role user may not write the {} table \"{}\"; use a token of role service or admin",
+        write.table.kind.as_str(),
         write.table.name
     )))
 }

@@ -61,6 +61,9 @@ impl From<LogError> for JobError {
     }
 }
 
+/// Where a row starts in the buffer of its piece, and when it expires.
+type RowStart = (usize, Option<i64>);
+
 /// A snapshot half sent: its position and the rows to come.
 pub(super) struct SnapshotScan {
     seq: Seq,
@@ -78,13 +81,14 @@ impl SnapshotScan {
         Ok(SnapshotScan { seq: snapshot.seq(), rows })
     }
 
-    /// The next rows copied one after the other, where each starts, and whether there may be more.
-    fn read(&mut self, bytes: usize) -> Result<(Vec<u8>, Vec<usize>, bool), StoreError> {
+    /// The next rows copied one after the other, where each starts and when it expires, and whether there may be more.
+    fn read(&mut self, bytes: usize) -> Result<(Vec<u8>, Vec<RowStart>, bool), StoreError> {
         let (mut base, mut starts) = (Vec::new(), Vec::new());
         while starts.len() < PIECE_ROWS && base.len() < bytes {
             let Some((_, image)) = self.rows.next_row()? else { return Ok((base, starts, false)) };
-            starts.push(base.len());
+            let start = base.len();
             base.extend_from_slice(image);
+            starts.push((start, self.rows.expires()));
         }
         Ok((base, starts, true))
     }
@@ -98,9 +102,9 @@ pub(super) fn snapshot_piece(
 ) -> Result<Piece, JobError> {
     let (base, starts, more) = scan.read(shared.options.chunk_bytes)?;
     let mut images = Vec::with_capacity(starts.len());
-    for start in starts {
+    for (start, expires) in starts {
         let (image, place, _) = ImageRef::parse(&base[start..]).map_err(|error| damaged("a stored row", error))?;
-        images.push((image, shifted(place, start)));
+        images.push((image, shifted(place, start), expires));
     }
     let source = Source { seq: scan.seq, snapshot: true, base: &base };
     let events = evaluate(query, source, &Rows::present(images))?;
@@ -150,7 +154,7 @@ fn replay_commit(
 ) -> Result<(), JobError> {
     let view = FrameView::parse(frame).map_err(|error| damaged("the change log", error))?;
     let Some(section) = view.section(&query.spec.scope) else { return Ok(()) };
-    let rows = Rows::of_section(section, query.spec.table.id);
+    let rows = Rows::of_section(section, query.spec.table.id, view.committed_at);
     if rows.schema_version() != Some(query.spec.table.schema_version) {
         return Ok(());
     }

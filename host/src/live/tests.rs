@@ -46,6 +46,7 @@ fn table(id: TableId, namespace: NamespaceId, name: &str) -> Arc<Table> {
         generated_key: false,
         next_column: 3,
         images_since: 1,
+        ttl_micros: None,
     })
 }
 

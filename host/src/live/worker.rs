@@ -388,11 +388,11 @@ impl Worker {
             self.catalog_event(namespace, event);
         }
         for section in &view.sections {
-            self.section(seq, section);
+            self.section(seq, view.committed_at, section);
         }
     }
 
-    fn section(&mut self, seq: Seq, section: &SectionView<'_>) {
+    fn section(&mut self, seq: Seq, committed_at: i64, section: &SectionView<'_>) {
         let source = Source { seq, snapshot: false, base: section.bytes };
         let mut tables: Vec<TableId> = Vec::new();
         for table in section.changes.iter().map(|change| TableId(change.header.table)) {
@@ -405,7 +405,7 @@ impl Worker {
             if groups.is_empty() {
                 continue;
             }
-            let rows = Rows::of_section(section, table);
+            let rows = Rows::of_section(section, table, committed_at);
             for id in groups {
                 // A group planned after an ALTER starts behind it: commits before that are none of its own, and their
                 // rows have other columns.

@@ -63,6 +63,7 @@ const SYSTEM_TABLES: Columns = &[
     ("schema_version", Type::BigInt),
     ("columns", Type::Int),
     ("key", Type::Text),
+    ("ttl_ms", Type::BigInt),
 ];
 const SYSTEM_COLUMNS: Columns = &[
     ("namespace", Type::Text),
@@ -139,6 +140,7 @@ fn own_tables(catalog: &Catalog) -> Rows {
             int(table.schema_version),
             int(table.columns.len()),
             text(key.join(", ")),
+            optional(table.ttl_micros.map(|micros| int(micros / 1_000))),
         ]
     };
     all_tables(catalog).map(row).collect()

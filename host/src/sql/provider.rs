@@ -64,7 +64,7 @@ impl Providers {
 /// The scope a user sees of a table.
 pub(crate) fn scope_of(table: &Table, user: &str) -> Scope {
     match table.kind {
-        TableKind::Shared => Scope::Shared,
+        TableKind::Shared | TableKind::Stream => Scope::Shared,
         TableKind::User => Scope::User(user.to_owned()),
     }
 }

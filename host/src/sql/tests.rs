@@ -367,7 +367,25 @@ async fn ddl_takes_and_refuses_by_name() {
             ("CREATE TABLE u (a INT REFERENCES t (a))", "ERROR REFERENCES is not supported"),
             (
                 "CREATE TABLE u (a INT) WITH (type = 'stream')",
-                "ERROR the table type 'stream' is not supported: use 'shared' or 'user'",
+                "ERROR a stream table needs a time to live: WITH (type = 'stream', ttl = '1h')",
+            ),
+            (
+                "CREATE TABLE u (a INT) WITH (ttl = '1h')",
+                "ERROR only rows of stream tables have a time to live: say type = 'stream', or leave ttl out",
+            ),
+            (
+                "CREATE TABLE u (a INT) WITH (type = 'stream', ttl = '1 fortnight')",
+                "ERROR ttl is how long a row lives, up to a hundred years: a number and ms, s, m, h or d, as in '90s', '1h', '7d'",
+            ),
+            ("CREATE TABLE s (a INT PRIMARY KEY) WITH (type = stream, ttl = '1 h')", "CREATE TABLE main.s"),
+            ("SELECT name, type, ttl_ms FROM system.tables WHERE name = 's'", "s|stream|3600000"),
+            ("INSERT INTO s VALUES (1), (2)", "affected 2"),
+            ("UPDATE s SET a = a + 10", "affected 2"),
+            ("SELECT a FROM s", "11 12"),
+            ("DROP TABLE s", "DROP TABLE main.s"),
+            (
+                "CREATE TABLE u (a INT) WITH (size = 3)",
+                "ERROR the table option size is not supported: there are type and ttl",
             ),
             ("CREATE TABLE u (a INT) WITH (ttl = '1h')", "ERROR the table option ttl is not supported: there is type"),
             ("CREATE TABLE u AS SELECT 1", "ERROR CREATE TABLE … AS SELECT is not supported"),

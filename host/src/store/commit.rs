@@ -15,7 +15,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use rocksdb::WriteBatch;
@@ -199,7 +198,7 @@ impl Committer {
             recent: RecentWrites::new(applied, RECENT_KEYS),
             catalog: inner.catalog.load_full(),
             catalog_changed: applied,
-            committed_at: 0,
+            committed_at: inner.committed_at.load(Ordering::Acquire),
             high_water: applied,
             inner,
             hook,
@@ -290,8 +289,7 @@ impl Committer {
         {
             return Err(CommitError::Stale);
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as i64);
-        self.committed_at = self.committed_at.max(now);
+        self.committed_at = self.committed_at.max(self.inner.clock.now());
         let mut frame = FrameBuilder::new(transaction.namespace.0, commit_id(self.committed_at), self.committed_at);
         let rows = self.stage_rows(&group.catalog, transaction, &mut frame)?;
         let catalog = ddl::stage(&group.catalog, transaction, &mut frame)?;
@@ -329,6 +327,10 @@ impl Committer {
             if self.recent.written_after(hash, transaction.base) {
                 return Err(CommitError::Stale);
             }
+            // What has expired meanwhile was there for nobody any more: the reader has to look again.
+            if table.kind == TableKind::Stream && write.old.is_some() && self.is_expired(table, &key)? {
+                return Err(CommitError::Stale);
+            }
             let unchanged = match (&write.old, &write.new) {
                 (None, None) => true,
                 (Some(old), Some(new)) => rows::same_row(kinds, old, new),
@@ -340,11 +342,21 @@ impl Committer {
             let meta = ChangeMeta { table: table.id.0, schema_version: table.schema_version, kinds };
             frame.change(&write.scope, meta, write.old.as_deref(), write.new.as_deref()).map_err(invalid_frame)?;
             self.check_size(frame.len())?;
-            let stored = write.new.as_deref().map(|image| rows::encode_row(table, image)).transpose()?;
+            let expires = table.expires(self.committed_at);
+            let stored = write.new.as_deref().map(|image| rows::encode_row(table, image, expires)).transpose()?;
             rows.push(StagedRow { kind: table.kind, key, stored, hash });
         }
         debug_assert!(distinct(&rows), "a transaction has at most one change for a key: its net effect");
         Ok(rows)
+    }
+
+    /// Nobody has written the key since it was read, or this would not be asked: what is stored is what was read.
+    fn is_expired(&self, table: &Table, key: &[u8]) -> Result<bool, StoreError> {
+        let family = row_family(&self.inner.db, table.kind);
+        let stored = self.inner.db.get_pinned_cf(family, key).map_err(super::read_error)?;
+        // Swept already.
+        let Some(stored) = stored else { return Ok(true) };
+        Ok(rows::expires(&stored).is_some_and(|expires| expires <= self.committed_at))
     }
 
     fn check_size(&self, size: usize) -> Result<(), CommitError> {
@@ -381,7 +393,8 @@ impl Committer {
     fn write(&mut self, group: &mut Group) -> Result<(), StoreError> {
         self.trim_log(group);
         let log_floor = self.inner.log_floor();
-        let state = State { applied: group.seq, catalog_version: group.catalog.version, log_floor };
+        let (catalog_version, committed_at) = (group.catalog.version, self.committed_at);
+        let state = State { applied: group.seq, catalog_version, log_floor, committed_at };
         group.batch.put_cf(family(&self.inner.db, DEFAULT_FAMILY), meta::STATE_KEY, state.encode());
         let new_catalog = !Arc::ptr_eq(&group.catalog, &self.catalog);
         if new_catalog {
@@ -394,6 +407,7 @@ impl Committer {
             self.catalog = group.catalog.clone();
             self.inner.catalog.store(group.catalog.clone());
         }
+        self.inner.committed_at.store(self.committed_at, Ordering::Release);
         self.inner.applied.store(group.seq.0, Ordering::Release);
         for commit in &group.commits {
             (self.hook)(commit);
@@ -453,7 +467,7 @@ fn check_table(catalog: &Catalog, transaction: &Transaction, table: &Table) -> R
 
 fn check_scope(table: &Table, scope: &Scope) -> Result<(), CommitError> {
     match (table.kind, scope) {
-        (TableKind::Shared, Scope::Shared) | (TableKind::User, Scope::User(_)) => Ok(()),
+        (TableKind::Shared | TableKind::Stream, Scope::Shared) | (TableKind::User, Scope::User(_)) => Ok(()),
         _ => Err(CommitError::Invalid(format!(
             "a row of the {} table {} has another scope",
             table.kind.as_str(),

@@ -8,7 +8,7 @@ use wire::{CatalogEvent, FrameBuilder};
 
 use super::keys::{successor, table_prefix};
 use super::{CatalogWrite, CommitError, DEFAULT_FAMILY, StoreError, Transaction, family, meta, row_family};
-use crate::catalog::{Catalog, Plugin, Table, TableId};
+use crate::catalog::{Catalog, Plugin, Table, TableId, TableKind};
 
 /// Key and value in the `default` family.
 type Record = (Vec<u8>, Vec<u8>);
@@ -68,12 +68,14 @@ fn admits_table(catalog: &Catalog, table: &Table) -> bool {
             found.namespace == table.namespace
                 && found.kind == table.kind
                 && found.key == table.key
+                && found.ttl_micros == table.ttl_micros
                 && found.schema_version < table.schema_version
                 && found.next_column <= table.next_column
         }
         None => table.id.0 >= catalog.next_table,
     };
-    id && name.is_none_or(|found| found.id == table.id) && table.slots() <= table.next_column
+    let ttl = (table.kind == TableKind::Stream) == table.ttl_micros.is_some();
+    id && ttl && name.is_none_or(|found| found.id == table.id) && table.slots() <= table.next_column
 }
 
 fn describe(write: &CatalogWrite) -> String {

@@ -30,11 +30,19 @@ pub fn table(id: u32) -> Table {
         generated_key: false,
         next_column: 3,
         images_since: 1,
+        ttl_micros: None,
     }
 }
 
 pub fn user_table(id: u32) -> Table {
     Table { kind: TableKind::User, ..table(id) }
+}
+
+/// Rows live for this long.
+pub const TTL_MICROS: i64 = 3_600_000_000;
+
+pub fn stream_table(id: u32) -> Table {
+    Table { kind: TableKind::Stream, ttl_micros: Some(TTL_MICROS), ..table(id) }
 }
 
 pub fn table_with_key(id: u32, types: &[Type]) -> Table {

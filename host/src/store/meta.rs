@@ -3,7 +3,8 @@
 //! ```text
 //! m/format               store format, u32
 //! m/epoch                u64
-//! m/state                applied seq, catalog version, log floor: u64 each; written with every commit
+//! m/state                applied seq, catalog version, log floor, commit time: u64 each; written with every commit
+//! m/clock                up to where time may have been read, i64 (see `store/clock.rs`)
 //! m/catalog              next ids
 //! n/{namespace u32}      a namespace
 //! t/{table u32}          a table
@@ -15,7 +16,8 @@
 //!
 //! Integers in keys and fixed records are big-endian. Catalog records are a version byte and postcard messages of types
 //! that live here: the catalog's own types may change without changing what is on disk. A table's record is one message
-//! in version 1 and two in version 2 (what ALTER TABLE needs to know of the past); both are read, the latter is written.
+//! in version 1; in version 2 others follow (what ALTER TABLE needs to know of the past, the life of a stream's rows).
+//! Both are read, the latter is written.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -36,6 +38,7 @@ pub(super) const OLDEST_FORMAT: u32 = 1;
 pub(super) const FORMAT_KEY: &[u8] = b"m/format";
 pub(super) const EPOCH_KEY: &[u8] = b"m/epoch";
 pub(super) const STATE_KEY: &[u8] = b"m/state";
+pub(super) const CLOCK_KEY: &[u8] = b"m/clock";
 pub(super) const CATALOG_KEY: &[u8] = b"m/catalog";
 pub(super) const NAMESPACES: &[u8] = b"n/";
 pub(super) const TABLES: &[u8] = b"t/";
@@ -88,22 +91,27 @@ pub(super) struct State {
     pub catalog_version: u64,
     /// The highest seq no longer in the change log.
     pub log_floor: Seq,
+    /// Of the commit `applied`: the next one is not earlier.
+    pub committed_at: i64,
 }
 
 impl State {
-    pub fn encode(self) -> [u8; 24] {
-        let mut out = [0; 24];
+    pub fn encode(self) -> [u8; 32] {
+        let mut out = [0; 32];
         out[..8].copy_from_slice(&self.applied.0.to_be_bytes());
         out[8..16].copy_from_slice(&self.catalog_version.to_be_bytes());
-        out[16..].copy_from_slice(&self.log_floor.0.to_be_bytes());
+        out[16..24].copy_from_slice(&self.log_floor.0.to_be_bytes());
+        out[24..].copy_from_slice(&self.committed_at.to_be_bytes());
         out
     }
 
     pub fn decode(bytes: &[u8]) -> Result<State, StoreError> {
         let word = |i: usize| Some(u64::from_be_bytes(bytes.get(i * 8..i * 8 + 8)?.try_into().ok()?));
         match (bytes.len(), word(0), word(1), word(2)) {
-            (24, Some(applied), Some(catalog_version), Some(log_floor)) => {
-                Ok(State { applied: Seq(applied), catalog_version, log_floor: Seq(log_floor) })
+            // Format 1 said no time.
+            (24 | 32, Some(applied), Some(catalog_version), Some(log_floor)) => {
+                let committed_at = word(3).map_or(0, |word| word as i64);
+                Ok(State { applied: Seq(applied), catalog_version, log_floor: Seq(log_floor), committed_at })
             }
             _ => Err(StoreError::Corrupt("the record m/state has the wrong length".to_owned())),
         }
@@ -134,7 +142,7 @@ struct TableRecord {
     generated_key: bool,
 }
 
-/// What follows a [`TableRecord`] from version 2 on.
+/// What follows a [`TableRecord`] from version 2 on, one message after the other; those at the end may be missing.
 #[derive(Serialize, Deserialize)]
 struct PastRecord {
     next_column: u16,
@@ -143,10 +151,16 @@ struct PastRecord {
     fills: Vec<(u16, Value)>,
 }
 
+#[derive(Default, Serialize, Deserialize)]
+struct StreamRecord {
+    ttl_micros: Option<i64>,
+}
+
 #[derive(Serialize, Deserialize)]
 enum TableKindRecord {
     Shared,
     User,
+    Stream,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -215,6 +229,7 @@ pub(super) fn encode_table(table: &Table) -> Result<Vec<u8>, StoreError> {
         kind: match table.kind {
             TableKind::Shared => TableKindRecord::Shared,
             TableKind::User => TableKindRecord::User,
+            TableKind::Stream => TableKindRecord::Stream,
         },
         schema_version: table.schema_version,
         columns: columns.collect(),
@@ -225,7 +240,8 @@ pub(super) fn encode_table(table: &Table) -> Result<Vec<u8>, StoreError> {
     let past =
         PastRecord { next_column: table.next_column, images_since: table.images_since, fills: fills.collect() };
     let out = encode_to(&record, vec![TABLE_RECORD_VERSION])?;
-    encode_to(&past, out)
+    let out = encode_to(&past, out)?;
+    encode_to(&StreamRecord { ttl_micros: table.ttl_micros }, out)
 }
 
 pub(super) fn encode_plugin(plugin: &Plugin) -> Result<Vec<u8>, StoreError> {
@@ -266,7 +282,7 @@ impl CatalogLoader {
     }
 
     pub fn table(&mut self, record: &[u8]) -> Result<(), StoreError> {
-        let (record, past) = decode_table(record)?;
+        let (record, past, stream) = decode_table(record)?;
         let mut fills: BTreeMap<u16, Value> = past.fills.into_iter().collect();
         let columns = record.columns.into_iter().map(|column| Column {
             id: column.id,
@@ -289,6 +305,7 @@ impl CatalogLoader {
             kind: match record.kind {
                 TableKindRecord::Shared => TableKind::Shared,
                 TableKindRecord::User => TableKind::User,
+                TableKindRecord::Stream => TableKind::Stream,
             },
             schema_version: record.schema_version,
             columns: columns.collect(),
@@ -296,6 +313,7 @@ impl CatalogLoader {
             generated_key: record.generated_key,
             next_column: past.next_column,
             images_since: past.images_since,
+            ttl_micros: stream.ttl_micros,
         };
         self.catalog.put_table(Arc::new(table));
         Ok(())
@@ -351,17 +369,18 @@ fn encode_to<T: Serialize>(record: &T, out: Vec<u8>) -> Result<Vec<u8>, StoreErr
         .map_err(|error| StoreError::Corrupt(format!("a catalog record cannot be encoded: {error}")))
 }
 
-fn decode_table(record: &[u8]) -> Result<(TableRecord, PastRecord), StoreError> {
+fn decode_table(record: &[u8]) -> Result<(TableRecord, PastRecord, StreamRecord), StoreError> {
     let Some((&TABLE_RECORD_VERSION, bytes)) = record.split_first() else {
         let record: TableRecord = decode("table", record)?;
         let next_column = record.columns.iter().map(|column| column.id + 1).max().unwrap_or(0);
         let past = PastRecord { next_column, images_since: record.schema_version, fills: Vec::new() };
-        return Ok((record, past));
+        return Ok((record, past, StreamRecord::default()));
     };
     let unreadable = |error| StoreError::Corrupt(format!("a table record cannot be read: {error}"));
     let (record, rest) = postcard::take_from_bytes(bytes).map_err(unreadable)?;
-    let past = postcard::from_bytes(rest).map_err(unreadable)?;
-    Ok((record, past))
+    let (past, rest) = postcard::take_from_bytes(rest).map_err(unreadable)?;
+    let stream = if rest.is_empty() { StreamRecord::default() } else { postcard::from_bytes(rest).map_err(unreadable)? };
+    Ok((record, past, stream))
 }
 
 fn decode<T: DeserializeOwned>(what: &str, record: &[u8]) -> Result<T, StoreError> {
@@ -394,11 +413,14 @@ mod tests {
 
     #[test]
     fn the_state_is_pinned() {
-        let state = State { applied: Seq(1), catalog_version: 2, log_floor: Seq(3) };
+        let state = State { applied: Seq(1), catalog_version: 2, log_floor: Seq(3), committed_at: 4 };
         let bytes = state.encode();
-        assert_eq!(bytes, [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3]);
+        let first = [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3];
+        assert_eq!(bytes[..24], first);
+        assert_eq!(bytes[24..], [0, 0, 0, 0, 0, 0, 0, 4]);
         assert_eq!(State::decode(&bytes).unwrap(), state);
-        assert!(State::decode(&bytes[..23]).is_err());
+        assert_eq!(State::decode(&first).unwrap(), State { committed_at: 0, ..state });
+        assert!(State::decode(&bytes[..23]).is_err() && State::decode(&bytes[..31]).is_err());
     }
 
     #[test]
@@ -413,6 +435,7 @@ mod tests {
                 2, 5, b's', b'c', b'o', b'r', b'e', 5, 1, 0, // score
                 1, 0, 0, // key, generated
                 3, 1, 0, // next column, images since, no fills
+                0, // no time to live
             ]
         );
     }
@@ -440,6 +463,7 @@ mod tests {
         table.columns[2].default = Some(DefaultValue::Literal(Value::Float(f64::INFINITY)));
         table.columns[2].fill = Some(Value::Float(0.5));
         (table.schema_version, table.images_since, table.next_column) = (7, 4, 12);
+        (table.kind, table.ttl_micros) = (TableKind::Stream, Some(5_000_000));
         let mut loader = CatalogLoader::new(5);
         loader.namespace(&encode_namespace(NamespaceId(1), "main").unwrap()).unwrap();
         loader.table(&encode_table(&table).unwrap()).unwrap();

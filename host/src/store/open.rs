@@ -2,17 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use rocksdb::compaction_filter::Decision as CompactionDecision;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, Direction, IteratorMode,
     LruCacheOptions, Options, SliceTransform, WriteBatch, WriteBufferManager,
 };
 
+use super::clock::Clock;
 use super::keys::{row_prefix_len, successor};
 use super::meta::{self, CatalogLoader, State};
 use super::{
-    DEFAULT_FAMILY, Epoch, FAMILIES, ROW_FAMILIES, Seq, StoreError, StoreOptions, family, high_water, read_error,
-    synced,
+    DEFAULT_FAMILY, Epoch, FAMILIES, ROW_FAMILIES, STREAM_FAMILY, Seq, StoreError, StoreOptions, family, high_water,
+    read_error, rows, synced,
 };
 use crate::catalog::{Catalog, DEFAULT_NAMESPACE, NamespaceId};
 
@@ -20,6 +23,7 @@ use crate::catalog::{Catalog, DEFAULT_NAMESPACE, NamespaceId};
 pub(super) struct Opened {
     pub db: DB,
     pub cache: Cache,
+    pub clock: Arc<Clock>,
     pub epoch: Epoch,
     pub state: State,
     pub catalog: Catalog,
@@ -34,7 +38,8 @@ pub(super) fn open(options: &StoreOptions) -> Result<Opened, StoreError> {
         reason: format!("the directory cannot be made: {error}"),
     })?;
     let cache = block_cache(options);
-    let db = open_database(options, &path, &cache)?;
+    let clock = Clock::new();
+    let db = open_database(options, &path, &cache, &clock)?;
 
     if !is_set_up(&db, &options.path)? {
         if high_water::read(&options.path)?.is_some() {
@@ -53,7 +58,8 @@ pub(super) fn open(options: &StoreOptions) -> Result<Opened, StoreError> {
     high_water::write(&options.path, epoch, state.applied)?;
     let catalog = load_catalog(&db, state.catalog_version)?;
     let logs = find_logs(&db)?;
-    Ok(Opened { db, cache, epoch, state, catalog, logs })
+    clock.resume(read_mark(&db)?, state.committed_at);
+    Ok(Opened { db, cache, clock, epoch, state, catalog, logs })
 }
 
 pub(super) fn database_path(directory: &Path) -> PathBuf {
@@ -67,8 +73,14 @@ fn block_cache(options: &StoreOptions) -> Cache {
     Cache::new_lru_cache_opts(&cache)
 }
 
-fn open_database(options: &StoreOptions, path: &Path, cache: &Cache) -> Result<DB, StoreError> {
-    let families = FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options(options, cache, name)));
+fn open_database(options: &StoreOptions, path: &Path, cache: &Cache, clock: &Arc<Clock>) -> Result<DB, StoreError> {
+    let families = FAMILIES.map(|name| {
+        let mut family = family_options(options, cache, name);
+        if name == STREAM_FAMILY {
+            sweep_expired(&mut family, clock.clone());
+        }
+        ColumnFamilyDescriptor::new(name, family)
+    });
     DB::open_cf_descriptors(&database_options(options), path, families).map_err(|error| {
         let message = error.into_string();
         // The two ways RocksDB says it: held by another process, or by this one.
@@ -134,6 +146,23 @@ fn family_options(options: &StoreOptions, cache: &Cache, name: &str) -> Options 
     family
 }
 
+/// Compaction drops what has long expired. Compaction does not look at snapshots, so a row stays for the longest time
+/// that somebody may read through one: no query runs that long, and a live query's snapshot may do without what is past
+/// its expiry.
+fn sweep_expired(family: &mut Options, clock: Arc<Clock>) {
+    family.set_compaction_filter("tidegate.expired.1", move |_level, _key, stored| {
+        let gone = rows::expires(stored).is_some_and(|expires| expires.saturating_add(KEPT_EXPIRED) < clock.now());
+        if gone { CompactionDecision::Remove } else { CompactionDecision::Keep }
+    });
+    // Files that no write touches any more are looked at again after this long.
+    family.set_periodic_compaction_seconds(SWEEP_SECONDS);
+}
+
+/// Ten times the longest deadline a query may be given, in microseconds.
+const KEPT_EXPIRED: i64 = 300_000_000;
+/// An hour: what has expired costs disk for so long, and every file is rewritten at most so often.
+const SWEEP_SECONDS: u64 = 3_600;
+
 /// False for a directory nobody has written to yet.
 fn is_set_up(db: &DB, directory: &Path) -> Result<bool, StoreError> {
     let Some(format) = read(db, meta::FORMAT_KEY)? else {
@@ -170,7 +199,7 @@ fn set_up(db: &DB) -> Result<(), StoreError> {
     let mut catalog = Catalog::default();
     (catalog.version, catalog.next_table) = (1, 1);
     catalog.put_namespace(main, DEFAULT_NAMESPACE);
-    let state = State { applied: Seq(0), catalog_version: catalog.version, log_floor: Seq(0) };
+    let state = State { applied: Seq(0), catalog_version: catalog.version, log_floor: Seq(0), committed_at: 0 };
     let mut batch = WriteBatch::default();
     batch.put(meta::FORMAT_KEY, meta::FORMAT.to_be_bytes());
     batch.put(meta::EPOCH_KEY, rand::random::<u64>().to_be_bytes());
@@ -186,6 +215,12 @@ fn read_epoch(db: &DB) -> Result<Epoch, StoreError> {
         Ok(bytes) => Ok(Epoch(u64::from_be_bytes(bytes))),
         Err(_) => Err(StoreError::Corrupt("the record m/epoch has the wrong length".to_owned())),
     }
+}
+
+fn read_mark(db: &DB) -> Result<i64, StoreError> {
+    let Some(mark) = read(db, meta::CLOCK_KEY)? else { return Ok(0) };
+    let mark = mark.try_into().map(i64::from_be_bytes);
+    mark.map_err(|_| StoreError::Corrupt("the record m/clock has the wrong length".to_owned()))
 }
 
 fn load_catalog(db: &DB, version: u64) -> Result<Catalog, StoreError> {

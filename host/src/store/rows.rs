@@ -1,8 +1,9 @@
 //! Stored row bytes: schema version and row image; lifting images of older schema versions.
 //!
 //! ```text
-//! format          1 byte, 1
+//! format          1 byte: 1, or 2 in stream tables
 //! schema version  varint (u32): the table's when the row was written
+//! expires         8 bytes, little-endian, format 2 only: microseconds since 1970, from when on the row does not show
 //! image           wire::image
 //! ```
 //!
@@ -16,24 +17,40 @@ use super::StoreError;
 use crate::catalog::Table;
 
 const ROW_FORMAT: u8 = 1;
+const EXPIRING_ROW_FORMAT: u8 = 2;
+const EXPIRES_BYTES: usize = 8;
 
 /// The bytes to store for `image`, which is at `table`'s schema version.
-pub(super) fn encode_row(table: &Table, image: &[u8]) -> Result<Vec<u8>, StoreError> {
-    let mut out = Vec::with_capacity(6 + image.len());
-    out.push(ROW_FORMAT);
+pub(super) fn encode_row(table: &Table, image: &[u8], expires: Option<i64>) -> Result<Vec<u8>, StoreError> {
+    let mut out = Vec::with_capacity(6 + EXPIRES_BYTES + image.len());
+    out.push(if expires.is_some() { EXPIRING_ROW_FORMAT } else { ROW_FORMAT });
     let mut out = postcard::to_extend(&table.schema_version, out)
         .map_err(|error| StoreError::Corrupt(format!("a schema version cannot be encoded: {error}")))?;
+    if let Some(expires) = expires {
+        out.extend_from_slice(&expires.to_le_bytes());
+    }
     out.extend_from_slice(image);
     Ok(out)
+}
+
+/// When the stored row stops showing; `None`: never. What cannot be read never does: [`open_row`] is to say so.
+pub(super) fn expires(stored: &[u8]) -> Option<i64> {
+    let (&EXPIRING_ROW_FORMAT, rest) = stored.split_first()? else { return None };
+    let (_, rest) = postcard::take_from_bytes::<u32>(rest).ok()?;
+    rest.first_chunk().map(|bytes| i64::from_le_bytes(*bytes))
 }
 
 /// The image in stored bytes, at `table`'s schema version; `buffer` holds it where it had to be lifted.
 pub(super) fn open_row<'a>(table: &Table, stored: &'a [u8], buffer: &'a mut Vec<u8>) -> Result<&'a [u8], StoreError> {
     let (version, image) = match stored.split_first() {
         Some((&ROW_FORMAT, rest)) => postcard::take_from_bytes::<u32>(rest).map_err(|_| damaged(table))?,
+        Some((&EXPIRING_ROW_FORMAT, rest)) => {
+            let (version, rest) = postcard::take_from_bytes::<u32>(rest).map_err(|_| damaged(table))?;
+            (version, rest.get(EXPIRES_BYTES..).ok_or_else(|| damaged(table))?)
+        }
         Some((format, _)) => {
             return Err(StoreError::Corrupt(format!(
-                "a row of {}.{} has format {format}; this tidegate knows format {ROW_FORMAT}",
+                "a row of {}.{} has format {format}; this tidegate knows formats up to {EXPIRING_ROW_FORMAT}",
                 table.namespace_name, table.name
             )));
         }
@@ -101,14 +118,20 @@ mod tests {
     fn the_bytes_are_pinned() {
         let mut table = fixtures::table(1);
         table.schema_version = 300;
-        assert_eq!(encode_row(&table, &[9, 8]).unwrap(), [1, 0xac, 0x02, 9, 8]);
+        assert_eq!(encode_row(&table, &[9, 8], None).unwrap(), [1, 0xac, 0x02, 9, 8]);
+        let expiring = [2, 0xac, 0x02, 3, 1, 0, 0, 0, 0, 0, 0, 9, 8];
+        assert_eq!(encode_row(&table, &[9, 8], Some(0x103)).unwrap(), expiring);
+        assert_eq!((expires(&expiring), expires(&[1, 0xac, 0x02, 9, 8])), (Some(0x103), None));
+        let mut buffer = Vec::new();
+        assert_eq!(open_row(&table, &expiring[..11], &mut buffer).unwrap(), [0u8; 0]);
+        assert!(open_row(&table, &expiring[..10], &mut buffer).is_err());
     }
 
     #[test]
     fn a_row_of_its_own_version_is_read_in_place() {
         let table = fixtures::table(1);
         let image = fixtures::image(7, Some("x"));
-        let stored = encode_row(&table, &image).unwrap();
+        let stored = encode_row(&table, &image, None).unwrap();
         let mut buffer = Vec::new();
         assert_eq!(open_row(&table, &stored, &mut buffer).unwrap(), image);
         assert!(buffer.is_empty());
@@ -117,7 +140,7 @@ mod tests {
     #[test]
     fn older_rows_are_lifted() {
         let old = fixtures::table(1);
-        let stored = encode_row(&old, &fixtures::image(7, Some("x"))).unwrap();
+        let stored = encode_row(&old, &fixtures::image(7, Some("x")), None).unwrap();
 
         let mut added = old.clone();
         added.schema_version += 1;
@@ -135,7 +158,7 @@ mod tests {
         null.columns[1].fill = Some(Value::Text("fill".to_owned()));
         null.schema_version += 1;
         null.images_since = null.schema_version;
-        let stored_null = encode_row(&old, &fixtures::image(7, None)).unwrap();
+        let stored_null = encode_row(&old, &fixtures::image(7, None), None).unwrap();
         let mut buffer = Vec::new();
         let image = open_row(&null, &stored_null, &mut buffer).unwrap();
         assert!(ImageRef::parse(image).unwrap().0.is_null(1));
@@ -154,7 +177,7 @@ mod tests {
     fn after_a_new_name_rows_are_read_in_place() {
         let old = fixtures::table(1);
         let image = fixtures::image(7, Some("x"));
-        let stored = encode_row(&old, &image).unwrap();
+        let stored = encode_row(&old, &image, None).unwrap();
         let mut renamed = old;
         renamed.schema_version += 1;
         renamed.columns[1].name = "other".to_owned();
@@ -167,7 +190,7 @@ mod tests {
     fn unknown_and_damaged_rows_are_refused() {
         let table = fixtures::table(1);
         let mut buffer = Vec::new();
-        for bytes in [&[][..], &[2, 1, 0], &[1], &[1, 99, 0xff]] {
+        for bytes in [&[][..], &[3, 1, 0], &[2, 1, 0], &[1], &[1, 99, 0xff]] {
             assert!(matches!(open_row(&table, bytes, &mut buffer), Err(StoreError::Corrupt(_))), "{bytes:?}");
         }
     }

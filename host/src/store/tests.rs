@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use wire::{CatalogEvent, FrameView, ImageRef, Op, Value};
 
-use super::fixtures::{MAIN, image, plugin, table, user_table};
+use super::fixtures::{MAIN, TTL_MICROS, image, plugin, stream_table, table, user_table};
 use super::keys::{KeyRange, encode_key};
 use super::snapshot::Snapshot;
 use super::*;
@@ -658,6 +658,81 @@ fn after_a_panic_on_the_commit_thread_nothing_is_written() {
     drop(store);
     // It was durable before the hook saw it.
     assert!(open_with(&options(dir.path())).catalog().table("main", "t1").is_some());
+}
+
+#[test]
+fn rows_of_a_stream_table_stop_showing_at_their_time() {
+    let (dir, store, table) = with_table(stream_table(1));
+    put(&store, &table, 1, Some("a"));
+    store.inner.clock.leap(TTL_MICROS / 2);
+    put(&store, &table, 2, Some("b"));
+    let key = encode_key(&table, &[Value::Int(1)]);
+    let before = store.snapshot();
+    let overdue = write(&before, &table, &Scope::Shared, 1, Some("late"));
+    assert_eq!(all(&store, &table).len(), 2);
+    assert_eq!(rows(&before, &table, &Scope::Shared, KeyRange::all()).len(), 2);
+    store.inner.clock.leap(TTL_MICROS / 2);
+    assert_eq!(all(&store, &table), [(2, "b".to_owned())]);
+    assert_eq!(store.snapshot().get(&table, &Scope::Shared, &key).unwrap(), None);
+    // One snapshot is looked at at one time.
+    assert_eq!(rows(&before, &table, &Scope::Shared, KeyRange::all()).len(), 2);
+    // What was read alive is expired when it is to be written: the writer looks again, and finds the key free.
+    let late = commit(&store, before.seq(), vec![overdue]);
+    assert!(matches!(late, Err(CommitError::Stale)), "{late:?}");
+    let seq = put(&store, &table, 1, Some("again"));
+    let frame = log(&store.snapshot(), Seq(seq.0 - 1)).unwrap().remove(0).1;
+    assert_eq!(FrameView::parse(&frame).unwrap().sections[0].changes[0].op, Op::Insert);
+    assert_eq!(all(&store, &table).len(), 2);
+    // What is alive is renewed by a change.
+    store.inner.clock.leap(TTL_MICROS / 4);
+    put(&store, &table, 2, Some("renewed"));
+    store.inner.clock.leap(TTL_MICROS / 2);
+    assert_eq!(all(&store, &table).len(), 2);
+
+    // Over an orderly end and over a crash, with a wall clock that knows nothing of all this.
+    store.inner.clock.leap(TTL_MICROS / 3);
+    assert_eq!(all(&store, &table), [(2, "renewed".to_owned())]);
+    let crashed = open_with(&options(crash(dir.path()).path()));
+    assert_eq!(all(&crashed, &table), [(2, "renewed".to_owned())]);
+    store.close();
+    drop((store, before));
+    let store = open_with(&options(dir.path()));
+    assert_eq!(all(&store, &table), [(2, "renewed".to_owned())]);
+}
+
+#[test]
+fn compaction_sweeps_what_expired_long_ago() {
+    let (_dir, store, table) = with_table(stream_table(1));
+    put(&store, &table, 1, Some("a"));
+    let stored = || {
+        store.inner.flush().unwrap();
+        let family = family(&store.inner.db, STREAM_FAMILY);
+        store.inner.db.compact_range_cf(family, None::<&[u8]>, None::<&[u8]>);
+        store.inner.db.iterator_cf(family, rocksdb::IteratorMode::Start).count()
+    };
+    assert_eq!(stored(), 1);
+    store.inner.clock.leap(TTL_MICROS + 60_000_000);
+    put(&store, &table, 2, Some("b"));
+    assert_eq!(all(&store, &table), [(2, "b".to_owned())]);
+    assert_eq!(stored(), 2, "somebody may still read it through a snapshot");
+    store.inner.clock.leap(600_000_000);
+    put(&store, &table, 3, Some("c"));
+    assert_eq!(stored(), 2, "the first row is gone");
+    assert_eq!(all(&store, &table).len(), 2);
+}
+
+#[test]
+fn commit_times_never_go_back_over_a_restart() {
+    let (dir, store, table) = with_table(table(1));
+    let time = |store: &Store, seq: Seq| {
+        let frame = log(&store.snapshot(), Seq(seq.0 - 1)).unwrap().remove(0).1;
+        FrameView::parse(&frame).unwrap().committed_at
+    };
+    store.inner.clock.leap(TTL_MICROS);
+    let first = time(&store, put(&store, &table, 1, Some("a")));
+    drop(store);
+    let store = open_with(&options(dir.path()));
+    assert!(time(&store, put(&store, &table, 2, Some("b"))) >= first);
 }
 
 /// Snapshots taken while catalog and rows change are each consistent in themselves.
