@@ -8,7 +8,7 @@ mod options;
 mod raw;
 mod show;
 
-pub use options::{LiveOptions, PluginOptions, SqlOptions, StoreOptions};
+pub use options::{Durability, LiveOptions, PluginOptions, SqlOptions, StoreOptions};
 
 use std::collections::HashSet;
 use std::net::SocketAddr;

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use tokio::sync::{RwLock, watch};
+use tokio::sync::{RwLock, Semaphore, watch};
 
 use crate::catalog::{DEFAULT_NAMESPACE, Plugin};
 use crate::config::{Config, Role};
@@ -178,6 +178,8 @@ struct Inner {
     heartbeat: std::time::Duration,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
+    /// Writes under way, from their planning to their acknowledgement: each holds its rows in memory.
+    writes: Semaphore,
     /// The catalog's version, sent after every catalog commit: wakes streams that wait for a plugin.
     catalog_version: watch::Sender<u64>,
     /// Live streams per plugin (namespace, name): a plugin in use is not deleted.
@@ -210,6 +212,7 @@ impl Db {
             sources,
             heartbeat: config.live.heartbeat,
             turn: RwLock::new(()),
+            writes: Semaphore::new(config.store.write_queue),
             catalog_version,
             plugin_uses: Mutex::default(),
             closing: AtomicBool::new(false),

@@ -50,6 +50,9 @@ pub enum SqlError {
     /// A limit was reached: which, and how to stay under it.
     #[error("{0}")]
     Limit(String),
+    /// Too much is under way already: to be tried again.
+    #[error("{0}")]
+    Busy(String),
     #[error("the query ran longer than {0:?} and was stopped")]
     Deadline(Duration),
     #[error(transparent)]

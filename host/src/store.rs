@@ -14,6 +14,7 @@ pub mod keys;
 mod meta;
 mod open;
 mod recent;
+mod retention;
 pub mod rows;
 pub mod snapshot;
 #[cfg(test)]
@@ -21,7 +22,8 @@ mod tests;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -30,7 +32,8 @@ use wire::Scope;
 
 use crate::catalog::{Catalog, NamespaceId, Plugin, Table, TableId, TableKind};
 pub use crate::catalog::{Epoch, Seq};
-pub use crate::config::StoreOptions;
+pub use crate::config::{Durability, StoreOptions};
+use retention::{Retention, Signal};
 
 const USER_FAMILY: &str = "user_tables";
 const SHARED_FAMILY: &str = "shared_tables";
@@ -141,6 +144,7 @@ pub type CommitHook = Box<dyn Fn(&Arc<Commit>) + Send + Sync>;
 pub struct Store {
     inner: Arc<Inner>,
     queue: Arc<commit::Queue>,
+    retention: Arc<Retention>,
 }
 
 /// What readers, the committer and the handle share.
@@ -151,7 +155,16 @@ struct Inner {
     epoch: Epoch,
     max_commit_bytes: usize,
     log_commits: u64,
+    log_bytes: u64,
+    log_age_micros: i64,
+    durability: Durability,
+    sync_interval: Duration,
+    write_queue: usize,
     applied: AtomicU64,
+    /// The newest commit that is on disk whatever happens, and so may be told in events.
+    durable: AtomicU64,
+    /// Bytes of all frames ever logged.
+    logged: AtomicU64,
     log_floor: AtomicU64,
     clock: Arc<clock::Clock>,
     /// Of the newest commit.
@@ -161,6 +174,8 @@ struct Inner {
     /// The two newest, in this order; the second may be that of a commit still being written. Snapshots find theirs here.
     catalogs: ArcSwap<[Arc<Catalog>; 2]>,
     failure: OnceLock<String>,
+    retention: Arc<Signal>,
+    trimming: Mutex<()>,
 }
 
 impl Store {
@@ -175,6 +190,13 @@ impl Store {
             epoch: opened.epoch,
             max_commit_bytes: options.max_commit_bytes,
             log_commits: options.log_commits,
+            log_bytes: options.log_bytes,
+            log_age_micros: i64::try_from(options.log_age.as_micros()).unwrap_or(i64::MAX),
+            durability: options.durability,
+            sync_interval: options.sync_interval,
+            write_queue: options.write_queue,
+            durable: AtomicU64::new(opened.state.applied.0),
+            logged: AtomicU64::new(opened.state.logged),
             applied: AtomicU64::new(opened.state.applied.0),
             log_floor: AtomicU64::new(opened.state.log_floor.0),
             clock: opened.clock,
@@ -182,23 +204,44 @@ impl Store {
             catalogs: ArcSwap::from_pointee([catalog.clone(), catalog.clone()]),
             catalog: ArcSwap::new(catalog),
             failure: OnceLock::new(),
+            retention: Arc::default(),
+            trimming: Mutex::new(()),
         });
-        let queue = Arc::new(commit::Queue::new(inner.clone(), opened.logs));
-        Ok(Store { inner, queue })
+        let queue = Arc::new(commit::Queue::new(inner.clone()));
+        let retention = Arc::new(Retention::new(&inner));
+        Ok(Store { inner, queue, retention })
     }
 
     /// Starts the committer thread; `hook` sees every commit. Called once; transactions handed over before wait.
     pub fn start(&self, hook: CommitHook) {
         self.queue.start(hook);
+        self.retention.start(self.inner.clone());
     }
 
     pub fn epoch(&self) -> Epoch {
         self.inner.epoch
     }
 
-    /// The newest durable commit.
+    /// The newest commit: what a query sees.
     pub fn applied(&self) -> Seq {
         self.inner.applied()
+    }
+
+    /// The newest commit that is on disk, whatever happens. Behind [`Store::applied`] only where `durability` is not
+    /// `sync`. Nothing after it may be told to a subscriber.
+    pub fn durable(&self) -> Seq {
+        Seq(self.inner.durable.load(Ordering::Acquire))
+    }
+
+    /// Waits until everything the snapshot shows is on disk. Blocks.
+    pub fn make_durable(&self, snapshot: &snapshot::Snapshot) -> Result<(), StoreError> {
+        if snapshot.seq() <= self.durable() { Ok(()) } else { self.inner.sync() }
+    }
+
+    /// For tests: trims the change log now, instead of within a second.
+    #[cfg(test)]
+    pub fn trim_log(&self) {
+        retention::trim(&self.inner).unwrap();
     }
 
     /// The catalog as of the newest durable commit.
@@ -267,6 +310,7 @@ impl Store {
     /// directory is released when the last handle and snapshot are gone.
     pub fn close(&self) {
         self.queue.close();
+        self.retention.stop();
         if self.failed() {
             return;
         }
@@ -285,11 +329,19 @@ impl Inner {
         Seq(self.log_floor.load(Ordering::Acquire))
     }
 
+    /// Everything written so far is on disk when this returns. After a failure nothing is: see [`commit`].
+    fn sync(&self) -> Result<(), StoreError> {
+        self.db.flush_wal(true).map_err(read_error).inspect_err(|error| {
+            self.fail(format!("the write-ahead log could not be synced: {error}"));
+        })
+    }
+
     /// As in memory; for what is on disk at one point, see [`snapshot::Snapshot`].
     fn state(&self) -> meta::State {
         let catalog_version = self.catalog.load().version;
         let committed_at = self.committed_at.load(Ordering::Acquire);
-        meta::State { applied: self.applied(), catalog_version, log_floor: self.log_floor(), committed_at }
+        let (applied, log_floor) = (self.applied(), self.log_floor());
+        meta::State { applied, catalog_version, log_floor, committed_at, logged: self.logged.load(Ordering::Acquire) }
     }
 
     fn read(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {

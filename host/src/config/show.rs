@@ -39,8 +39,13 @@ impl Config {
     fn storage(&self, list: &mut List) {
         list.prefix = "storage";
         let store = &self.store;
+        list.put("durability", store.durability.as_str());
+        list.millis("sync_interval_ms", store.sync_interval);
         list.put("max_commit_bytes", store.max_commit_bytes);
+        list.put("write_queue", store.write_queue);
         list.put("log_commits", store.log_commits);
+        list.put("log_bytes", store.log_bytes);
+        list.millis("log_age_ms", store.log_age);
         list.prefix = "storage.rocksdb";
         list.put("write_buffer_size", store.write_buffer_size);
         list.put("max_write_buffers", store.max_write_buffers);

@@ -39,6 +39,8 @@ pub(super) async fn dml(
     statements: &[Statement],
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
+    // Refused at once rather than queued without end: the client knows best how long it wants to wait.
+    let _under_way = db.inner.writes.try_acquire().map_err(|_| DbError::Commit(CommitError::Busy))?;
     for attempt in 0..TRIES {
         // Held from the snapshot to the commit. Alone, no other transaction is in flight and this one must win.
         let (_shared, _alone);

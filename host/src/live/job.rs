@@ -77,6 +77,7 @@ impl SnapshotScan {
         if let Some(reason) = outdated(snapshot.catalog(), spec) {
             return Err(JobError::Outdated(reason));
         }
+        store.make_durable(&snapshot)?;
         let rows = snapshot.scan(&spec.table, &spec.scope, spec.range.clone());
         Ok(SnapshotScan { seq: snapshot.seq(), rows })
     }

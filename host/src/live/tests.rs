@@ -241,6 +241,7 @@ impl World {
             max_open_files: 64,
             max_commit_bytes: 1 << 20,
             log_commits,
+            ..StoreOptions::new(dir.path())
         })
         .unwrap();
         let doubler = Doubler::default();
@@ -279,6 +280,7 @@ impl World {
         let transaction = Transaction { namespace: self.table.namespace, base, rows, catalog };
         let seq = self.store.commit(transaction).await.unwrap();
         self.history.insert(seq, self.model.clone());
+        self.store.trim_log();
         seq
     }
 

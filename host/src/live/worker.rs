@@ -474,7 +474,7 @@ impl Worker {
 
     /// To the present: what happened before concerns nobody here. Read before the catalog is (see `join`).
     fn jump(&mut self) {
-        self.advance(self.shared.store.applied());
+        self.advance(self.shared.store.durable());
     }
 
     fn advance(&mut self, seq: Seq) {

@@ -32,6 +32,7 @@ fn bench_with(change: impl FnOnce(&mut SqlOptions)) -> Bench {
         max_open_files: 64,
         max_commit_bytes: 16 << 20,
         log_commits: 1000,
+        ..StoreOptions::new(dir.path())
     })
     .unwrap();
     store.start(Box::new(|_| {}));

@@ -3,7 +3,9 @@
 //! ```text
 //! m/format               store format, u32
 //! m/epoch                u64
-//! m/state                applied seq, catalog version, log floor, commit time: u64 each; written with every commit
+//! m/state                applied seq, catalog version, log floor, commit time, bytes logged: u64 each; written with
+//!                        every commit
+//! m/floor                the highest seq no longer in the change log, u64; written with what trims it
 //! m/clock                up to where time may have been read, i64 (see `store/clock.rs`)
 //! m/catalog              next ids
 //! n/{namespace u32}      a namespace
@@ -11,6 +13,7 @@
 //! p/{namespace u32}{version u32}{name}   one version of a plugin
 //! w/{sha256}             the bytes of a plugin
 //! l/{namespace u32}{seq u64}             the change log: a wire::Frame
+//! k/{seq u64}                            a mark in the change log: commit time and bytes logged so far, u64 each
 //! s/{key}                settings of the layers above
 //! ```
 //!
@@ -39,11 +42,13 @@ pub(super) const FORMAT_KEY: &[u8] = b"m/format";
 pub(super) const EPOCH_KEY: &[u8] = b"m/epoch";
 pub(super) const STATE_KEY: &[u8] = b"m/state";
 pub(super) const CLOCK_KEY: &[u8] = b"m/clock";
+pub(super) const FLOOR_KEY: &[u8] = b"m/floor";
 pub(super) const CATALOG_KEY: &[u8] = b"m/catalog";
 pub(super) const NAMESPACES: &[u8] = b"n/";
 pub(super) const TABLES: &[u8] = b"t/";
 pub(super) const PLUGINS: &[u8] = b"p/";
 pub(super) const LOGS: &[u8] = b"l/";
+const MARKS: &[u8] = b"k/";
 
 const RECORD_VERSION: u8 = 1;
 /// Of a table's record.
@@ -93,29 +98,68 @@ pub(super) struct State {
     pub log_floor: Seq,
     /// Of the commit `applied`: the next one is not earlier.
     pub committed_at: i64,
+    /// Bytes of all frames ever logged.
+    pub logged: u64,
 }
 
 impl State {
-    pub fn encode(self) -> [u8; 32] {
-        let mut out = [0; 32];
+    pub fn encode(self) -> [u8; 40] {
+        let mut out = [0; 40];
         out[..8].copy_from_slice(&self.applied.0.to_be_bytes());
         out[8..16].copy_from_slice(&self.catalog_version.to_be_bytes());
         out[16..24].copy_from_slice(&self.log_floor.0.to_be_bytes());
-        out[24..].copy_from_slice(&self.committed_at.to_be_bytes());
+        out[24..32].copy_from_slice(&self.committed_at.to_be_bytes());
+        out[32..].copy_from_slice(&self.logged.to_be_bytes());
         out
     }
 
     pub fn decode(bytes: &[u8]) -> Result<State, StoreError> {
         let word = |i: usize| Some(u64::from_be_bytes(bytes.get(i * 8..i * 8 + 8)?.try_into().ok()?));
         match (bytes.len(), word(0), word(1), word(2)) {
-            // Format 1 said no time.
-            (24 | 32, Some(applied), Some(catalog_version), Some(log_floor)) => {
+            // Format 1 said no time and counted no bytes.
+            (24 | 40, Some(applied), Some(catalog_version), Some(log_floor)) => {
                 let committed_at = word(3).map_or(0, |word| word as i64);
-                Ok(State { applied: Seq(applied), catalog_version, log_floor: Seq(log_floor), committed_at })
+                let (applied, log_floor, logged) = (Seq(applied), Seq(log_floor), word(4).unwrap_or(0));
+                Ok(State { applied, catalog_version, log_floor, committed_at, logged })
             }
             _ => Err(StoreError::Corrupt("the record m/state has the wrong length".to_owned())),
         }
     }
+}
+
+/// A place in the change log, left every so often: where it may be cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mark {
+    pub seq: Seq,
+    pub committed_at: i64,
+    /// Bytes of all frames up to here.
+    pub logged: u64,
+}
+
+impl Mark {
+    pub fn encode(self) -> [u8; 16] {
+        let mut out = [0; 16];
+        out[..8].copy_from_slice(&self.committed_at.to_be_bytes());
+        out[8..].copy_from_slice(&self.logged.to_be_bytes());
+        out
+    }
+
+    /// `None`: the key is none of a mark.
+    pub fn decode(key: &[u8], value: &[u8]) -> Result<Option<Mark>, StoreError> {
+        let Some(seq) = key.strip_prefix(MARKS) else { return Ok(None) };
+        match (seq.try_into(), value.split_first_chunk()) {
+            (Ok(seq), Some((committed_at, logged))) if logged.len() == 8 => Ok(Some(Mark {
+                seq: Seq(u64::from_be_bytes(seq)),
+                committed_at: i64::from_be_bytes(*committed_at),
+                logged: logged.iter().fold(0, |logged, byte| logged << 8 | u64::from(*byte)),
+            })),
+            _ => Err(StoreError::Corrupt("a mark of the change log has the wrong length".to_owned())),
+        }
+    }
+}
+
+pub(super) fn mark_key(seq: Seq) -> Vec<u8> {
+    [MARKS, &seq.0.to_be_bytes()].concat()
 }
 
 #[derive(Serialize, Deserialize)]
@@ -413,14 +457,24 @@ mod tests {
 
     #[test]
     fn the_state_is_pinned() {
-        let state = State { applied: Seq(1), catalog_version: 2, log_floor: Seq(3), committed_at: 4 };
+        let state = State { applied: Seq(1), catalog_version: 2, log_floor: Seq(3), committed_at: 4, logged: 5 };
         let bytes = state.encode();
         let first = [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3];
         assert_eq!(bytes[..24], first);
-        assert_eq!(bytes[24..], [0, 0, 0, 0, 0, 0, 0, 4]);
+        assert_eq!(bytes[24..], [0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 5]);
         assert_eq!(State::decode(&bytes).unwrap(), state);
-        assert_eq!(State::decode(&first).unwrap(), State { committed_at: 0, ..state });
-        assert!(State::decode(&bytes[..23]).is_err() && State::decode(&bytes[..31]).is_err());
+        assert_eq!(State::decode(&first).unwrap(), State { committed_at: 0, logged: 0, ..state });
+        assert!(State::decode(&bytes[..23]).is_err() && State::decode(&bytes[..39]).is_err());
+    }
+
+    #[test]
+    fn a_mark_is_pinned() {
+        let mark = Mark { seq: Seq(3), committed_at: 4, logged: 0x105 };
+        let bytes = [0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 1, 5];
+        assert_eq!((mark_key(Seq(3)).as_slice(), mark.encode()), (&b"k/\0\0\0\0\0\0\0\x03"[..], bytes));
+        assert_eq!(Mark::decode(&mark_key(Seq(3)), &bytes).unwrap(), Some(mark));
+        assert_eq!(Mark::decode(b"l/", &bytes).unwrap(), None);
+        assert!(Mark::decode(&mark_key(Seq(3)), &bytes[1..]).is_err());
     }
 
     #[test]

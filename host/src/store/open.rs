@@ -1,6 +1,5 @@
 //! Opening the data directory: RocksDB's options, what a new directory gets, what an old one is held to, the catalog.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,8 +26,6 @@ pub(super) struct Opened {
     pub epoch: Epoch,
     pub state: State,
     pub catalog: Catalog,
-    /// The newest commit in the change log of each namespace that has any there.
-    pub logs: BTreeMap<NamespaceId, Seq>,
 }
 
 pub(super) fn open(options: &StoreOptions) -> Result<Opened, StoreError> {
@@ -53,13 +50,13 @@ pub(super) fn open(options: &StoreOptions) -> Result<Opened, StoreError> {
         set_up(&db)?;
     }
     let epoch = read_epoch(&db)?;
-    let state = State::decode(&required(&db, meta::STATE_KEY)?)?;
+    let mut state = State::decode(&required(&db, meta::STATE_KEY)?)?;
+    state.log_floor = state.log_floor.max(decode_floor(read(&db, meta::FLOOR_KEY)?.as_deref())?);
     high_water::check(&options.path, epoch, state.applied)?;
     high_water::write(&options.path, epoch, state.applied)?;
     let catalog = load_catalog(&db, state.catalog_version)?;
-    let logs = find_logs(&db)?;
     clock.resume(read_mark(&db)?, state.committed_at);
-    Ok(Opened { db, cache, clock, epoch, state, catalog, logs })
+    Ok(Opened { db, cache, clock, epoch, state, catalog })
 }
 
 pub(super) fn database_path(directory: &Path) -> PathBuf {
@@ -199,7 +196,7 @@ fn set_up(db: &DB) -> Result<(), StoreError> {
     let mut catalog = Catalog::default();
     (catalog.version, catalog.next_table) = (1, 1);
     catalog.put_namespace(main, DEFAULT_NAMESPACE);
-    let state = State { applied: Seq(0), catalog_version: catalog.version, log_floor: Seq(0), committed_at: 0 };
+    let state = State { applied: Seq(0), catalog_version: catalog.version, log_floor: Seq(0), committed_at: 0, logged: 0 };
     let mut batch = WriteBatch::default();
     batch.put(meta::FORMAT_KEY, meta::FORMAT.to_be_bytes());
     batch.put(meta::EPOCH_KEY, rand::random::<u64>().to_be_bytes());
@@ -242,23 +239,11 @@ fn for_each(db: &DB, prefix: &[u8], mut each: impl FnMut(&[u8]) -> Result<(), St
     Ok(())
 }
 
-/// Two seeks a namespace, however long its log is.
-fn find_logs(db: &DB) -> Result<BTreeMap<NamespaceId, Seq>, StoreError> {
-    let mut logs = BTreeMap::new();
-    let mut cursor = db.raw_iterator_cf(family(db, DEFAULT_FAMILY));
-    cursor.seek(meta::LOGS);
-    while let Some((namespace, _)) = cursor.key().and_then(meta::read_log_key) {
-        cursor.seek_for_prev(meta::log_key(namespace, Seq(u64::MAX)));
-        if let Some((_, newest)) = cursor.key().and_then(meta::read_log_key) {
-            logs.insert(namespace, newest);
-        }
-        match successor(&meta::log_prefix(namespace)) {
-            Some(next) => cursor.seek(next),
-            None => break,
-        }
-    }
-    cursor.status().map_err(read_error)?;
-    Ok(logs)
+/// What the record `m/floor` says; where there is none, nothing was trimmed by it.
+pub(super) fn decode_floor(record: Option<&[u8]>) -> Result<Seq, StoreError> {
+    let Some(record) = record else { return Ok(Seq(0)) };
+    let floor = record.try_into().map(u64::from_be_bytes).map(Seq);
+    floor.map_err(|_| StoreError::Corrupt("the record m/floor has the wrong length".to_owned()))
 }
 
 fn read(db: &DB, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {

@@ -14,6 +14,7 @@ use wire::Scope;
 use super::clock::Clock;
 use super::keys::{KeyRange, row_prefix, successor};
 use super::meta::{self, State};
+use super::open::decode_floor;
 use super::{DEFAULT_FAMILY, Inner, Seq, StoreError, family, read_error, row_family, rows, synced};
 use crate::catalog::{Catalog, NamespaceId, Table};
 
@@ -179,10 +180,13 @@ impl Pinned {
 
 fn read_state(view: &View) -> Result<State, StoreError> {
     let family = family(view.borrow_owner(), DEFAULT_FAMILY);
-    match view.borrow_dependent().get_pinned_cf(family, meta::STATE_KEY).map_err(read_error)? {
-        Some(bytes) => State::decode(&bytes),
-        None => Err(StoreError::Corrupt("the record m/state is missing".to_owned())),
-    }
+    let read = |key| view.borrow_dependent().get_pinned_cf(family, key).map_err(read_error);
+    let Some(state) = read(meta::STATE_KEY)? else {
+        return Err(StoreError::Corrupt("the record m/state is missing".to_owned()));
+    };
+    let state = State::decode(&state)?;
+    let floor = decode_floor(read(meta::FLOOR_KEY)?.as_deref())?;
+    Ok(State { log_floor: state.log_floor.max(floor), ..state })
 }
 
 /// Where a scan stands. Creating a scan touches no data; its first read does.

@@ -25,6 +25,7 @@ fn options(path: &Path) -> StoreOptions {
         max_open_files: 64,
         max_commit_bytes: 1 << 20,
         log_commits: 1000,
+        ..StoreOptions::new(path)
     }
 }
 
@@ -558,6 +559,7 @@ fn the_log_is_trimmed_and_says_so() {
     let mut newest = early.seq();
     for id in 0..40 {
         newest = put(&store, &table, id, Some("x"));
+        store.trim_log();
     }
     let now = store.snapshot();
     let floor = now.log_floor();
@@ -578,6 +580,107 @@ fn the_log_is_trimmed_and_says_so() {
     let store = open_with(&options);
     assert_eq!(store.log_floor(), floor);
     assert_eq!(log(&store.snapshot(), floor).unwrap(), kept);
+}
+
+#[test]
+fn the_log_is_kept_by_bytes_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = StoreOptions { log_commits: 100_000, log_bytes: 60_000, ..options(dir.path()) };
+    let store = open_with(&options);
+    let table = Arc::new(table(1));
+    change_catalog(&store, CatalogWrite::PutTable(table.clone())).unwrap();
+    let text = "x".repeat(100);
+    for round in 0..3 {
+        for id in 0..300 {
+            put(&store, &table, 1000 * round + id, Some(&text));
+        }
+        store.trim_log();
+        let floor = store.log_floor();
+        let kept = log(&store.snapshot(), floor).unwrap();
+        let bytes: usize = kept.iter().map(|(_, frame)| frame.len()).sum();
+        let largest = kept.iter().map(|(_, frame)| frame.len()).max().unwrap();
+        // It is cut at marks, which come every 64 commits.
+        let (least, most) = (60_000, 60_000 + 64 * largest);
+        assert!((least..=most).contains(&bytes), "{bytes} bytes after {floor:?}");
+        assert!(round == 0 || floor > Seq(0));
+    }
+    // What was counted is known again after a restart.
+    store.close();
+    drop(store);
+    let store = open_with(&options);
+    let floor = store.log_floor();
+    for id in 0..200 {
+        put(&store, &table, 10_000 + id, Some(&text));
+    }
+    store.trim_log();
+    assert!(store.log_floor() > floor);
+    let left = store.inner.db.iterator(rocksdb::IteratorMode::From(b"k/", rocksdb::Direction::Forward));
+    let marks = left.take_while(|entry| entry.as_ref().unwrap().0.starts_with(b"k/")).count();
+    assert!(marks < 12, "marks go with what they mark: {marks}");
+}
+
+#[test]
+fn the_log_is_kept_by_age_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let hour = Duration::from_secs(3_600);
+    let store = open_with(&StoreOptions { log_age: hour, ..options(dir.path()) });
+    let table = Arc::new(table(1));
+    change_catalog(&store, CatalogWrite::PutTable(table.clone())).unwrap();
+    let mut first = Seq(0);
+    for id in 0..100 {
+        first = put(&store, &table, id, Some("x"));
+    }
+    store.inner.clock.leap(hour.as_micros() as i64 / 2);
+    let second = put(&store, &table, 200, Some("x"));
+    store.trim_log();
+    assert_eq!(store.log_floor(), Seq(0));
+    store.inner.clock.leap(hour.as_micros() as i64 * 2 / 3);
+    store.trim_log();
+    let floor = store.log_floor();
+    assert!(floor > Seq(60) && floor <= first, "{floor:?}, {first:?}");
+    let kept = log(&store.snapshot(), floor).unwrap();
+    assert_eq!(kept.last().unwrap().0, second);
+    store.inner.clock.leap(hour.as_micros() as i64);
+    store.trim_log();
+    assert_eq!(store.log_floor(), second, "a mark is left after a pause");
+}
+
+/// An acknowledgement may come before the sync; an event may not.
+#[test]
+fn events_wait_for_the_sync_in_every_mode() {
+    for durability in [Durability::Interval, Durability::Os] {
+        let dir = tempfile::tempdir().unwrap();
+        // Longer than the test.
+        let options = StoreOptions { durability, sync_interval: Duration::from_secs(600), ..options(dir.path()) };
+        let store = Store::open(&options).unwrap();
+        let (seen, hook) = recorder();
+        store.start(hook);
+        let table = Arc::new(table(1));
+        change_catalog(&store, CatalogWrite::PutTable(table.clone())).unwrap();
+        let seq = put(&store, &table, 1, Some("x"));
+        assert_eq!((store.applied(), store.durable()), (seq, Seq(0)));
+        assert_eq!(all(&store, &table), [(1, "x".to_owned())], "who wrote sees it");
+        assert!(seen.lock().unwrap().is_empty());
+        // What a killed server leaves behind has it.
+        let left = crash(dir.path());
+        assert_eq!(all(&open_with(&self::options(left.path())), &table), [(1, "x".to_owned())]);
+        // A live query's snapshot is made durable before it is shown.
+        store.make_durable(&store.snapshot()).unwrap();
+        store.close();
+        assert_eq!((store.durable(), seen.lock().unwrap().len()), (seq, 2));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let soon = Duration::from_millis(1);
+    let options = StoreOptions { durability: Durability::Interval, sync_interval: soon, ..options(dir.path()) };
+    let store = open_with(&options);
+    let table = Arc::new(table(1));
+    change_catalog(&store, CatalogWrite::PutTable(table.clone())).unwrap();
+    let seq = put(&store, &table, 1, Some("x"));
+    let patience = std::time::Instant::now() + Duration::from_secs(20);
+    while store.durable() < seq {
+        assert!(std::time::Instant::now() < patience, "no sync follows");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]
@@ -692,8 +795,8 @@ fn rows_of_a_stream_table_stop_showing_at_their_time() {
     // Over an orderly end and over a crash, with a wall clock that knows nothing of all this.
     store.inner.clock.leap(TTL_MICROS / 3);
     assert_eq!(all(&store, &table), [(2, "renewed".to_owned())]);
-    let crashed = open_with(&options(crash(dir.path()).path()));
-    assert_eq!(all(&crashed, &table), [(2, "renewed".to_owned())]);
+    let left = crash(dir.path());
+    assert_eq!(all(&open_with(&options(left.path())), &table), [(2, "renewed".to_owned())]);
     store.close();
     drop((store, before));
     let store = open_with(&options(dir.path()));
