@@ -5,6 +5,7 @@
 //! [`subscribe`]; what an upload goes through in [`install`].
 
 mod adapters;
+mod idempotency;
 mod install;
 mod subscribe;
 mod system;
@@ -29,6 +30,7 @@ use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
+pub use idempotency::Idempotency;
 pub use subscribe::LiveStream;
 
 /// Who asks.
@@ -54,6 +56,8 @@ pub enum DbError {
     /// The plugin or version is in use or stands in the way: nothing was changed.
     #[error("{0}")]
     InUse(String),
+    #[error("this Idempotency-Key came with another request before; take a new key for each new write")]
+    KeyReused,
     #[error("{0}")]
     NotFound(String),
     #[error("{0}")]
@@ -75,6 +79,8 @@ pub struct SqlRequest {
     pub namespace: Option<String>,
     /// Refuse everything but queries (GET).
     pub read_only: bool,
+    /// A write that may be sent again. Queries may be anyway.
+    pub idempotency: Option<Idempotency>,
 }
 
 pub enum StatementResult {
@@ -86,6 +92,8 @@ pub struct SqlAnswer {
     pub results: Vec<StatementResult>,
     /// The commit of the writes, or the snapshot the queries saw.
     pub seq: Seq,
+    /// It was answered before, and nothing was done now.
+    pub replayed: bool,
 }
 
 /// One stage as asked for: `name`, `name@version` or `name@sha256:…`, and JSON object parameters.
@@ -282,7 +290,7 @@ impl Db {
             self.inner.metrics.queries.inc();
             results.push(StatementResult::Rows(self.inner.sql.query(statement, env.clone()).await?));
         }
-        Ok(SqlAnswer { results, seq })
+        Ok(SqlAnswer { results, seq, replayed: false })
     }
 
     /// Parsing is bounded by the gate, but needs a large stack and some time: not on the async threads.

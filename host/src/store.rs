@@ -13,6 +13,7 @@ mod high_water;
 pub mod keys;
 mod meta;
 mod open;
+pub mod receipts;
 mod recent;
 mod retention;
 pub mod rows;
@@ -33,6 +34,7 @@ use wire::Scope;
 use crate::catalog::{Catalog, NamespaceId, Plugin, Table, TableId, TableKind};
 pub use crate::catalog::{Epoch, Seq};
 pub use crate::config::{Durability, StoreOptions};
+pub use receipts::{KeptReceipt, Receipt};
 use retention::{Retention, Signal};
 
 const USER_FAMILY: &str = "user_tables";
@@ -87,6 +89,8 @@ pub struct Transaction {
     pub base: Seq,
     pub rows: Vec<RowWrite>,
     pub catalog: Vec<CatalogWrite>,
+    /// Makes a commit also of what changes nothing.
+    pub receipt: Option<Receipt>,
 }
 
 /// A durable commit, as subscribers of the store see it.
@@ -157,6 +161,7 @@ struct Inner {
     log_commits: u64,
     log_bytes: u64,
     log_age_micros: i64,
+    receipt_age_micros: i64,
     durability: Durability,
     sync_interval: Duration,
     write_queue: usize,
@@ -176,6 +181,8 @@ struct Inner {
     failure: OnceLock<String>,
     retention: Arc<Signal>,
     trimming: Mutex<()>,
+    /// Held while receipts are written or swept.
+    receipts: Mutex<()>,
 }
 
 impl Store {
@@ -192,6 +199,7 @@ impl Store {
             log_commits: options.log_commits,
             log_bytes: options.log_bytes,
             log_age_micros: i64::try_from(options.log_age.as_micros()).unwrap_or(i64::MAX),
+            receipt_age_micros: i64::try_from(options.idempotency_age.as_micros()).unwrap_or(i64::MAX),
             durability: options.durability,
             sync_interval: options.sync_interval,
             write_queue: options.write_queue,
@@ -206,6 +214,7 @@ impl Store {
             failure: OnceLock::new(),
             retention: Arc::default(),
             trimming: Mutex::new(()),
+            receipts: Mutex::new(()),
         });
         let queue = Arc::new(commit::Queue::new(inner.clone()));
         let retention = Arc::new(Retention::new(&inner));

@@ -2,6 +2,7 @@
 
 mod auth;
 mod durability;
+mod idempotency;
 mod live;
 mod ops;
 mod oracle;

@@ -38,6 +38,8 @@ pub struct StoreOptions {
     pub log_commits: u64,
     pub log_bytes: u64,
     pub log_age: Duration,
+    /// How long a write's answer is kept for the case that it is sent again.
+    pub idempotency_age: Duration,
     pub durability: Durability,
     /// How long a write may be acknowledged and not on disk, where `durability` is not `sync`.
     pub sync_interval: Duration,

@@ -56,6 +56,7 @@ section!(RawStorage {
     log_commits: u64,
     log_bytes: Size,
     log_age_ms: u64,
+    idempotency_age_ms: u64,
 } sections { rocksdb: RawRocksdb });
 section!(RawRocksdb {
     write_buffer_size: Size,
@@ -390,6 +391,13 @@ impl RawStorage {
             log_commits: bounded("storage.log_commits", self.log_commits, 1_000_000, 1, u64::MAX)?,
             log_bytes: bytes("storage.log_bytes", self.log_bytes, 4 * GIB, 64 * KIB, 1 << 50)? as u64,
             log_age: millis("storage.log_age_ms", self.log_age_ms, 7 * DAY_MILLIS, 1_000, 3_650 * DAY_MILLIS)?,
+            idempotency_age: millis(
+                "storage.idempotency_age_ms",
+                self.idempotency_age_ms,
+                DAY_MILLIS,
+                1_000,
+                30 * DAY_MILLIS,
+            )?,
             durability,
             sync_interval,
             write_queue: bounded("storage.write_queue", self.write_queue, 1_024, 1, 1_000_000)?,

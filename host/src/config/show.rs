@@ -46,6 +46,7 @@ impl Config {
         list.put("log_commits", store.log_commits);
         list.put("log_bytes", store.log_bytes);
         list.millis("log_age_ms", store.log_age);
+        list.millis("idempotency_age_ms", store.idempotency_age);
         list.prefix = "storage.rocksdb";
         list.put("write_buffer_size", store.write_buffer_size);
         list.put("max_write_buffers", store.max_write_buffers);

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use wire::Scope;
 
 use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult};
-use crate::catalog::{Catalog, TableId, TableKind};
+use crate::catalog::{Catalog, NamespaceId, TableId, TableKind};
 use crate::config::Role;
 use crate::sql::{Overlay, RequestEnv, SqlError, Statement, StatementKind};
-use crate::store::{CommitError, RowWrite, Seq, Transaction};
+use crate::store::snapshot::Snapshot;
+use crate::store::{CommitError, Receipt, RowWrite, Seq, Transaction};
 
 /// A writer that lost this often takes its turn alone, and then cannot lose.
 const SHARED_TRIES: u32 = 3;
@@ -51,14 +52,19 @@ pub(super) async fn dml(
         }
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
+        if let Some(answer) = answered(who, &request, &snapshot)? {
+            return Ok(answer);
+        }
         let env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
+        let default = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
 
         let planned = plan(db, who, statements, env).await?;
-        if planned.rows.is_empty() {
+        let receipt = receipt(who, &request, &planned.affected)?;
+        if planned.rows.is_empty() && receipt.is_none() {
             return Ok(planned.answer(base));
         }
-        let namespace = planned.namespace()?;
-        let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new() };
+        let namespace = planned.namespace(default)?;
+        let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new(), receipt };
         // Validated, written, synced, visible, published to live queries, and only then acknowledged.
         match db.inner.store.commit(transaction).await {
             Ok(seq) => return Ok(planned.answer(seq)),
@@ -83,6 +89,9 @@ pub(super) async fn ddl(
         let _alone = db.inner.turn.write().await;
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
+        if let Some(answer) = answered(who, &request, &snapshot)? {
+            return Ok(answer);
+        }
         let mut env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
         let (mut writes, mut namespace) = (Vec::new(), None);
         for statement in statements {
@@ -101,17 +110,30 @@ pub(super) async fn ddl(
             writes.extend(plan.writes);
         }
         let results = || statements.iter().map(|_| StatementResult::Affected { affected: 0 }).collect();
+        let receipt = receipt(who, &request, &vec![0; statements.len()])?;
+        if namespace.is_none() && receipt.is_some() {
+            namespace = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
+        }
         let Some(namespace) = namespace else {
-            return Ok(SqlAnswer { results: results(), seq: base });
+            return Ok(SqlAnswer { results: results(), seq: base, replayed: false });
         };
-        let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes };
+        let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes, receipt };
         match db.inner.store.commit(transaction).await {
-            Ok(seq) => return Ok(SqlAnswer { results: results(), seq }),
+            Ok(seq) => return Ok(SqlAnswer { results: results(), seq, replayed: false }),
             Err(CommitError::Stale) => continue,
             Err(error) => return Err(DbError::Commit(error)),
         }
     }
     Err(DbError::Conflict)
+}
+
+/// What the same request was answered before, if it says that it may be sent twice.
+fn answered(who: &Identity, request: &SqlRequest, snapshot: &Snapshot) -> Result<Option<SqlAnswer>, DbError> {
+    request.idempotency.as_ref().map_or(Ok(None), |idempotency| idempotency.answered(who, snapshot))
+}
+
+fn receipt(who: &Identity, request: &SqlRequest, affected: &[u64]) -> Result<Option<Receipt>, DbError> {
+    request.idempotency.as_ref().map(|idempotency| idempotency.receipt(who, affected)).transpose()
 }
 
 /// What a transaction does: its net effect by key, in the order the keys were first touched.
@@ -124,11 +146,13 @@ struct Planned {
 impl Planned {
     fn answer(&self, seq: Seq) -> SqlAnswer {
         let results = self.affected.iter().map(|&affected| StatementResult::Affected { affected }).collect();
-        SqlAnswer { results, seq }
+        SqlAnswer { results, seq, replayed: false }
     }
 
-    fn namespace(&self) -> Result<crate::catalog::NamespaceId, DbError> {
-        let first = self.rows[0].table.namespace;
+    /// `default` where nothing is written.
+    fn namespace(&self, default: Option<NamespaceId>) -> Result<NamespaceId, DbError> {
+        let first = self.rows.first().map(|row| row.table.namespace).or(default);
+        let first = first.ok_or_else(|| DbError::Internal("a write in no namespace".into()))?;
         if self.rows.iter().all(|row| row.table.namespace == first) { Ok(first) } else { Err(two_namespaces()) }
     }
 }

@@ -108,6 +108,7 @@ impl From<DbError> for Problem {
             DbError::BadRequest(detail) => Problem::bad_request(detail),
             DbError::Forbidden(detail) => Problem::new(403, "forbidden", detail),
             DbError::TooMany(detail) => Problem::new(429, "too_many", detail).retry_after(5),
+            DbError::KeyReused => Problem::new(422, "idempotency_key_reused", error.to_string()),
             DbError::InUse(detail) => Problem::new(409, "in_use", detail),
             DbError::Internal(_) => server_fault(&error.to_string()),
             DbError::Closed => Problem::new(503, "closing", error.to_string()).retry_after(2),

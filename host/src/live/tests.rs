@@ -277,7 +277,7 @@ impl World {
 
     async fn transact(&mut self, rows: Vec<RowWrite>, catalog: Vec<CatalogWrite>) -> Seq {
         let base = self.store.applied();
-        let transaction = Transaction { namespace: self.table.namespace, base, rows, catalog };
+        let transaction = Transaction { namespace: self.table.namespace, base, rows, catalog, receipt: None };
         let seq = self.store.commit(transaction).await.unwrap();
         self.history.insert(seq, self.model.clone());
         self.store.trim_log();

@@ -80,14 +80,14 @@ impl Bench {
                     let changes = self.sql.change_set(&statement, env).await?;
                     let affected = changes.affected;
                     let rows = changes.writes;
-                    self.store.commit(Transaction { namespace, base, rows, catalog: Vec::new() }).await.unwrap();
+                    self.store.commit(Transaction { namespace, base, rows, catalog: Vec::new(), receipt: None }).await.unwrap();
                     format!("affected {affected}")
                 }
                 StatementKind::Ddl => {
                     let plan = self.sql.ddl(&statement, &env)?;
                     if let Some(namespace) = plan.namespace.filter(|_| !plan.writes.is_empty()) {
                         let catalog = plan.writes;
-                        self.store.commit(Transaction { namespace, base, rows: Vec::new(), catalog }).await.unwrap();
+                        self.store.commit(Transaction { namespace, base, rows: Vec::new(), catalog, receipt: None }).await.unwrap();
                     }
                     plan.summary
                 }

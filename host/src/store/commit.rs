@@ -30,7 +30,7 @@ use super::meta::{self, Mark, State};
 use super::recent::RecentWrites;
 use super::{
     CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, Seq, StoreError, Transaction, ddl, family,
-    high_water, open, retention, row_family, rows, synced,
+    high_water, open, receipts, retention, row_family, rows, synced,
 };
 use crate::catalog::{Catalog, Table, TableKind};
 
@@ -143,7 +143,8 @@ fn weight(transaction: &Transaction) -> usize {
         CatalogWrite::PutPlugin { wasm, .. } => wasm.len() + 256,
         _ => 256,
     });
-    rows.sum::<usize>() + catalog.sum::<usize>()
+    let receipt = transaction.receipt.as_ref().map_or(0, |receipt| receipt.outcome.len() + 256);
+    rows.sum::<usize>() + catalog.sum::<usize>() + receipt
 }
 
 struct Committer {
@@ -172,6 +173,8 @@ struct Group {
     /// In the order they came, commits and refusals.
     answers: Vec<(oneshot::Sender<Answer>, Answer)>,
     catalog: Arc<Catalog>,
+    /// Whether there are receipts in it.
+    receipts: bool,
 }
 
 impl Group {
@@ -188,6 +191,8 @@ struct Staged {
     rows: Vec<StagedRow>,
     frame: Vec<u8>,
     catalog: Option<ddl::StagedCatalog>,
+    /// The hash of the receipt's id.
+    receipt: Option<u64>,
 }
 
 struct StagedRow {
@@ -227,6 +232,7 @@ impl Committer {
                 commits: Vec::new(),
                 answers: Vec::new(),
                 catalog: self.catalog.clone(),
+                receipts: false,
             };
             // Before anything is staged: what is refused here leaves no trace.
             let refused = self.refused();
@@ -285,6 +291,12 @@ impl Committer {
     fn add(&mut self, group: &mut Group, transaction: &Transaction) -> Answer {
         let Some(staged) = self.stage(group, transaction)? else { return Ok(transaction.base) };
         let seq = Seq(group.seq.0 + 1);
+        // First, because it is the one part that could still fail.
+        if let (Some(hash), Some(receipt)) = (staged.receipt, &transaction.receipt) {
+            receipts::put(&mut group.batch, receipt, seq, self.committed_at)?;
+            self.recent.record(hash, seq);
+            group.receipts = true;
+        }
         for row in &staged.rows {
             let family = row_family(&self.inner.db, row.kind);
             match &row.stored {
@@ -322,15 +334,20 @@ impl Committer {
             return Err(CommitError::Stale);
         }
         self.committed_at = self.committed_at.max(self.inner.clock.now());
+        let receipt = transaction.receipt.as_ref().map(|receipt| self.recent.hash(&receipts::receipt_key(&receipt.id)));
+        // Somebody else came first with the same key: their answer is this one's as well.
+        if receipt.is_some_and(|hash| self.recent.written_after(hash, transaction.base)) {
+            return Err(CommitError::Stale);
+        }
         let mut frame = FrameBuilder::new(transaction.namespace.0, commit_id(self.committed_at), self.committed_at);
         let rows = self.stage_rows(&group.catalog, transaction, &mut frame)?;
         let catalog = ddl::stage(&group.catalog, transaction, &mut frame)?;
-        if rows.is_empty() && catalog.is_none() {
+        if rows.is_empty() && catalog.is_none() && receipt.is_none() {
             return Ok(None);
         }
         let frame = frame.finish().map_err(invalid_frame)?;
         self.check_size(frame.len())?;
-        Ok(Some(Staged { rows, frame, catalog }))
+        Ok(Some(Staged { rows, frame, catalog, receipt }))
     }
 
     /// The rows that really change, each checked against catalog and conflicts and put into the frame.
@@ -434,6 +451,7 @@ impl Committer {
             self.inner.catalogs.store(Arc::new([self.catalog.clone(), group.catalog.clone()]));
         }
         let batch = std::mem::take(&mut group.batch);
+        let _none_swept = group.receipts.then(|| locked(&self.inner.receipts));
         let sync = self.inner.durability == Durability::Sync;
         let options = if sync { synced() } else { WriteOptions::default() };
         self.inner.db.write_opt(batch, &options).map_err(super::read_error)?;

@@ -14,6 +14,7 @@
 //! w/{sha256}             the bytes of a plugin
 //! l/{namespace u32}{seq u64}             the change log: a wire::Frame
 //! k/{seq u64}                            a mark in the change log: commit time and bytes logged so far, u64 each
+//! r/… e/…                receipts of writes, see `store/receipts.rs`
 //! s/{key}                settings of the layers above
 //! ```
 //!

@@ -1,4 +1,4 @@
-//! What is kept for a while only: the change log (by commits, bytes and age). A thread of its own looks about once a
+//! What is kept for a while only: the change log (by commits, bytes and age) and the receipts of writes (by age). A thread of its own looks about once a
 //! second, and when the committer says that there is much; nothing of it is on the commit path.
 //!
 //! The committer leaves a *mark* every so often: the seq, time and bytes of the log so far. So the oldest commit to be
@@ -13,7 +13,7 @@ use std::time::Duration;
 use rocksdb::{Direction, IteratorMode, WriteBatch, WriteOptions};
 
 use super::keys::successor;
-use super::{Inner, Seq, StoreError, meta, read_error};
+use super::{Inner, Seq, StoreError, meta, read_error, receipts};
 
 /// Nothing here is urgent, and a look costs two reads.
 const TICK: Duration = Duration::from_secs(1);
@@ -68,8 +68,8 @@ impl Retention {
     pub(super) fn start(&self, inner: Arc<Inner>) {
         let work = move || {
             while inner.retention.wait() {
-                if let Err(error) = trim(&inner) {
-                    tracing::warn!(%error, "the change log could not be trimmed; the next look tries again");
+                if let Err(error) = trim(&inner).and_then(|()| sweep_receipts(&inner)) {
+                    tracing::warn!(%error, "what is too old could not be removed; the next look tries again");
                 }
             }
         };
@@ -120,6 +120,20 @@ pub(super) fn trim(inner: &Inner) -> Result<(), StoreError> {
     batch.put(meta::FLOOR_KEY, floor.0.to_be_bytes());
     // Before it is written: who asks now must not rely on what is about to go.
     inner.log_floor.fetch_max(floor.0, Ordering::AcqRel);
+    inner.db.write_opt(batch, &WriteOptions::default()).map_err(read_error)
+}
+
+/// Removes receipts that are too old to be answered with.
+pub(super) fn sweep_receipts(inner: &Inner) -> Result<(), StoreError> {
+    if inner.failure.get().is_some() {
+        return Ok(());
+    }
+    let _none_written = inner.receipts.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut batch = WriteBatch::default();
+    receipts::sweep(&inner.db, inner.clock.now().saturating_sub(inner.receipt_age_micros), &mut batch)?;
+    if batch.is_empty() {
+        return Ok(());
+    }
     inner.db.write_opt(batch, &WriteOptions::default()).map_err(read_error)
 }
 

@@ -15,6 +15,7 @@ use super::clock::Clock;
 use super::keys::{KeyRange, row_prefix, successor};
 use super::meta::{self, State};
 use super::open::decode_floor;
+use super::receipts::{self, KeptReceipt, ReceiptId};
 use super::{DEFAULT_FAMILY, Inner, Seq, StoreError, family, read_error, row_family, rows, synced};
 use crate::catalog::{Catalog, NamespaceId, Table};
 
@@ -44,6 +45,7 @@ struct Pinned {
     log_floor: Seq,
     catalog: Arc<Catalog>,
     clock: Arc<Clock>,
+    receipt_age_micros: i64,
     /// When this snapshot's reader looked: what had expired by then does not show. Set at the first reading of a stream
     /// table, so that all readings of one snapshot agree.
     looked: OnceLock<i64>,
@@ -75,7 +77,10 @@ impl Snapshot {
             if let Some(catalog) = catalog {
                 let (seq, log_floor) = (state.applied, state.log_floor);
                 let (clock, looked) = (inner.clock.clone(), OnceLock::new());
-                return Snapshot { pinned: Arc::new(Pinned { view, seq, log_floor, catalog, clock, looked, failure }) };
+                let receipt_age_micros = inner.receipt_age_micros;
+                let pinned =
+                    Pinned { view, seq, log_floor, catalog, clock, receipt_age_micros, looked, failure };
+                return Snapshot { pinned: Arc::new(pinned) };
             }
         }
     }
@@ -110,6 +115,18 @@ impl Snapshot {
         let mut buffer = Vec::new();
         let image = rows::open_row(table, &stored, &mut buffer)?;
         Ok(Some(image.to_vec()))
+    }
+
+    /// The receipt of a write, unless it is too old.
+    pub fn receipt(&self, id: &ReceiptId) -> Result<Option<KeptReceipt>, StoreError> {
+        self.pinned.check()?;
+        let view = &self.pinned.view;
+        let default = family(view.borrow_owner(), DEFAULT_FAMILY);
+        let key = receipts::receipt_key(id);
+        let record = view.borrow_dependent().get_pinned_cf(default, key).map_err(read_error)?;
+        let kept = record.map(|record| receipts::decode(&record)).transpose()?;
+        let oldest = self.pinned.clock.now().saturating_sub(self.pinned.receipt_age_micros);
+        Ok(kept.filter(|kept| kept.committed_at > oldest))
     }
 
     /// Rows of one table and scope in key order.

@@ -50,12 +50,12 @@ fn with_table(new: Table) -> (TempDir, Store, Arc<Table>) {
 }
 
 fn commit(store: &Store, base: Seq, rows: Vec<RowWrite>) -> Result<Seq, CommitError> {
-    block_on(store.commit(Transaction { namespace: MAIN, base, rows, catalog: Vec::new() }))
+    block_on(store.commit(Transaction { namespace: MAIN, base, rows, catalog: Vec::new(), receipt: None }))
 }
 
 fn change_catalog(store: &Store, write: CatalogWrite) -> Result<Seq, CommitError> {
     let base = store.snapshot().seq();
-    block_on(store.commit(Transaction { namespace: MAIN, base, rows: Vec::new(), catalog: vec![write] }))
+    block_on(store.commit(Transaction { namespace: MAIN, base, rows: Vec::new(), catalog: vec![write], receipt: None }))
 }
 
 /// A write of row `id`, its old image read at `snapshot`.
@@ -184,7 +184,7 @@ fn of_many_at_once_one_wins_and_all_others_hear_of_it() {
         let shared = write(&snapshot, &table, &Scope::Shared, 0, Some("shared"));
         let own = write(&snapshot, &table, &Scope::Shared, 1 + i % 25, Some("own"));
         let rows = if i < 25 { vec![shared, own] } else { vec![own] };
-        store.commit(Transaction { namespace: MAIN, base: snapshot.seq(), rows, catalog: Vec::new() })
+        store.commit(Transaction { namespace: MAIN, base: snapshot.seq(), rows, catalog: Vec::new(), receipt: None })
     });
     let outcomes = block_on(join_all(rivals));
     assert_eq!(outcomes[..25].iter().filter(|outcome| outcome.is_ok()).count(), 1);
@@ -330,7 +330,7 @@ fn catalog_changes_planned_on_an_old_catalog_are_stale() {
     change_catalog(&store, CatalogWrite::PutTable(Arc::new(table(1)))).unwrap();
     let rival = CatalogWrite::PutTable(Arc::new(Table { name: "other".to_owned(), ..table(1) }));
     let late =
-        block_on(store.commit(Transaction { namespace: MAIN, base, rows: Vec::new(), catalog: vec![rival.clone()] }));
+        block_on(store.commit(Transaction { namespace: MAIN, base, rows: Vec::new(), catalog: vec![rival.clone()], receipt: None }));
     assert!(matches!(late, Err(CommitError::Stale)), "{late:?}");
     assert!(matches!(change_catalog(&store, rival), Err(CommitError::Invalid(_))));
 }
@@ -550,7 +550,7 @@ fn the_log_is_trimmed_and_says_so() {
     change_catalog(&store, CatalogWrite::PutNamespace { id: other, name: "other".to_owned() }).unwrap();
     let in_other = |write| {
         let base = store.snapshot().seq();
-        let transaction = Transaction { namespace: other, base, rows: Vec::new(), catalog: vec![write] };
+        let transaction = Transaction { namespace: other, base, rows: Vec::new(), catalog: vec![write], receipt: None };
         block_on(store.commit(transaction)).unwrap()
     };
     let quiet = in_other(CatalogWrite::PutNamespace { id: NamespaceId(3), name: "third".to_owned() });
@@ -684,6 +684,53 @@ fn events_wait_for_the_sync_in_every_mode() {
 }
 
 #[test]
+fn a_receipt_is_kept_with_its_write_and_for_its_time() {
+    let (dir, store, table) = with_table(table(1));
+    let hour = 3_600_000_000;
+    let transaction = |snapshot: &Snapshot, id: i64, outcome: u8| Transaction {
+        namespace: MAIN,
+        base: snapshot.seq(),
+        rows: vec![write(snapshot, &table, &Scope::Shared, id, Some("x"))],
+        catalog: Vec::new(),
+        receipt: Some(Receipt { id: [7; 32], request: [8; 32], outcome: vec![outcome] }),
+    };
+    let before = store.snapshot();
+    let seq = block_on(store.commit(transaction(&before, 1, 1))).unwrap();
+    let kept = store.snapshot().receipt(&[7; 32]).unwrap().unwrap();
+    assert_eq!((kept.seq, kept.request, kept.outcome), (seq, [8; 32], vec![1]));
+    assert_eq!(before.receipt(&[7; 32]).unwrap(), None);
+    // Who looked before it was there comes too late, whatever rows it writes.
+    let late = block_on(store.commit(transaction(&before, 2, 2)));
+    assert!(matches!(late, Err(CommitError::Stale)), "{late:?}");
+    // Nothing changes, and it is a commit all the same.
+    let now = store.snapshot();
+    let empty = Transaction { rows: Vec::new(), receipt: Some(Receipt { id: [9; 32], request: [8; 32], outcome: vec![] }), ..transaction(&now, 3, 3) };
+    assert!(block_on(store.commit(empty)).unwrap() > seq);
+    drop((before, now));
+    drop(store);
+
+    let records = |store: &Store| {
+        let of = |prefix: &'static [u8]| {
+            let entries = store.inner.db.iterator(rocksdb::IteratorMode::From(prefix, rocksdb::Direction::Forward));
+            entries.take_while(|entry| entry.as_ref().unwrap().0.starts_with(prefix)).count()
+        };
+        (of(b"r/"), of(b"e/"))
+    };
+    let store = open_with(&options(dir.path()));
+    assert!(store.snapshot().receipt(&[7; 32]).unwrap().is_some());
+    store.inner.clock.leap(23 * hour);
+    retention::sweep_receipts(&store.inner).unwrap();
+    assert_eq!(records(&store), (2, 2));
+    // Too old: as none; and one in its place is not taken for it.
+    store.inner.clock.leap(2 * hour);
+    assert_eq!(store.snapshot().receipt(&[7; 32]).unwrap(), None);
+    block_on(store.commit(transaction(&store.snapshot(), 4, 4))).unwrap();
+    retention::sweep_receipts(&store.inner).unwrap();
+    assert_eq!(records(&store), (1, 1));
+    assert_eq!(store.snapshot().receipt(&[7; 32]).unwrap().unwrap().outcome, [4]);
+}
+
+#[test]
 fn too_large_a_commit_is_refused_whole() {
     let (_dir, store, table) = with_table(table(1));
     let snapshot = store.snapshot();
@@ -706,13 +753,13 @@ fn the_queue_is_bounded() {
     let waiting: Vec<_> = (0..9)
         .map(|id| {
             let rows = vec![write(&snapshot, &table, &Scope::Shared, id, Some(&text))];
-            store.queue.push(Transaction { namespace: MAIN, base: snapshot.seq(), rows, catalog: Vec::new() })
+            store.queue.push(Transaction { namespace: MAIN, base: snapshot.seq(), rows, catalog: Vec::new(), receipt: None })
         })
         .collect();
     assert_eq!(waiting.iter().filter(|outcome| outcome.is_ok()).count(), 4);
     assert!(waiting.iter().skip(4).all(|outcome| matches!(outcome, Err(CommitError::Busy))));
     drop(waiting);
-    let small = || Transaction { namespace: MAIN, base: Seq(0), rows: Vec::new(), catalog: Vec::new() };
+    let small = || Transaction { namespace: MAIN, base: Seq(0), rows: Vec::new(), catalog: Vec::new(), receipt: None };
     let outcomes: Vec<_> = (0..1100).map(|_| store.queue.push(small())).collect();
     assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1020);
 
