@@ -35,7 +35,11 @@ async fn a_write_that_is_sent_again_is_done_once() {
             let (status, replayed, again) = send(&db, "k1", sql).await;
             assert_eq!((status.as_u16(), replayed, &again), (200, true, &first), "life {life}");
         }
-        if life == 0 { server.kill9() } else { assert!(server.sigterm().await.success()) }
+        if life == 0 {
+            server.kill9()
+        } else {
+            assert!(server.sigterm().await.success())
+        }
         server.restart().await;
     }
     assert_eq!(db.rows("SELECT id, n FROM t ORDER BY id").await, json!([[1, 1], [2, 0]]));

@@ -33,11 +33,7 @@ async fn columns_come_and_go_and_no_row_is_rewritten() {
     db.expect_error("SELECT b FROM t", 400, "unknown_column").await;
     // The name comes back; the values do not.
     db.sql("ALTER TABLE t ADD COLUMN b INT; ALTER TABLE t RENAME COLUMN a TO \"A b\"").await;
-    let due = json!([
-        [1, "one", 8, "new", null],
-        [2, null, 7, null, null],
-        [3, null, 7, null, null],
-    ]);
+    let due = json!([[1, "one", 8, "new", null], [2, null, 7, null, null], [3, null, 7, null, null],]);
     let sql = "SELECT id, \"A b\", c, d, b FROM t ORDER BY id";
     assert_eq!(db.rows(sql).await, due);
     server.kill9();
@@ -125,7 +121,8 @@ async fn a_live_query_over_an_altered_table_goes_on_or_says_why_not() {
         assert_eq!((resync.name.as_str(), &resync.data["reason"]), ("resync", &json!("schema")));
         live.until_seq(altered).await;
     }
-    let expected = state(&[(1, json!({"id": 1, "a": 1, "b": 1, "c": 5})), (2, json!({"id": 2, "a": 2, "b": 2, "c": 5}))]);
+    let expected =
+        state(&[(1, json!({"id": 1, "a": 1, "b": 1, "c": 5})), (2, json!({"id": 2, "a": 2, "b": 2, "c": 5}))]);
     assert_eq!(all.fold.rows, expected);
     assert_eq!(some.fold.rows, state(&[(1, json!({"id": 1, "a": 1})), (2, json!({"id": 2, "a": 2}))]));
 
@@ -370,7 +367,8 @@ async fn run(mut random: StdRng) {
     for step in 0..STEPS {
         let table = model.table;
         let sql = model.step(&mut random);
-        let answer = db.try_sql(&sql, json!([])).await.unwrap_or_else(|failure| panic!("step {step}: {failure:?}\n{sql}"));
+        let answer =
+            db.try_sql(&sql, json!([])).await.unwrap_or_else(|failure| panic!("step {step}: {failure:?}\n{sql}"));
         eprintln!("{step}: {sql}");
         let due = model.state();
         assert_eq!(answer_of(&db, model.table).await, due, "after step {step}: {sql}");
@@ -384,7 +382,11 @@ async fn run(mut random: StdRng) {
             0 => live.disconnect(),
             1 => {
                 live.disconnect();
-                if random.random_bool(0.5) { server.kill9() } else { assert!(server.sigterm().await.success()) }
+                if random.random_bool(0.5) {
+                    server.kill9()
+                } else {
+                    assert!(server.sigterm().await.success())
+                }
                 server.restart().await;
                 assert_eq!(answer_of(&db, model.table).await, due, "after a restart behind step {step}: {sql}");
             }
@@ -415,7 +417,11 @@ async fn the_server_describes_itself_and_keeps_its_secrets() {
     db.sql("CREATE NAMESPACE shop; CREATE TABLE shop.u (a INT) WITH (type = 'user')").await;
     db.sql("ALTER TABLE t ADD COLUMN n DECIMAL(6, 2) DEFAULT 1.5").await;
 
-    let due = json!([["id", "INT", "NO", null, "YES"], ["part", "TEXT", "NO", "'x'", "YES"], ["n", "DECIMAL(6,2)", "YES", "1.50", "NO"]]);
+    let due = json!([
+        ["id", "INT", "NO", null, "YES"],
+        ["part", "TEXT", "NO", "'x'", "YES"],
+        ["n", "DECIMAL(6,2)", "YES", "1.50", "NO"]
+    ]);
     assert_eq!(alice.rows("DESCRIBE t").await, due);
     assert_eq!(alice.rows("SHOW COLUMNS FROM main.t").await, due);
     assert_eq!(alice.rows("SHOW NAMESPACES").await, json!([["main"], ["shop"]]));
@@ -423,7 +429,10 @@ async fn the_server_describes_itself_and_keeps_its_secrets() {
     assert_eq!(alice.rows("SHOW TABLES").await, json!([["main", "t", "shared"], ["shop", "u", "user"]]));
     assert_eq!(alice.rows("SELECT schema_name FROM information_schema.schemata").await, json!([["main"], ["shop"]]));
     let sql = "SELECT namespace, name, type, schema_version, columns, key FROM system.tables ORDER BY name";
-    assert_eq!(alice.rows(sql).await, json!([["main", "t", "shared", 2, 3, "part, id"], ["shop", "u", "user", 1, 2, "_id"]]));
+    assert_eq!(
+        alice.rows(sql).await,
+        json!([["main", "t", "shared", 2, 3, "part, id"], ["shop", "u", "user", 1, 2, "_id"]])
+    );
     let sql = "SELECT name, key_position FROM system.columns WHERE table_name = 't' AND key_position IS NOT NULL ORDER BY key_position";
     assert_eq!(alice.rows(sql).await, json!([["part", 1], ["id", 2]]));
     assert_eq!(alice.rows("SELECT count(*) FROM system.plugins").await, json!([[0]]));
@@ -444,7 +453,13 @@ async fn the_server_describes_itself_and_keeps_its_secrets() {
     }
     assert_eq!(db.rows("SELECT value FROM system.settings WHERE name = 'live.heartbeat_ms'").await, json!([["300"]]));
     let users = db.rows("SELECT name, role, tokens FROM system.users ORDER BY name").await;
-    let due = json!([["admin", "admin", 1], ["al", "user", 1], ["alice", "user", 1], ["bob", "user", 1], ["robot", "service", 1]]);
+    let due = json!([
+        ["admin", "admin", 1],
+        ["al", "user", 1],
+        ["alice", "user", 1],
+        ["bob", "user", 1],
+        ["robot", "service", 1]
+    ]);
     assert_eq!(users, due);
     let stats = db.rows("SELECT value FROM system.stats WHERE name = 'commits'").await;
     assert!(stats[0][0].as_f64().is_some_and(|commits| commits >= 4.0), "{stats}");

@@ -59,10 +59,7 @@ async fn a_row_is_gone_at_its_time_and_stays_gone() {
     assert_eq!(db.rows("SELECT * FROM s").await, json!([]));
     live.reconnect().await;
     assert_eq!(live.until_uptodate().await.len(), 1, "the start, and nothing else");
-    assert_eq!(
-        db.rows("SELECT type, ttl_ms FROM system.tables").await,
-        json!([["stream", 400]])
-    );
+    assert_eq!(db.rows("SELECT type, ttl_ms FROM system.tables").await, json!([["stream", 400]]));
 }
 
 #[tokio::test]

@@ -12,8 +12,8 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
 use super::{
-    Config, ConfigError, Durability, HttpOptions, LiveOptions, LogFormat, PluginOptions, Role, SqlOptions, StoreOptions, Token,
-    check_tokens, invalid,
+    Config, ConfigError, Durability, HttpOptions, LiveOptions, LogFormat, PluginOptions, Role, SqlOptions,
+    StoreOptions, Token, check_tokens, invalid,
 };
 
 /// Declares a section: all keys optional, and their names as a list, so that an unknown key is answered by full name.

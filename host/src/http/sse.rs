@@ -333,9 +333,11 @@ mod tests {
         let insert = EventRow { expires, ..event(EventOp::Insert, 1, Some(1), None) };
         let update = EventRow { expires, ..event(EventOp::Update, 0, Some(0), Some(0)) };
         let said = ",\"expires\":\"2026-01-02T03:04:05.000001Z\"}\n";
-        for (snapshot, row, before) in
-            [(true, insert, "\"snapshot\":true"), (false, insert, "\"name\":null}"), (false, update, "\"old\":{\"name\":\"a\"}")]
-        {
+        for (snapshot, row, before) in [
+            (true, insert, "\"snapshot\":true"),
+            (false, insert, "\"name\":null}"),
+            (false, update, "\"old\":{\"name\":\"a\"}"),
+        ] {
             let text = encoded(OldMode::Changed, &commit(snapshot, vec![row]));
             assert!(text.contains(&format!("{before}{said}")), "{text}");
         }

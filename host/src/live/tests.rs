@@ -29,7 +29,8 @@ type Row = (Option<i64>, String);
 type Model = BTreeMap<i64, Row>;
 
 fn table(id: TableId, namespace: NamespaceId, name: &str) -> Arc<Table> {
-    let column = |id, name: &str, ty, nullable| Column { id, name: name.to_owned(), ty, nullable, default: None, fill: None };
+    let column =
+        |id, name: &str, ty, nullable| Column { id, name: name.to_owned(), ty, nullable, default: None, fill: None };
     Arc::new(Table {
         id,
         namespace,

@@ -27,8 +27,8 @@ use super::planner::{Planner, folding, on_large_stack};
 use super::provider::Providers;
 use super::system::{SystemTable, SystemTables};
 use super::{ChangeSet, DdlPlan, RequestEnv, RowStream, SqlError, SqlOptions, Statement};
-use crate::catalog::Table;
 use super::{arrow, ddl, dml, functions, information, live, statement};
+use crate::catalog::Table;
 
 /// The SQL engine; one per server.
 pub struct Sql {

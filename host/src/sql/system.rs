@@ -62,7 +62,10 @@ impl SystemTable {
     fn read(&self, env: &RequestEnv) -> Result<RecordBatch, SqlError> {
         if env.role < self.least {
             let (namespace, name) = (self.namespace, self.name);
-            return Err(SqlError::Forbidden(format!("reading {namespace}.{name} needs the role {}", self.least.as_str())));
+            return Err(SqlError::Forbidden(format!(
+                "reading {namespace}.{name} needs the role {}",
+                self.least.as_str()
+            )));
         }
         let image = |row: Vec<Value>| {
             let mut image = ImageBuilder::new(self.columns.len() as u16);
@@ -110,7 +113,10 @@ impl SystemTables {
     fn unknown(&self, namespace: &str, name: &str) -> SqlError {
         let known = self.tables.iter().filter(|table| table.namespace == namespace).map(|table| table.name);
         let known: Vec<&str> = known.collect();
-        SqlError::invalid("unknown_table", format!("there is no table {namespace}.{name}; there are: {}", known.join(", ")))
+        SqlError::invalid(
+            "unknown_table",
+            format!("there is no table {namespace}.{name}; there are: {}", known.join(", ")),
+        )
     }
 }
 

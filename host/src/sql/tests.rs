@@ -80,14 +80,20 @@ impl Bench {
                     let changes = self.sql.change_set(&statement, env).await?;
                     let affected = changes.affected;
                     let rows = changes.writes;
-                    self.store.commit(Transaction { namespace, base, rows, catalog: Vec::new(), receipt: None }).await.unwrap();
+                    self.store
+                        .commit(Transaction { namespace, base, rows, catalog: Vec::new(), receipt: None })
+                        .await
+                        .unwrap();
                     format!("affected {affected}")
                 }
                 StatementKind::Ddl => {
                     let plan = self.sql.ddl(&statement, &env)?;
                     if let Some(namespace) = plan.namespace.filter(|_| !plan.writes.is_empty()) {
                         let catalog = plan.writes;
-                        self.store.commit(Transaction { namespace, base, rows: Vec::new(), catalog, receipt: None }).await.unwrap();
+                        self.store
+                            .commit(Transaction { namespace, base, rows: Vec::new(), catalog, receipt: None })
+                            .await
+                            .unwrap();
                     }
                     plan.summary
                 }
@@ -632,7 +638,10 @@ async fn what_cannot_be_live_is_refused_by_name() {
         ),
         ("DELETE FROM flights", "anything but SELECT as a live query is not supported"),
         ("SELECT id FROM flights; SELECT 1", "a live query is one SELECT"),
-        ("SELECT table_name FROM information_schema.tables", "a live query over information_schema.tables is not supported: it is no stored table; query it"),
+        (
+            "SELECT table_name FROM information_schema.tables",
+            "a live query over information_schema.tables is not supported: it is no stored table; query it",
+        ),
     ];
     for (text, expected) in cases {
         let error = bench.sql.live(text, &env).map(|_| ()).unwrap_err();

@@ -29,8 +29,8 @@ use super::keys::row_prefix;
 use super::meta::{self, Mark, State};
 use super::recent::RecentWrites;
 use super::{
-    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, Seq, StoreError, Transaction, ddl, family,
-    high_water, open, receipts, retention, row_family, rows, synced,
+    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, Seq, StoreError, Transaction,
+    ddl, family, high_water, open, receipts, retention, row_family, rows, synced,
 };
 use crate::catalog::{Catalog, Table, TableKind};
 

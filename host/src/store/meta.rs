@@ -282,8 +282,7 @@ pub(super) fn encode_table(table: &Table) -> Result<Vec<u8>, StoreError> {
         generated_key: table.generated_key,
     };
     let fills = table.columns.iter().filter_map(|column| Some((column.id, column.fill.clone()?)));
-    let past =
-        PastRecord { next_column: table.next_column, images_since: table.images_since, fills: fills.collect() };
+    let past = PastRecord { next_column: table.next_column, images_since: table.images_since, fills: fills.collect() };
     let out = encode_to(&record, vec![TABLE_RECORD_VERSION])?;
     let out = encode_to(&past, out)?;
     encode_to(&StreamRecord { ttl_micros: table.ttl_micros }, out)
@@ -424,7 +423,8 @@ fn decode_table(record: &[u8]) -> Result<(TableRecord, PastRecord, StreamRecord)
     let unreadable = |error| StoreError::Corrupt(format!("a table record cannot be read: {error}"));
     let (record, rest) = postcard::take_from_bytes(bytes).map_err(unreadable)?;
     let (past, rest) = postcard::take_from_bytes(rest).map_err(unreadable)?;
-    let stream = if rest.is_empty() { StreamRecord::default() } else { postcard::from_bytes(rest).map_err(unreadable)? };
+    let stream =
+        if rest.is_empty() { StreamRecord::default() } else { postcard::from_bytes(rest).map_err(unreadable)? };
     Ok((record, past, stream))
 }
 

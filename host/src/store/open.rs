@@ -196,7 +196,8 @@ fn set_up(db: &DB) -> Result<(), StoreError> {
     let mut catalog = Catalog::default();
     (catalog.version, catalog.next_table) = (1, 1);
     catalog.put_namespace(main, DEFAULT_NAMESPACE);
-    let state = State { applied: Seq(0), catalog_version: catalog.version, log_floor: Seq(0), committed_at: 0, logged: 0 };
+    let state =
+        State { applied: Seq(0), catalog_version: catalog.version, log_floor: Seq(0), committed_at: 0, logged: 0 };
     let mut batch = WriteBatch::default();
     batch.put(meta::FORMAT_KEY, meta::FORMAT.to_be_bytes());
     batch.put(meta::EPOCH_KEY, rand::random::<u64>().to_be_bytes());

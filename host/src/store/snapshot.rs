@@ -78,8 +78,7 @@ impl Snapshot {
                 let (seq, log_floor) = (state.applied, state.log_floor);
                 let (clock, looked) = (inner.clock.clone(), OnceLock::new());
                 let receipt_age_micros = inner.receipt_age_micros;
-                let pinned =
-                    Pinned { view, seq, log_floor, catalog, clock, receipt_age_micros, looked, failure };
+                let pinned = Pinned { view, seq, log_floor, catalog, clock, receipt_age_micros, looked, failure };
                 return Snapshot { pinned: Arc::new(pinned) };
             }
         }

@@ -329,8 +329,13 @@ fn catalog_changes_planned_on_an_old_catalog_are_stale() {
     let base = store.snapshot().seq();
     change_catalog(&store, CatalogWrite::PutTable(Arc::new(table(1)))).unwrap();
     let rival = CatalogWrite::PutTable(Arc::new(Table { name: "other".to_owned(), ..table(1) }));
-    let late =
-        block_on(store.commit(Transaction { namespace: MAIN, base, rows: Vec::new(), catalog: vec![rival.clone()], receipt: None }));
+    let late = block_on(store.commit(Transaction {
+        namespace: MAIN,
+        base,
+        rows: Vec::new(),
+        catalog: vec![rival.clone()],
+        receipt: None,
+    }));
     assert!(matches!(late, Err(CommitError::Stale)), "{late:?}");
     assert!(matches!(change_catalog(&store, rival), Err(CommitError::Invalid(_))));
 }
@@ -704,7 +709,11 @@ fn a_receipt_is_kept_with_its_write_and_for_its_time() {
     assert!(matches!(late, Err(CommitError::Stale)), "{late:?}");
     // Nothing changes, and it is a commit all the same.
     let now = store.snapshot();
-    let empty = Transaction { rows: Vec::new(), receipt: Some(Receipt { id: [9; 32], request: [8; 32], outcome: vec![] }), ..transaction(&now, 3, 3) };
+    let empty = Transaction {
+        rows: Vec::new(),
+        receipt: Some(Receipt { id: [9; 32], request: [8; 32], outcome: vec![] }),
+        ..transaction(&now, 3, 3)
+    };
     assert!(block_on(store.commit(empty)).unwrap() > seq);
     drop((before, now));
     drop(store);
@@ -753,7 +762,13 @@ fn the_queue_is_bounded() {
     let waiting: Vec<_> = (0..9)
         .map(|id| {
             let rows = vec![write(&snapshot, &table, &Scope::Shared, id, Some(&text))];
-            store.queue.push(Transaction { namespace: MAIN, base: snapshot.seq(), rows, catalog: Vec::new(), receipt: None })
+            store.queue.push(Transaction {
+                namespace: MAIN,
+                base: snapshot.seq(),
+                rows,
+                catalog: Vec::new(),
+                receipt: None,
+            })
         })
         .collect();
     assert_eq!(waiting.iter().filter(|outcome| outcome.is_ok()).count(), 4);

@@ -184,8 +184,7 @@ impl Ddl<'_> {
 
     fn no_column(&self, table: &Table, name: &Ident) -> SqlError {
         let known: Vec<&str> = table.columns.iter().take(40).map(|column| column.name.as_str()).collect();
-        let message =
-            format!("table {:?} has no column {:?}; there are: {}", table.name, fold(name), known.join(", "));
+        let message = format!("table {:?} has no column {:?}; there are: {}", table.name, fold(name), known.join(", "));
         SqlError::invalid("unknown_column", message).at_span(self.text, name.span)
     }
 
