@@ -70,14 +70,14 @@ impl Metrics {
 
     /// Name, help and value of every counter and gauge that has no labels.
     pub fn values(&self) -> Vec<(&'static str, &'static str, f64)> {
-        let counters = self.counters().map(|(name, help, counter)| (name, help, counter.get() as f64));
-        let gauges = self.gauges().map(|(name, help, gauge)| (name, help, gauge.get() as f64));
+        let counters = self.counters().into_iter().map(|(name, help, counter)| (name, help, counter.get() as f64));
+        let gauges = self.gauges().into_iter().map(|(name, help, gauge)| (name, help, gauge.get() as f64));
         let seconds = ("plugin_cpu_seconds", PLUGIN_SECONDS, self.plugin_nanos.get() as f64 / 1e9);
-        counters.into_iter().chain(gauges).chain([seconds]).collect()
+        counters.chain(gauges).chain([seconds]).collect()
     }
 
-    fn counters(&self) -> [(&'static str, &'static str, &Counter); 15] {
-        [
+    fn counters(&self) -> Vec<(&'static str, &'static str, &Counter)> {
+        vec![
             ("commits", "Durable commits", &self.commits),
             ("commit_bytes", "Bytes of the frames of durable commits", &self.commit_bytes),
             ("events", "Live events encoded, once per group", &self.events),
@@ -96,8 +96,8 @@ impl Metrics {
         ]
     }
 
-    fn gauges(&self) -> [(&'static str, &'static str, &Gauge); 8] {
-        [
+    fn gauges(&self) -> Vec<(&'static str, &'static str, &Gauge)> {
+        vec![
             ("plugin_instances", "Plugin instances alive", &self.plugin_instances),
             ("subscriptions", "Open live subscriptions", &self.subscriptions),
             ("groups", "Groups of equal live queries", &self.groups),

@@ -147,7 +147,7 @@ fn family_options(options: &StoreOptions, cache: &Cache, name: &str) -> Options 
 /// that somebody may read through one: no query runs that long, and a live query's snapshot may do without what is past
 /// its expiry.
 fn sweep_expired(family: &mut Options, clock: Arc<Clock>) {
-    family.set_compaction_filter("tidegate.expired.1", move |_level, _key, stored| {
+    family.set_compaction_filter("tidegate.expired.1", move |_: u32, _: &[u8], stored: &[u8]| {
         let gone = rows::expires(stored).is_some_and(|expires| expires.saturating_add(KEPT_EXPIRED) < clock.now());
         if gone { CompactionDecision::Remove } else { CompactionDecision::Keep }
     });

@@ -99,8 +99,7 @@ impl Ddl<'_> {
         }
         let mut column = self.column(declared, table.next_column)?;
         if table.column(&column.name).is_some() {
-            let message = format!("table {:?} has a column {:?} already", table.name, column.name);
-            return Err(SqlError::invalid("duplicate_column", message));
+            return Err(already(table, &column.name));
         }
         column.fill = self.fill(table, &column)?;
         if !column.nullable && column.fill.is_none() {
@@ -152,17 +151,17 @@ impl Ddl<'_> {
         let name = fold(new);
         let at = table.columns.iter().position(|column| column.name == fold(old));
         let at = at.ok_or_else(|| self.no_column(table, old))?;
-        let fine = check_name("column", &name).and_then(|()| match () {
-            () if [table.columns[at].name.as_str(), &name].contains(&GENERATED_KEY) => {
-                Err(SqlError::invalid("name", format!("the column name {GENERATED_KEY:?} is reserved")))
+        let is_free = || {
+            check_name("column", &name)?;
+            if [table.columns[at].name.as_str(), &name].contains(&GENERATED_KEY) {
+                return Err(SqlError::invalid("name", format!("the column name {GENERATED_KEY:?} is reserved")));
             }
-            () if table.column(&name).is_some() => {
-                let message = format!("table {:?} has a column {name:?} already", table.name);
-                Err(SqlError::invalid("duplicate_column", message))
+            match table.column(&name) {
+                Some(_) => Err(already(table, &name)),
+                None => Ok(()),
             }
-            () => Ok(()),
-        });
-        fine.map_err(|error| error.at_span(self.text, new.span))?;
+        };
+        is_free().map_err(|error| error.at_span(self.text, new.span))?;
         table.columns[at].name = name;
         Ok(())
     }
@@ -194,4 +193,8 @@ impl Ddl<'_> {
             None => error,
         }
     }
+}
+
+fn already(table: &Table, column: &str) -> SqlError {
+    SqlError::invalid("duplicate_column", format!("table {:?} has a column {column:?} already", table.name))
 }
