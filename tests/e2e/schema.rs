@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use serde_json::{Map, Value, json};
 use tests::fold::State;
 use tests::live::seq;
-use tests::{Client, Live, TestServer};
+use tests::{Client, Live, Options, TestServer};
 
 #[tokio::test]
 async fn columns_come_and_go_and_no_row_is_rewritten() {
@@ -134,8 +134,8 @@ async fn a_live_query_over_an_altered_table_goes_on_or_says_why_not() {
 
     // Away while the table is altered: the position is one of another schema.
     all.disconnect();
-    db.sql("ALTER TABLE t RENAME COLUMN c TO d").await;
-    let names = some.until_uptodate().await;
+    let renamed = seq(&db.sql("ALTER TABLE t RENAME COLUMN c TO d").await);
+    let names = some.until_seq(renamed).await;
     assert!(names.iter().any(|event| event.name == "resync"), "{names:?}");
     server.kill9();
     server.restart().await;
@@ -407,6 +407,33 @@ async fn answer_of(db: &Client, table: &str) -> State {
     rows.into_iter().map(|row| (format!("{{\"id\":{}}}", row["id"]), row)).collect()
 }
 
+// ---- older data directories ----
+
+/// What the first store format holds is there and goes on. `data/format-1` was written by the last build of that format.
+#[tokio::test]
+async fn a_data_directory_of_the_first_format_is_taken_over() {
+    let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("data/format-1");
+    let mut server = TestServer::with(Options { data: Some(data), ..Options::default() }).await;
+    let (db, alice) = (server.admin(), server.client("alice"));
+    let rows = json!([[1, "one", "2026-01-02T03:04:05.000006Z", "1.25"], [2, "zwei", null, null]]);
+    assert_eq!(db.rows("SELECT * FROM t ORDER BY id").await, rows);
+    assert_eq!(db.rows("SELECT v FROM log ORDER BY v").await, json!([[0.5], [1.5]]));
+    assert_eq!(alice.rows("SELECT id, text FROM notes").await, json!([[7, "hers"]]));
+    assert_eq!(db.rows("SELECT count(*) FROM notes").await, json!([[0]]));
+    let mut live = db.live("SELECT id, name FROM t").await;
+    assert_eq!(live.until_uptodate().await.iter().filter(|event| event.name == "insert").count(), 2);
+
+    let answer = db.sql("INSERT INTO t (id) VALUES (3)").await;
+    assert_eq!(seq(&answer), 8, "the history goes on");
+    assert_eq!(live.next_change().await.data["row"], json!({"id": 3, "name": "x"}));
+    db.sql("ALTER TABLE t ADD COLUMN n INT DEFAULT 4, DROP COLUMN m").await;
+    db.sql("CREATE TABLE s (id INT PRIMARY KEY) WITH (type = 'stream', ttl = '1h'); CREATE TABLE gone (id INT)").await;
+    server.kill9();
+    server.restart().await;
+    assert_eq!(db.rows("SELECT id, n FROM t ORDER BY id").await, json!([[1, 4], [2, 4], [3, 4]]));
+    assert_eq!(db.rows("SELECT name FROM system.tables WHERE id <= 4").await, json!([["log"], ["notes"], ["t"]]));
+}
+
 // ---- system tables ----
 
 #[tokio::test]
@@ -441,6 +468,7 @@ async fn the_server_describes_itself_and_keeps_its_secrets() {
     assert_eq!(alice.rows(sql).await, json!([["late", 1, true, "row_filter", "admin"]]));
 
     // For administrators; by whatever way it is asked.
+    db.sql("INSERT INTO t VALUES (1, 'commits', 0)").await;
     for table in ["settings", "stats", "users"] {
         for sql in [
             format!("SELECT * FROM system.{table}"),

@@ -413,12 +413,12 @@ fn resolve_stage(catalog: &Catalog, namespace: &str, stage: &StageRequest) -> Re
     })
 }
 
-/// The three parts of a position that must agree before a stream is resumed: 32 bits of the plan's SHA-256; 16 bits of the
-/// table's and 16 of its schema version; 32 bits of the pipeline's SHA-256.
+/// What must agree before a stream is resumed. In a position: 32 bits of the plan's SHA-256, the table's id, its schema
+/// version, 32 bits of the pipeline's SHA-256.
 struct Fingerprint {
     plan: [u8; 32],
     schema: [u8; 32],
-    table: [u8; 2],
+    table: u32,
     schema_version: u32,
     pipeline: [u8; 32],
 }
@@ -431,7 +431,6 @@ impl Fingerprint {
         let mut schema = Sha256::new();
         schema.update(plan.table.id.0.to_le_bytes());
         schema.update(plan.table.schema_version.to_le_bytes());
-        let table_hash = Sha256::digest(plan.table.id.0.to_le_bytes());
         let mut pipeline = Sha256::new();
         for stage in stages {
             // Length-prefixed, so that no two pipelines spell the same bytes.
@@ -443,38 +442,29 @@ impl Fingerprint {
         Fingerprint {
             plan: query.finalize().into(),
             schema: schema.finalize().into(),
-            table: [table_hash[0], table_hash[1]],
+            table: plan.table.id.0,
             schema_version: plan.table.schema_version,
             pipeline: pipeline.finalize().into(),
         }
     }
 
     fn text(&self) -> String {
-        // Versions are told apart unless exactly 65,536 of them lie between two.
-        let version = self.schema_version as u16;
-        format!("{}.{}{version:04x}.{}", hex(&self.plan[..4]), hex(&self.table), hex(&self.pipeline[..4]))
+        let Fingerprint { table, schema_version, .. } = self;
+        format!("{}.{table:x}.{schema_version:x}.{}", hex(&self.plan[..4]), hex(&self.pipeline[..4]))
     }
 
     /// What two texts have in common. The table comes before the plan: after an ALTER the same `SELECT *` is another
-    /// plan, and that is no mistake of the client.
+    /// plan, and that is no mistake of the client. Texts of other builds have another number of parts: what they mean
+    /// is not known, and a new snapshot is right in any case.
     fn compare(theirs: &str, ours: &str) -> Same {
-        let parts = |text: &str| {
-            let mut parts = text.split('.').map(str::to_owned);
-            let (plan, schema) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-            let table = schema.get(..4).unwrap_or_default().to_owned();
-            (table, schema, plan, parts.collect::<Vec<_>>())
-        };
-        let (theirs, ours) = (parts(theirs), parts(ours));
-        if theirs.0 != ours.0 {
-            Same::OtherQuery
-        } else if theirs.1 != ours.1 {
-            Same::OtherSchema
-        } else if theirs.2 != ours.2 {
-            Same::OtherQuery
-        } else if theirs.3 != ours.3 {
-            Same::OtherPipeline
-        } else {
-            Same::All
+        let parts = |text: &str| <[String; 4]>::try_from(text.split('.').map(str::to_owned).collect::<Vec<_>>());
+        let (Ok(theirs), Ok(ours)) = (parts(theirs), parts(ours)) else { return Same::OtherSchema };
+        match [0, 1, 2, 3].map(|part| theirs[part] == ours[part]) {
+            [_, false, ..] => Same::OtherQuery,
+            [_, _, false, _] => Same::OtherSchema,
+            [false, ..] => Same::OtherQuery,
+            [.., false] => Same::OtherPipeline,
+            [true, true, true, true] => Same::All,
         }
     }
 
@@ -489,6 +479,7 @@ impl Fingerprint {
 }
 
 /// How far two fingerprints agree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Same {
     All,
     OtherQuery,
@@ -529,6 +520,26 @@ impl Drop for PluginUses {
                     uses.remove(name);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_told_apart() {
+        for (theirs, same) in [
+            ("aa.1.2.cc", Same::All),
+            ("ab.1.2.cc", Same::OtherQuery),
+            ("aa.2.2.cc", Same::OtherQuery),
+            ("aa.1.1.cc", Same::OtherSchema),
+            ("ab.1.1.cd", Same::OtherSchema),
+            ("aa.1.2.cd", Same::OtherPipeline),
+            ("aa.12.cc", Same::OtherSchema),
+        ] {
+            assert_eq!(Fingerprint::compare(theirs, "aa.1.2.cc"), same, "{theirs}");
         }
     }
 }
