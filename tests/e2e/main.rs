@@ -3,9 +3,12 @@
 mod auth;
 mod dml;
 mod durability;
+mod idempotency;
 mod live;
 mod ops;
 mod oracle;
 mod plugins;
+mod schema;
 mod sql;
+mod stream;
 mod tidy;

@@ -85,7 +85,8 @@ async fn change(
         }
         let (namespace, base) = (table.namespace, snapshot.seq());
         let catalog = vec![CatalogWrite::PutTable(Arc::new(table))];
-        match db.inner.store.commit(Transaction { namespace, base, rows: Vec::new(), catalog }).await {
+        let transaction = Transaction { namespace, base, rows: Vec::new(), catalog, receipt: None };
+        match db.inner.store.commit(transaction).await {
             Err(CommitError::Stale) => {}
             outcome => return outcome.map_err(BuildError::Commit),
         }

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use wire::Scope;
 
 use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, index};
-use crate::catalog::{Catalog, TableId, TableKind};
+use crate::catalog::{Catalog, NamespaceId, TableId, TableKind};
 use crate::config::Role;
 use crate::sql::{Overlay, RequestEnv, RowStream, SqlError, Statement, StatementKind};
-use crate::store::{CommitError, RowWrite, Seq, Transaction};
+use crate::store::snapshot::Snapshot;
+use crate::store::{CommitError, Receipt, RowWrite, Seq, Transaction};
 
 /// A writer that lost this often takes its turn alone, and then cannot lose.
 const SHARED_TRIES: u32 = 3;
@@ -39,6 +40,8 @@ pub(super) async fn dml(
     statements: &[Statement],
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
+    // Refused at once rather than queued without end: the client knows best how long it wants to wait.
+    let _under_way = db.inner.writes.try_acquire().map_err(|_| DbError::Commit(CommitError::Busy))?;
     for attempt in 0..TRIES {
         // Held from the snapshot to the commit. Alone, no other transaction is in flight and this one must win.
         let (_shared, _alone);
@@ -49,14 +52,19 @@ pub(super) async fn dml(
         }
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
+        if let Some(answer) = answered(who, &request, &snapshot)? {
+            return Ok(answer);
+        }
         let env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
+        let default = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
 
         let planned = plan(db, who, statements, env).await?;
-        if planned.rows.is_empty() {
+        let receipt = receipt(who, &request, &planned.affected(&request)?)?;
+        if planned.rows.is_empty() && receipt.is_none() {
             return Ok(planned.answer(base));
         }
-        let namespace = planned.namespace()?;
-        let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new() };
+        let namespace = planned.namespace(default)?;
+        let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new(), receipt };
         // Validated, written, synced, visible, published to live queries, and only then acknowledged.
         match db.inner.store.commit(transaction).await {
             Ok(seq) => return Ok(planned.answer(seq)),
@@ -67,7 +75,7 @@ pub(super) async fn dml(
     Err(DbError::Conflict)
 }
 
-/// CREATE and DROP: all statements of the request are one commit.
+/// CREATE, ALTER and DROP: all statements of the request are one commit.
 pub(super) async fn ddl(
     db: &Db,
     who: &Identity,
@@ -75,12 +83,15 @@ pub(super) async fn ddl(
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
     if who.role != Role::Admin {
-        return Err(DbError::Forbidden("CREATE and DROP need the role admin".into()));
+        return Err(DbError::Forbidden("CREATE, ALTER and DROP need the role admin".into()));
     }
     for _ in 0..TRIES {
         let alone = db.inner.turn.write().await;
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
+        if let Some(answer) = answered(who, &request, &snapshot)? {
+            return Ok(answer);
+        }
         let mut env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
         let (mut writes, mut namespace, mut build) = (Vec::new(), None, None);
         for statement in statements {
@@ -103,10 +114,17 @@ pub(super) async fn ddl(
             build = build.or(plan.build);
         }
         let results = || statements.iter().map(|_| StatementResult::Affected { affected: 0, returned: None }).collect();
+        if build.is_some() && request.idempotency.is_some() {
+            return Err(no_receipt("CREATE INDEX", "say CREATE INDEX IF NOT EXISTS: it may be sent again as it is"));
+        }
+        let receipt = receipt(who, &request, &vec![0; statements.len()])?;
+        if namespace.is_none() && receipt.is_some() {
+            namespace = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
+        }
         let Some(namespace) = namespace else {
-            return Ok(SqlAnswer { results: results(), seq: base });
+            return Ok(SqlAnswer { results: results(), seq: base, replayed: false });
         };
-        let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes };
+        let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes, receipt };
         match db.inner.store.commit(transaction).await {
             Ok(seq) => {
                 // Writes go on while it is built.
@@ -115,13 +133,22 @@ pub(super) async fn ddl(
                     Some((table, index)) => index::build(db, table, index).await?,
                     None => seq,
                 };
-                return Ok(SqlAnswer { results: results(), seq });
+                return Ok(SqlAnswer { results: results(), seq, replayed: false });
             }
             Err(CommitError::Stale) => continue,
             Err(error) => return Err(DbError::Commit(error)),
         }
     }
     Err(DbError::Conflict)
+}
+
+/// What the same request was answered before, if it says that it may be sent twice.
+fn answered(who: &Identity, request: &SqlRequest, snapshot: &Snapshot) -> Result<Option<SqlAnswer>, DbError> {
+    request.idempotency.as_ref().map_or(Ok(None), |idempotency| idempotency.answered(who, snapshot))
+}
+
+fn receipt(who: &Identity, request: &SqlRequest, affected: &[u64]) -> Result<Option<Receipt>, DbError> {
+    request.idempotency.as_ref().map(|idempotency| idempotency.receipt(who, affected)).transpose()
 }
 
 /// What a transaction does: its net effect by key, in the order the keys were first touched.
@@ -134,11 +161,25 @@ struct Planned {
 
 impl Planned {
     fn answer(self, seq: Seq) -> SqlAnswer {
-        SqlAnswer { results: self.results, seq }
+        SqlAnswer { results: self.results, seq, replayed: false }
     }
 
-    fn namespace(&self) -> Result<crate::catalog::NamespaceId, DbError> {
-        let first = self.rows[0].table.namespace;
+    /// Of each statement, for the receipt, which has no room for rows.
+    fn affected(&self, request: &SqlRequest) -> Result<Vec<u64>, DbError> {
+        let affected = self.results.iter().map(|result| match result {
+            StatementResult::Affected { returned: Some(_), .. } if request.idempotency.is_some() => {
+                Err(no_receipt("RETURNING", "read the rows with a query of its own"))
+            }
+            StatementResult::Affected { affected, .. } => Ok(*affected),
+            StatementResult::Rows(_) => Ok(0),
+        });
+        affected.collect()
+    }
+
+    /// `default` where nothing is written.
+    fn namespace(&self, default: Option<NamespaceId>) -> Result<NamespaceId, DbError> {
+        let first = self.rows.first().map(|row| row.table.namespace).or(default);
+        let first = first.ok_or_else(|| DbError::Internal("a write in no namespace".into()))?;
         if self.rows.iter().all(|row| row.table.namespace == first) { Ok(first) } else { Err(two_namespaces()) }
     }
 }
@@ -169,13 +210,14 @@ async fn plan(db: &Db, who: &Identity, statements: &[Statement], mut env: Reques
     Ok(planned)
 }
 
-/// Own rows of user tables belong to everybody; shared tables are written by services and admins.
+/// Own rows of user tables belong to everybody; shared and stream tables are written by services and admins.
 fn may_write(who: &Identity, write: &RowWrite) -> Result<(), DbError> {
     if write.table.kind == TableKind::User || who.role != Role::User {
         return Ok(());
     }
     Err(DbError::Forbidden(format!(
-        "the role user may not write the shared table \"{}\"; use a token of role service or admin",
+        "the role user may not write the {} table \"{}\"; use a token of role service or admin",
+        write.table.kind.as_str(),
         write.table.name
     )))
 }
@@ -185,6 +227,15 @@ fn build_beside_others() -> DbError {
     DbError::Sql(SqlError::Unsupported {
         what: "CREATE INDEX on a table that may have rows, beside other statements".into(),
         hint: Some("send it as a request of its own".into()),
+        position: None,
+    })
+}
+
+/// What cannot be answered a second time from what is kept of the first.
+fn no_receipt(what: &str, hint: &str) -> DbError {
+    DbError::Sql(SqlError::Unsupported {
+        what: format!("{what} in a request with an Idempotency-Key"),
+        hint: Some(hint.into()),
         position: None,
     })
 }

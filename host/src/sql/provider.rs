@@ -27,6 +27,7 @@ use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema};
 use super::range::{KeyRanges, best_ranges, is_useful};
+use super::system::SystemTables;
 use super::{RequestEnv, SqlError};
 use crate::catalog::{Index, Table, TableId, TableKind};
 use crate::store::StoreError;
@@ -37,10 +38,10 @@ const WAITING_BATCHES: usize = 2;
 /// Table versions whose providers are kept. Beyond that all are made anew: they are cheap.
 const CACHED_TABLES: usize = 1_024;
 
-/// Providers by table version, so that an Arrow schema is made once.
-#[derive(Default)]
+/// Providers by table version, so that an Arrow schema is made once; and those of the system tables.
 pub(crate) struct Providers {
     sources: Mutex<HashMap<(TableId, u32), Source>>,
+    pub(crate) system: SystemTables,
 }
 
 /// Made for exactly this table: another set of indexes is no other version.
@@ -56,6 +57,10 @@ impl Source {
 }
 
 impl Providers {
+    pub(crate) fn new(system: SystemTables) -> Providers {
+        Providers { sources: Mutex::default(), system }
+    }
+
     pub(crate) fn source(&self, table: &Arc<Table>) -> Arc<dyn TableSource> {
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
         if sources.len() >= CACHED_TABLES {
@@ -72,7 +77,7 @@ impl Providers {
 /// The scope a user sees of a table.
 pub(crate) fn scope_of(table: &Table, user: &str) -> Scope {
     match table.kind {
-        TableKind::Shared => Scope::Shared,
+        TableKind::Shared | TableKind::Stream => Scope::Shared,
         TableKind::User => Scope::User(user.to_owned()),
     }
 }

@@ -8,7 +8,7 @@ use wire::{CatalogEvent, FrameBuilder};
 
 use super::keys::{successor, table_prefix};
 use super::{CatalogWrite, CommitError, DEFAULT_FAMILY, StoreError, Transaction, family, meta, row_family};
-use crate::catalog::{Catalog, Index, Plugin, Table, TableId};
+use crate::catalog::{Catalog, Index, Plugin, Table, TableId, TableKind};
 
 /// Key and value in the `default` family.
 type Record = (Vec<u8>, Vec<u8>);
@@ -59,13 +59,23 @@ fn check_catalog_write(catalog: &Catalog, write: &CatalogWrite) -> Result<(), Co
     if fine { Ok(()) } else { Err(CommitError::Invalid(format!("the catalog does not admit {}", describe(write)))) }
 }
 
-/// A new table has a new id and a free name; another version of a table keeps both and has a higher schema version, or
-/// other indexes and nothing else.
+/// A new table has a new id; another version of a table stays in its place and has a higher schema version, or other
+/// indexes and nothing else. Either way the name is its own or free.
 fn admits_table(catalog: &Catalog, table: &Table) -> bool {
-    let place = match catalog.table(&table.namespace_name, &table.name) {
-        Some(found) => found.id == table.id && (found.schema_version < table.schema_version || same_rows(found, table)),
+    let name = catalog.table(&table.namespace_name, &table.name);
+    let id = match catalog.table_by_id(table.id) {
+        Some(found) => {
+            found.namespace == table.namespace
+                && found.kind == table.kind
+                && found.key == table.key
+                && found.ttl_micros == table.ttl_micros
+                && (found.schema_version < table.schema_version || same_rows(found, table))
+                && found.next_column <= table.next_column
+        }
         None => table.id.0 >= catalog.next_table,
     };
+    let ttl = (table.kind == TableKind::Stream) == table.ttl_micros.is_some();
+    let place = id && ttl && name.is_none_or(|found| found.id == table.id) && table.slots() <= table.next_column;
     place && table.indexes.iter().all(|index| admits_index(catalog, table, index))
 }
 
@@ -74,14 +84,18 @@ fn same_rows(one: &Table, other: &Table) -> bool {
     *one == Table { indexes: one.indexes.clone(), ..other.clone() }
 }
 
-/// A new index has a new id; one that was there keeps what it indexes. Either way its columns are there.
+/// A new index has a new id; one that was there keeps what it indexes. Either way its columns are there, and its entries
+/// stay as long as its rows: those of a stream table go by themselves.
 fn admits_index(catalog: &Catalog, table: &Table, index: &Index) -> bool {
     let before = catalog.table_by_id(table.id).and_then(|table| table.indexes.iter().find(|old| old.id == index.id));
     let identity = match before {
         Some(before) => *index == Index { state: index.state, name: index.name.clone(), ..Index::clone(before) },
         None => index.id.0 >= catalog.next_table && index.id.0 != table.id.0,
     };
-    identity && !index.columns.is_empty() && index.columns.iter().all(|id| table.column_by_id(*id).is_some())
+    identity
+        && table.kind != TableKind::Stream
+        && !index.columns.is_empty()
+        && index.columns.iter().all(|id| table.column_by_id(*id).is_some())
 }
 
 fn describe(write: &CatalogWrite) -> String {
@@ -110,8 +124,12 @@ fn catalog_events(before: &Catalog, write: &CatalogWrite, frame: &mut FrameBuild
             }
         }
         CatalogWrite::PutTable(table) => {
-            if before.table_by_id(table.id).is_none() {
-                frame.catalog(CatalogEvent::TableCreated { table: table.id.0 });
+            let (table, schema_version) = (table.id.0, table.schema_version);
+            match before.table_by_id(TableId(table)) {
+                None => frame.catalog(CatalogEvent::TableCreated { table }),
+                // Other indexes are no affair of those who follow its rows.
+                Some(before) if before.schema_version == schema_version => {}
+                Some(_) => frame.catalog(CatalogEvent::TableAltered { table, schema_version }),
             }
         }
         CatalogWrite::DropTable(id) => frame.catalog(CatalogEvent::TableDropped { table: id.0 }),

@@ -9,7 +9,7 @@ use datafusion::sql::sqlparser::ast::{
 use wire::Type;
 
 use super::{Ddl, MAX_NAME, check_name, fold, nothing, refuse, table_name};
-use crate::catalog::{Catalog, Index, IndexId, IndexState, Table};
+use crate::catalog::{Catalog, Index, IndexId, IndexState, Table, TableKind};
 use crate::sql::context::find_table;
 use crate::sql::{DdlPlan, SqlError};
 use crate::store::CatalogWrite;
@@ -155,6 +155,10 @@ fn named_columns(table: &Table, names: &[&Ident], text: &str) -> Result<Vec<u16>
 }
 
 fn add_index(table: &mut Table, index: Index) -> Result<(), SqlError> {
+    if table.kind == TableKind::Stream {
+        let hint = Some("its rows go by themselves, and an index would not hear of it");
+        return Err(SqlError::unsupported("an index or UNIQUE on a stream table", hint));
+    }
     if table.indexes.len() >= MAX_INDEXES {
         return Err(SqlError::Limit(format!("a table may have {MAX_INDEXES} indexes")));
     }
