@@ -21,6 +21,8 @@ pub struct Fold {
     /// Whether an `uptodate` has closed the snapshot or the catch-up of this connection.
     pub up_to_date: bool,
     pub resyncs: usize,
+    /// What the rows touched since the last id were before, in order.
+    unsettled: Vec<(String, Option<Value>, Option<i64>)>,
 }
 
 impl Fold {
@@ -40,8 +42,23 @@ impl Fold {
         }
         if let Some(id) = &event.id {
             self.last_id = Some(id.clone());
+            self.unsettled.clear();
         }
         Ok(())
+    }
+
+    /// The connection broke. What came after the last id is half a commit, and comes again as a whole.
+    pub fn lost(&mut self) {
+        while let Some((key, before, expires)) = self.unsettled.pop() {
+            match expires {
+                Some(expires) => self.expires.insert(key.clone(), expires),
+                None => self.expires.remove(&key),
+            };
+            match before {
+                Some(row) => self.rows.insert(key, row),
+                None => self.rows.remove(&key),
+            };
+        }
     }
 
     fn start(&mut self, event: &Event) {
@@ -74,6 +91,7 @@ impl Fold {
     fn void(&mut self) {
         self.rows.clear();
         self.expires.clear();
+        self.unsettled.clear();
         self.last_id = None;
         self.up_to_date = false;
     }
@@ -81,19 +99,31 @@ impl Fold {
     fn insert(&mut self, event: &Event) -> Result<(), String> {
         let (key, row) = (key_of(event)?, event.data["row"].clone());
         let expired = self.expires.get(&key).is_some_and(|expires| *expires <= now());
-        match self.rows.insert(key.clone(), row) {
-            Some(before) if !expired => Err(format!("an insert of a key that is there, as {before}: {event:?}")),
-            _ => self.expire(key, event),
-        }
+        let before = self.rows.get(&key).cloned();
+        self.note(&key, before.clone());
+        match before {
+            Some(before) if !expired => {
+                return Err(format!("an insert of a key that is there, as {before}: {event:?}"));
+            }
+            _ => self.rows.insert(key.clone(), row),
+        };
+        self.expire(key, event)
+    }
+
+    /// So that it can be taken back with the commit it is a part of.
+    fn note(&mut self, key: &str, before: Option<Value>) {
+        let expires = self.expires.get(key).copied();
+        self.unsettled.push((key.to_owned(), before, expires));
     }
 
     fn update(&mut self, event: &Event) -> Result<(), String> {
         let row = &event.data["row"];
         let key = key_of(event)?;
-        self.expire(key.clone(), event)?;
         let held = self.rows.get_mut(&key);
         let held = held.ok_or_else(|| format!("an update of a key that is not there: {event:?}"))?;
         let before = std::mem::replace(held, row.clone());
+        self.note(&key, Some(before.clone()));
+        self.expire(key, event)?;
         // By their text: 0.0 and -0.0 are equal numbers, but another value was stored and is shown.
         let shown = [before.to_string(), row.to_string()];
         if shown[0] == shown[1] {
@@ -114,9 +144,12 @@ impl Fold {
             return Err(format!("a delete without its reason: {event:?}"));
         }
         let key = key_of(event)?;
-        self.expires.remove(&key);
         match self.rows.remove(&key) {
-            Some(_) => Ok(()),
+            Some(before) => {
+                self.note(&key, Some(before));
+                self.expires.remove(&key);
+                Ok(())
+            }
             None => Err(format!("a delete of a key that is not there: {event:?}")),
         }
     }
@@ -209,6 +242,22 @@ mod tests {
         assert_eq!(fold.rows.len(), 1);
         fold.apply(&event("start", json!({"from": "snapshot"}))).unwrap();
         assert!(fold.rows.is_empty());
+    }
+
+    #[test]
+    fn half_a_commit_is_taken_back_when_the_connection_breaks() {
+        let insert = |k: i64| event("insert", json!({"key": {"k": k}, "row": {"a": k}}));
+        let mut fold = Fold::default();
+        fold.apply(&insert(1)).unwrap();
+        fold.apply(&Event { id: Some("one".to_owned()), ..insert(2) }).unwrap();
+        let settled = fold.rows.clone();
+        fold.apply(&event("delete", json!({"key": {"k": 1}, "old": {}, "reason": "deleted"}))).unwrap();
+        fold.apply(&insert(1)).unwrap();
+        fold.apply(&event("update", json!({"key": {"k": 2}, "row": {"a": 9}, "old": {"a": 2}}))).unwrap();
+        fold.apply(&insert(3)).unwrap();
+        assert_ne!(fold.rows, settled);
+        fold.lost();
+        assert_eq!((fold.rows, fold.last_id.as_deref()), (settled, Some("one")));
     }
 
     #[test]
