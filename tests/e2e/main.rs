@@ -2,9 +2,12 @@
 
 mod auth;
 mod durability;
+mod idempotency;
 mod live;
 mod ops;
 mod oracle;
 mod plugins;
+mod schema;
 mod sql;
+mod stream;
 mod tidy;
