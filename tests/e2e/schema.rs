@@ -427,7 +427,8 @@ async fn a_data_directory_of_the_first_format_is_taken_over() {
     assert_eq!(seq(&answer), 8, "the history goes on");
     assert_eq!(live.next_change().await.data["row"], json!({"id": 3, "name": "x"}));
     db.sql("ALTER TABLE t ADD COLUMN n INT DEFAULT 4, DROP COLUMN m").await;
-    db.sql("CREATE TABLE s (id INT PRIMARY KEY) WITH (type = 'stream', ttl = '1h'); CREATE TABLE gone (id INT)").await;
+    db.sql("DROP TABLE gone; CREATE TABLE s (id INT PRIMARY KEY) WITH (type = 'stream', ttl = '1h')").await;
+    db.sql("CREATE TABLE gone (id INT)").await;
     server.kill9();
     server.restart().await;
     assert_eq!(db.rows("SELECT id, n FROM t ORDER BY id").await, json!([[1, 4], [2, 4], [3, 4]]));

@@ -515,7 +515,6 @@ async fn ddl_takes_and_refuses_by_name() {
                 "CREATE TABLE u (a INT) WITH (size = 3)",
                 "ERROR the table option size is not supported: there are type and ttl",
             ),
-            ("CREATE TABLE u (a INT) WITH (ttl = '1h')", "ERROR the table option ttl is not supported: there is type"),
             ("CREATE TABLE u AS SELECT 1", "ERROR CREATE TABLE … AS SELECT is not supported"),
             ("CREATE TEMPORARY TABLE u (a INT)", "ERROR CREATE TEMPORARY is not supported"),
             ("CREATE TABLE u (a INT DEFAULT 'x')", "ERROR \"x\" does not fit into column \"a\" (INT)"),

@@ -39,15 +39,19 @@ impl Clock {
 
     /// Goes on from what was on disk: the mark, and the time of the last commit.
     pub(super) fn resume(&self, mark: Micros, committed_at: Micros) {
-        let wall = (self.wall)();
-        self.origin.store(mark.max(committed_at).max(wall), Ordering::Release);
+        let now = mark.max(committed_at).max((self.wall)());
+        // Opening the store took a while already: counted once more, it would put time ahead of the wall for good.
+        self.origin.store(now.saturating_sub(self.elapsed()), Ordering::Release);
         *self.mark.lock().unwrap_or_else(PoisonError::into_inner) = mark;
+    }
+
+    fn elapsed(&self) -> Micros {
+        Micros::try_from(self.started.elapsed().as_micros()).unwrap_or(Micros::MAX)
     }
 
     /// For commits, whose times are on disk with them.
     pub(super) fn now(&self) -> Micros {
-        let elapsed = Micros::try_from(self.started.elapsed().as_micros()).unwrap_or(Micros::MAX);
-        let gone_on = self.origin.load(Ordering::Acquire).saturating_add(elapsed);
+        let gone_on = self.origin.load(Ordering::Acquire).saturating_add(self.elapsed());
         let now = gone_on.max((self.wall)());
         self.newest.fetch_max(now, Ordering::AcqRel).max(now)
     }

@@ -538,10 +538,11 @@ impl Committer {
             self.inner.catalogs.store(Arc::new([self.catalog.clone(), group.catalog.clone()]));
         }
         let batch = std::mem::take(&mut group.batch);
-        let _none_swept = group.receipts.then(|| locked(&self.inner.receipts));
         let sync = self.inner.durability == Durability::Sync;
         let options = if sync { synced() } else { WriteOptions::default() };
+        let none_swept = group.receipts.then(|| locked(&self.inner.receipts));
         self.inner.db.write_opt(batch, &options).map_err(super::read_error)?;
+        drop(none_swept);
 
         if new_catalog {
             self.catalog = group.catalog.clone();

@@ -10,11 +10,11 @@ use rocksdb::{
 };
 
 use super::clock::Clock;
-use super::keys::{row_prefix_len, successor};
+use super::keys::row_prefix_len;
 use super::meta::{self, CatalogLoader, State};
 use super::{
-    DEFAULT_FAMILY, Epoch, FAMILIES, ROW_FAMILIES, STREAM_FAMILY, Seq, StoreError, StoreOptions, ddl, family,
-    high_water, read_error, rows, synced,
+    Epoch, FAMILIES, ROW_FAMILIES, STREAM_FAMILY, Seq, StoreError, StoreOptions, ddl, high_water, read_error, rows,
+    synced,
 };
 use crate::catalog::{Catalog, DEFAULT_NAMESPACE, NamespaceId, Table};
 
