@@ -45,7 +45,7 @@ impl Ddl<'_> {
             table.images_since = table.schema_version;
         }
         let writes = vec![CatalogWrite::PutTable(Arc::new(table))];
-        Ok(DdlPlan { writes, namespace: Some(before.namespace), summary })
+        Ok(DdlPlan { writes, namespace: Some(before.namespace), summary, build: None })
     }
 
     fn alter(&self, table: &mut Table, operation: &AlterTableOperation) -> Result<(), SqlError> {
