@@ -2,9 +2,12 @@
 
 mod auth;
 mod durability;
+mod failures;
+mod feeds;
 mod live;
 mod ops;
 mod oracle;
+mod plugin_users;
 mod plugins;
 mod sql;
 mod tidy;

@@ -172,6 +172,9 @@ impl From<PluginError> for Problem {
             PluginError::Fault { plugin, cause, .. } => Problem::new(422, "plugin_failed", detail)
                 .with("plugin", json!(plugin))
                 .with("cause", json!(cause.as_str())),
+            PluginError::Resting { plugin, rest, .. } => Problem::new(503, "plugin_resting", detail)
+                .with("plugin", json!(plugin))
+                .retry_after(rest.as_secs().max(1)),
             PluginError::Host(_) => server_fault(&detail),
         }
     }

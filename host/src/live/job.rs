@@ -10,7 +10,7 @@ use super::evaluate::{Fault, Query, Rows, Source, evaluate};
 use super::log::{LogError, read_piece};
 use super::subscription::EndReason;
 use super::worker::Shared;
-use super::{Encoder, GroupSpec};
+use super::{Encoder, GroupSpec, Pass};
 use crate::store::snapshot::RowScan;
 use crate::store::{Seq, Store, StoreError};
 
@@ -95,7 +95,7 @@ pub(super) fn snapshot_piece(
         let (image, place, _) = ImageRef::parse(&base[start..]).map_err(|error| damaged("a stored row", error))?;
         images.push((image, shifted(place, start)));
     }
-    let source = Source { seq: scan.seq, snapshot: true, base: &base };
+    let source = Source { seq: scan.seq, pass: Pass::Snapshot, base: &base };
     let events = evaluate(query, source, &Rows::present(images))?;
     let mut out = Vec::new();
     if let Some(events) = &events {
@@ -144,7 +144,7 @@ fn replay_commit(
     let view = FrameView::parse(frame).map_err(|error| damaged("the change log", error))?;
     let Some(section) = view.section(&query.spec.scope) else { return Ok(()) };
     let rows = Rows::of_section(section, query.spec.table.id);
-    let source = Source { seq, snapshot: false, base: section.bytes };
+    let source = Source { seq, pass: Pass::Replay, base: section.bytes };
     if let Some(events) = evaluate(query, source, &rows)? {
         encoder.encode(query.spec, &events, out);
     }
