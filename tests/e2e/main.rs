@@ -1,6 +1,7 @@
 //! End to end: a real server process, spoken to over HTTP. One test program; a module for each part.
 
 mod auth;
+mod command_line;
 mod durability;
 mod failures;
 mod feeds;
@@ -11,3 +12,4 @@ mod plugin_users;
 mod plugins;
 mod sql;
 mod tidy;
+mod uploads;

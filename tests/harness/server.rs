@@ -18,7 +18,7 @@ use crate::client::Client;
 const START_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Token of the administrator, given by environment; the others are in the configuration file.
-const ADMIN_TOKEN: &str = "the-administrators-token-of-these-tests-0001";
+pub const ADMIN_TOKEN: &str = "the-administrators-token-of-these-tests-0001";
 
 /// User and role of the tokens in the configuration file.
 const USERS: [(&str, &str); 4] = [("alice", "user"), ("bob", "user"), ("al", "user"), ("robot", "service")];
@@ -258,7 +258,7 @@ pub fn target_dir() -> PathBuf {
     deps.parent().expect("test programs lie in deps/ of the profile's folder").to_owned()
 }
 
-fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     std::env::var_os("TIDEGATE_BIN").map_or_else(|| target_dir().join("tidegate"), PathBuf::from)
 }
 
