@@ -169,9 +169,7 @@ macro_rules! expanded_collections {
 
             #[inline]
             fn each(self, row: &mut dyn FnMut(&dyn Fn(&mut ImageBuilder))) -> Result<(), String> {
-                for output in self {
-                    row(&|image| Output::write(&output, image));
-                }
+                self.into_iter().for_each(|output| row(&|image| Output::write(&output, image)));
                 Ok(())
             }
         }

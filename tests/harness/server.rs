@@ -171,6 +171,8 @@ pub fn command(config: &Path, data_dir: &Path) -> Command {
             command.env_remove(name);
         }
     }
+    // Plugins are pure, so losing an instance between two calls may change nothing: in every test they are lost.
+    command.env("TIDEGATE_PLUGINS__DROP_INSTANCES_SEED", "1");
     command.env("TIDEGATE_ADMIN_TOKEN", ADMIN_TOKEN).arg("serve").arg("--config").arg(config);
     command.arg("--data-dir").arg(data_dir);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -118,7 +118,7 @@ impl Plugins {
         Plugins::with_mapping(options, source, metrics, engine, mapping)
     }
 
-    #[cfg(test)]
+    /// With the window mapped or copied, whatever this machine can do: for tests and benchmarks.
     pub fn mapped(
         options: PluginOptions,
         source: Box<dyn ModuleSource>,
