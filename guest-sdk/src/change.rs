@@ -49,6 +49,8 @@ impl<'a, R> Change<'a, R> {
     }
 
     /// The row as it is; `None` for a delete.
+    // A pair with `old`, and nothing that makes a `Change`.
+    #[allow(clippy::new_ret_no_self)]
     #[inline]
     pub fn new(&self) -> Option<&R> {
         self.new.as_ref()

@@ -139,6 +139,9 @@ impl<T: Output, E: Display> Transformed for Result<T, E> {
     }
 }
 
+/// Takes each output row, as what fills its image.
+pub type EachRow<'r> = &'r mut dyn FnMut(&dyn Fn(&mut ImageBuilder));
+
 /// What a change transform may return: any number of outputs (`Option`, `Vec`, an array), one, or a `Result` of these.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a change transform's answer",
@@ -149,14 +152,14 @@ impl<T: Output, E: Display> Transformed for Result<T, E> {
 pub trait Expanded {
     const COLUMNS: &'static [(&'static str, Type, bool)];
     /// Hands each output to `row`.
-    fn each(self, row: &mut dyn FnMut(&dyn Fn(&mut ImageBuilder))) -> Result<(), String>;
+    fn each(self, row: EachRow<'_>) -> Result<(), String>;
 }
 
 impl<T: Output> Expanded for T {
     const COLUMNS: &'static [(&'static str, Type, bool)] = T::COLUMNS;
 
     #[inline]
-    fn each(self, row: &mut dyn FnMut(&dyn Fn(&mut ImageBuilder))) -> Result<(), String> {
+    fn each(self, row: EachRow<'_>) -> Result<(), String> {
         row(&|image| Output::write(&self, image));
         Ok(())
     }
@@ -168,7 +171,7 @@ macro_rules! expanded_collections {
             const COLUMNS: &'static [(&'static str, Type, bool)] = T::COLUMNS;
 
             #[inline]
-            fn each(self, row: &mut dyn FnMut(&dyn Fn(&mut ImageBuilder))) -> Result<(), String> {
+            fn each(self, row: EachRow<'_>) -> Result<(), String> {
                 self.into_iter().for_each(|output| row(&|image| Output::write(&output, image)));
                 Ok(())
             }
@@ -182,7 +185,7 @@ impl<T: Expanded, E: Display> Expanded for Result<T, E> {
     const COLUMNS: &'static [(&'static str, Type, bool)] = T::COLUMNS;
 
     #[inline]
-    fn each(self, row: &mut dyn FnMut(&dyn Fn(&mut ImageBuilder))) -> Result<(), String> {
+    fn each(self, row: EachRow<'_>) -> Result<(), String> {
         self.map_err(|error| error.to_string())?.each(row)
     }
 }
@@ -223,12 +226,7 @@ pub(crate) struct Expansion {
 
 impl Expansion {
     pub(crate) fn new(columns: u16) -> Self {
-        Expansion {
-            bytes: Vec::new(),
-            descriptors: Vec::new(),
-            images: Vec::new(),
-            image: ImageBuilder::new(columns),
-        }
+        Expansion { bytes: Vec::new(), descriptors: Vec::new(), images: Vec::new(), image: ImageBuilder::new(columns) }
     }
 
     pub(crate) fn begin(&mut self) {
@@ -238,10 +236,7 @@ impl Expansion {
     }
 
     /// Writes the rows of the next change. One that fails becomes no rows.
-    pub(crate) fn change(
-        &mut self,
-        write: impl FnOnce(&mut dyn FnMut(&dyn Fn(&mut ImageBuilder))) -> Result<(), String>,
-    ) -> Result<(), String> {
+    pub(crate) fn change(&mut self, write: impl FnOnce(EachRow<'_>) -> Result<(), String>) -> Result<(), String> {
         let before = (self.descriptors.len(), self.images.len());
         let Expansion { descriptors, images, image, .. } = self;
         let result = write(&mut |fill| {

@@ -6,13 +6,14 @@ use alloc::vec::Vec;
 
 use wire::ImageBuilder;
 use wire::abi::{
-    CHANGE_DESCRIPTOR_BYTES, CONFIGURE_BYTES, Configure, Configured, DESCRIPTOR_BYTES, MAX_BATCH, Read, decode_schema, encode_schema,
+    CHANGE_DESCRIPTOR_BYTES, CONFIGURE_BYTES, Configure, Configured, DESCRIPTOR_BYTES, MAX_BATCH, Read, decode_schema,
+    encode_schema,
 };
 
 pub use wire::abi::ABI;
 
 use crate::change::RawChange;
-use crate::output::{self, Expansion, Rows};
+use crate::output::{self, EachRow, Expansion, Rows};
 use crate::params::{ParamValues, Params};
 use crate::raw::{Window, host};
 use crate::row::{ColumnSpec, Input, Row};
@@ -42,11 +43,7 @@ pub trait ChangeFilter: Describe {
 
 /// A change transform.
 pub trait ChangeTransform: Describe {
-    fn expand(
-        params: &Self::Params,
-        change: &RawChange<'_>,
-        row: &mut dyn FnMut(&dyn Fn(&mut ImageBuilder)),
-    ) -> Result<(), String>;
+    fn expand(params: &Self::Params, change: &RawChange<'_>, row: EachRow<'_>) -> Result<(), String>;
 }
 
 /// One parameter set against one input.

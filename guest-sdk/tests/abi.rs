@@ -150,11 +150,7 @@ impl ChangeFilter for Longer {
 
 impl ChangeTransform for Longer {
     /// As many rows as thousands of miles.
-    fn expand(
-        _: &Far,
-        change: &RawChange<'_>,
-        row: &mut dyn FnMut(&dyn Fn(&mut ImageBuilder)),
-    ) -> Result<(), String> {
+    fn expand(_: &Far, change: &RawChange<'_>, row: &mut dyn FnMut(&dyn Fn(&mut ImageBuilder))) -> Result<(), String> {
         let change = change.read::<Flight>();
         for mile in 0..change.row().distance.required().map_err(|e| e.to_string())? / 1000 {
             row(&|image| image.set_int(0, mile));

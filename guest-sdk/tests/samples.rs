@@ -1,8 +1,8 @@
 //! The sample plugins' own functions, run natively over images.
 
+use crossings::{Crossing, crossings};
 use guest_sdk::native::{TestTable, Type, Value, values};
 use guest_sdk::prelude::*;
-use crossings::{Crossing, crossings};
 use late::{Late, late};
 use local_units::{Local, LocalUnits, local_units};
 use worse::{Worse, worse};

@@ -47,7 +47,10 @@ fn main() {
     let wasm = module();
     let sides = [Mapping::InPlace, Mapping::Copy].map(|mapping| Side::new(&wasm, mapping));
     let [mut in_place, mut copying] = sides;
-    println!("{:>8} {:>6} {:>14} {:>14} {:>14} {:>10} {:>10}", "bytes", "batch", "in place", "copying", "native", "in/native", "copy/in");
+    println!(
+        "{:>8} {:>6} {:>14} {:>14} {:>14} {:>10} {:>10}",
+        "bytes", "batch", "in place", "copying", "native", "in/native", "copy/in"
+    );
     for size in [256, 1024, 16 * 1024, 64 * 1024] {
         for batch in [1, 64] {
             let rows = Section::new(size, batch);

@@ -48,7 +48,10 @@ async fn sql_live_and_plugins_from_a_shell() {
 
     std::fs::write(folder.path().join("late.wasm"), plugin("late.wasm")).unwrap();
     let pushed = said(run(&["plugin", "push", "late.wasm"]));
-    assert!(pushed.starts_with("late version 1: row_filter") && pushed.contains("minutes (int, default 15)"), "{pushed}");
+    assert!(
+        pushed.starts_with("late version 1: row_filter") && pushed.contains("minutes (int, default 15)"),
+        "{pushed}"
+    );
     let answer: Value = serde_json::from_str(&said(run(&["plugin", "push", "late.wasm", "--json"]))).unwrap();
     assert_eq!(answer["unchanged"], true);
     let tried = said(run(&["plugin", "try", "late", "--rows", r#"[{"dep_delay":15},{"dep_delay":1}]"#]));

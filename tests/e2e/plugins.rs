@@ -130,8 +130,11 @@ async fn a_plugin_written_by_hand_works_as_well() {
 async fn one_predicate_in_every_language_gives_one_stream() {
     let server = TestServer::start().await;
     let db = flights(&server).await;
-    let samples = [("long_haul", Some(plugin("long_haul.wat"))), ("long_haul_c", tests::optional_plugin("long_haul_c.wasm")),
-        ("long_haul_as", tests::optional_plugin("long_haul_as.wasm"))];
+    let samples = [
+        ("long_haul", Some(plugin("long_haul.wat"))),
+        ("long_haul_c", tests::optional_plugin("long_haul_c.wasm")),
+        ("long_haul_as", tests::optional_plugin("long_haul_as.wasm")),
+    ];
     let mut streams = vec![db.live("SELECT id, distance FROM flights WHERE distance >= 1089").await];
     for (name, module) in samples {
         let Some(module) = module else { continue };

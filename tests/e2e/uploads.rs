@@ -9,7 +9,11 @@ use tests::{Client, LiveQuery, TestServer, plugin};
 
 /// A filter in WebAssembly text that keeps rows or not.
 fn constant(keep: bool) -> Vec<u8> {
-    let bits = if keep { "(i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))" } else { "(i64.const 0)" };
+    let bits = if keep {
+        "(i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))"
+    } else {
+        "(i64.const 0)"
+    };
     with(&format!("(func (export \"tg_filter\") (param i32 i32) (param $n i32) (result i64) {bits})"))
 }
 
@@ -96,7 +100,8 @@ async fn a_plugin_is_tried_on_rows_and_nothing_is_stored() {
     let (_, answer) = act(&db, "main/local_units/try", json!({"rows": [row]})).await;
     assert_eq!(answer["results"][0]["row"]["delay_class"], "very late", "{answer}");
     assert_eq!(answer["columns"][4], json!({"name": "km", "type": "DOUBLE"}));
-    let (old, new) = (json!([{"dep_delay": 1}, null, {"dep_delay": 1}]), json!([{"dep_delay": 70}, {"dep_delay": 20}, null]));
+    let (old, new) =
+        (json!([{"dep_delay": 1}, null, {"dep_delay": 1}]), json!([{"dep_delay": 70}, {"dep_delay": 20}, null]));
     let (_, answer) = act(&db, "worse/try", json!({"old": old, "rows": new})).await;
     assert_eq!(answer["results"], json!([{"keep": true}, {"keep": false}, {"keep": false}]));
     let (_, answer) = act(&db, "crossings/try", json!({"old": old, "rows": new})).await;
@@ -176,6 +181,40 @@ async fn compiled_code_is_kept_and_touched_code_is_never_loaded() {
     assert!(files().is_empty());
 }
 
+#[tokio::test]
+async fn a_refused_upload_leaves_the_version_before_at_work() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    db.put_plugin("p", constant(true)).await;
+    let mut live = db.live(LiveQuery::new("SELECT id FROM t").plugin("p")).await;
+    live.until_uptodate().await;
+    let whole = plugin("late.wasm");
+    let flipped = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0xff;
+        bytes
+    };
+    let huge = vec![b' '; 100 << 20];
+    for (what, module, status) in [
+        ("truncated", whole[..whole.len() - 9].to_vec(), 422),
+        ("flipped in its head", flipped(5), 422),
+        ("flipped in a section's length", flipped(9), 422),
+        ("empty", Vec::new(), 422),
+        ("100 MiB", huge, 413),
+    ] {
+        // The server may answer and close before it has read all of it.
+        match db.put_plugin_request("p", module).send().await {
+            Ok(response) => assert_eq!(response.status(), status, "{what}"),
+            Err(error) => assert!(status == 413, "{what}: {error}"),
+        }
+    }
+    let shown: Value = db.get("/v1/plugins/p").send().await.unwrap().json().await.unwrap();
+    assert_eq!((&shown["active"], shown["versions"].as_array().unwrap().len()), (&json!(1), 1));
+    db.sql("INSERT INTO t VALUES (1)").await;
+    assert_eq!(live.next_change().await.name, "insert");
+}
+
 /// What takes the compiler too long ends with its child, is refused, and nobody else waits for it.
 #[tokio::test]
 async fn a_module_that_takes_too_long_to_compile_is_ended() {
@@ -187,8 +226,10 @@ async fn a_module_that_takes_too_long_to_compile_is_ended() {
     live.until_uptodate().await;
     // Many functions of many blocks whose values all meet: much work within every limit of form.
     let body = "(local.set 0 (i32.mul (local.get 0) (i32.add (local.get 1) (i32.const 7)))) (if (local.get 0) (then (local.set 1 (local.get 0))))".repeat(300);
-    let functions: String = (0..400).map(|_| format!("(func (param i32 i32) (result i32) {body} (local.get 1))")).collect();
-    let bomb = with(&format!("{functions} (func (export \"tg_filter\") (param i32 i32 i32) (result i64) (i64.const 0))"));
+    let functions: String =
+        (0..400).map(|_| format!("(func (param i32 i32) (result i32) {body} (local.get 1))")).collect();
+    let bomb =
+        with(&format!("{functions} (func (export \"tg_filter\") (param i32 i32 i32) (result i64) (i64.const 0))"));
     let problem = expect_problem(db.put_plugin_request("bomb", bomb), 422, "plugin_refused").await;
     let detail = problem["detail"].as_str().unwrap();
     assert!(detail.contains("compile") || detail.contains("limit"), "{detail}");

@@ -46,6 +46,10 @@ pub fn optional_plugin(file: &str) -> Option<Vec<u8>> {
     module
 }
 
+/// The first seed of random runs where nobody asks for another. Fixed, so that the same commit passes or fails everywhere
+/// alike: who wants to look for new failures says `SEED=random`.
+const SEED: u64 = 1;
+
 /// The seed of a random run: `SEED` of the environment (a number, or `random`), else always the same. Printed, so that a
 /// failure can be repeated.
 pub fn seed() -> u64 {

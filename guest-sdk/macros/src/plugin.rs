@@ -104,7 +104,8 @@ impl Signature {
             [row] => Ok(Signature::new(None, referenced(row)?, output)),
             [params, row] => Ok(Signature::new(Some(referenced(params)?), referenced(row)?, output)),
             _ => {
-                let takes = "a plugin's function takes `(&Params, &Row)` or `(&Params, &Change<Row>)`, or the second alone";
+                let takes =
+                    "a plugin's function takes `(&Params, &Row)` or `(&Params, &Change<Row>)`, or the second alone";
                 refuse(&signature.ident, takes)
             }
         }

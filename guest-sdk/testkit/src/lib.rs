@@ -107,8 +107,9 @@ impl Plugin {
         writeln!(stdin, "{request}").expect("tidegate reads its request");
         drop(stdin);
         let output = child.wait_with_output().expect("tidegate ends");
-        let value: Value = serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|error| panic!("{error} in what tidegate answered: {}", String::from_utf8_lossy(&output.stdout)));
+        let value: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+            panic!("{error} in what tidegate answered: {}", String::from_utf8_lossy(&output.stdout))
+        });
         match value.get("problem") {
             Some(problem) => Err(problem["detail"].as_str().unwrap_or_default().to_owned()),
             None => Ok(Answer(value)),
@@ -123,7 +124,10 @@ pub struct Answer(Value);
 impl Answer {
     /// Of a filter: its verdicts.
     pub fn kept(&self) -> Vec<bool> {
-        self.results().iter().map(|result| result["keep"].as_bool().unwrap_or_else(|| panic!("no verdict: {result}"))).collect()
+        self.results()
+            .iter()
+            .map(|result| result["keep"].as_bool().unwrap_or_else(|| panic!("no verdict: {result}")))
+            .collect()
     }
 
     /// Of a transform: what row (or change) `index` was made into.

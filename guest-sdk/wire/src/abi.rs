@@ -120,12 +120,8 @@ impl ChangeDescriptor {
     #[inline]
     pub fn from_bytes(bytes: [u8; CHANGE_DESCRIPTOR_BYTES]) -> Self {
         let part = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
-        let image = |i: usize| Descriptor {
-            present: part(i),
-            slots: part(i + 4),
-            heap: part(i + 8),
-            columns: part(i + 12),
-        };
+        let image =
+            |i: usize| Descriptor { present: part(i), slots: part(i + 4), heap: part(i + 8), columns: part(i + 12) };
         ChangeDescriptor { op: part(0), changed: part(4), columns: part(8), old: image(16), new: image(32) }
     }
 }

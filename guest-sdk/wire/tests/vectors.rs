@@ -1,7 +1,8 @@
 //! The vectors that guests in other languages test themselves with, held against this crate.
 
 use wire::abi::{
-    CHANGE_DESCRIPTOR_BYTES, CONFIGURE_BYTES, ChangeDescriptor, Configure, Configured, DESCRIPTOR_BYTES, Descriptor, Read, decode_schema, encode_schema,
+    CHANGE_DESCRIPTOR_BYTES, CONFIGURE_BYTES, ChangeDescriptor, Configure, Configured, DESCRIPTOR_BYTES, Descriptor,
+    Read, decode_schema, encode_schema,
 };
 use wire::{ColumnDecl, ImageBuilder, ImageRef, Kind, Schema, Type, Value};
 

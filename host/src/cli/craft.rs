@@ -200,9 +200,9 @@ pub(super) fn build(folder: &Path) -> Result<PathBuf, String> {
     let messages = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     // The crate itself comes last; its dependencies make no .wasm.
     let files = messages.filter_map(|message| message["filenames"].as_array().cloned()).flatten();
-    let module = files.filter_map(|file| file.as_str().map(PathBuf::from)).rfind(|file| {
-        file.extension().is_some_and(|ending| ending == "wasm")
-    });
+    let module = files
+        .filter_map(|file| file.as_str().map(PathBuf::from))
+        .rfind(|file| file.extension().is_some_and(|ending| ending == "wasm"));
     let module = module.ok_or("the crate made no .wasm: it needs crate-type = [\"cdylib\"]")?;
     let here = folder.join(module.file_name().unwrap_or_default());
     std::fs::copy(&module, &here).map_err(|error| format!("{}: {error}", here.display()))?;
@@ -229,9 +229,10 @@ fn toolchain() -> Result<Command, String> {
     }
     let debian = prints("/usr/bin/rustc", &["sysroot"])
         .is_some_and(|sysroot| sysroot.join("lib/rustlib/src/rust/library/Cargo.lock").exists());
-    let linker = (19..=22).rev().map(|version| format!("wasm-ld-{version}")).chain(["wasm-ld".to_owned()]).find(|name| {
-        Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
-    });
+    let linker =
+        (19..=22).rev().map(|version| format!("wasm-ld-{version}")).chain(["wasm-ld".to_owned()]).find(|name| {
+            Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
+        });
     match linker.filter(|_| debian) {
         Some(linker) => {
             let mut cargo = Command::new("/usr/bin/cargo");
@@ -248,7 +249,8 @@ fn toolchain() -> Result<Command, String> {
 }
 
 pub(super) fn test(folder: &Path) -> Outcome {
-    let program = std::env::current_exe().map_err(|error| format!("this program does not know where it is: {error}"))?;
+    let program =
+        std::env::current_exe().map_err(|error| format!("this program does not know where it is: {error}"))?;
     let status = Command::new("cargo").arg("test").current_dir(folder).env("TIDEGATE_BIN", program).status();
     match status {
         Err(error) => Err(format!("cargo cannot be started: {error}")),

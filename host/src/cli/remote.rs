@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::path::PathBuf;
 
-
 use serde_json::{Value, json};
 
 use super::{LiveQuery, Outcome, Server, Sql, craft};
@@ -55,7 +54,8 @@ fn parsed(answer: &Answer) -> Result<Value, String> {
     if answer.is_success() {
         return Ok(value);
     }
-    let detail = value["detail"].as_str().map_or_else(|| String::from_utf8_lossy(&answer.body).into_owned(), str::to_owned);
+    let detail =
+        value["detail"].as_str().map_or_else(|| String::from_utf8_lossy(&answer.body).into_owned(), str::to_owned);
     let hint = match answer.status {
         401 => "; give --token or --token-file (or TIDEGATE_TOKEN, TIDEGATE_TOKEN_FILE)",
         _ => "",
@@ -180,7 +180,12 @@ pub(super) async fn push(module: PathBuf, name: Option<String>, server: Server) 
     let elapsed = started.elapsed();
     server.print(&answer, |plugin| {
         let state = if plugin["unchanged"] == json!(true) { "was active already" } else { "is active" };
-        format!("{}\n{state} from seq {} on; the upload took {} ms", version_text(plugin), plugin["seq"], elapsed.as_millis())
+        format!(
+            "{}\n{state} from seq {} on; the upload took {} ms",
+            version_text(plugin),
+            plugin["seq"],
+            elapsed.as_millis()
+        )
     });
     Ok(())
 }
@@ -215,7 +220,8 @@ pub(super) async fn list(server: Server) -> Outcome {
         let mut lines = vec![["namespace", "name", "version", "kind", "size", "sha256"].map(str::to_owned).to_vec()];
         let plugins = answer["plugins"].as_array().into_iter().flatten();
         for plugin in plugins.filter(|plugin| plugin["active"] == json!(true)) {
-            let cells = [&plugin["namespace"], &plugin["name"], &plugin["version"], &plugin["kinds"][0], &plugin["size"]];
+            let cells =
+                [&plugin["namespace"], &plugin["name"], &plugin["version"], &plugin["kinds"][0], &plugin["size"]];
             let mut line: Vec<String> = cells.map(cell_text).to_vec();
             line.push(cell_text(&plugin["sha256"]).chars().take(12).collect());
             lines.push(line);

@@ -101,7 +101,15 @@ impl OpenGroup {
         let entries = faults.iter().filter(new).filter_map(|fault| {
             let stage = self.stages.get(fault.stage)?;
             let (old, row) = images(places.get(fault.index)?);
-            Some(errors::Entry { table: &self.table, scope: &self.scope, live_id: &self.live_id, stage, fault, old, row })
+            Some(errors::Entry {
+                table: &self.table,
+                scope: &self.scope,
+                live_id: &self.live_id,
+                stage,
+                fault,
+                old,
+                row,
+            })
         });
         errors.append(batch.seq, batch.base, entries);
     }
@@ -202,12 +210,8 @@ mod tests {
 
     #[test]
     fn a_fault_names_the_plugin_that_failed_or_none() {
-        let stage = |version| Stage {
-            name: "twice".to_owned(),
-            version,
-            sha256: version.to_string(),
-            params: String::new(),
-        };
+        let stage =
+            |version| Stage { name: "twice".to_owned(), version, sha256: version.to_string(), params: String::new() };
         let stages = [stage(1), stage(2)];
         let version = |fault: PipelineFault| fault.plugin.map(|plugin| plugin.version);
         let failed = |stage| PluginError::Fault {

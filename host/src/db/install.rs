@@ -71,7 +71,8 @@ impl Db {
             };
             let (Some(target), Some(active)) = (target, versions.last()) else {
                 let known: Vec<String> = versions.iter().map(|plugin| plugin.version.to_string()).collect();
-                let wanted = version.map_or_else(|| "earlier version".to_owned(), |version| format!("version {version}"));
+                let wanted =
+                    version.map_or_else(|| "earlier version".to_owned(), |version| format!("version {version}"));
                 let message = format!("plugin \"{name}\" has no {wanted}; there are {}", known.join(", "));
                 return Err(DbError::NotFound(message));
             };

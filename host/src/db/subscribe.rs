@@ -19,7 +19,7 @@ use crate::catalog::{Catalog, OnError, Semantics};
 use crate::live::position::Position;
 use crate::live::{Delivery, EndReason, From, GroupSpec, SubscribeError, Subscription};
 use crate::plugins::Stage;
-use crate::sql::{OutputColumn, SqlError};
+use crate::sql::OutputColumn;
 use crate::store::{Seq, StoreError};
 
 /// A wait without an end, for timers that need one.
@@ -112,7 +112,9 @@ impl Db {
             let stages = resolve_stages(&env.catalog, &env.namespace, &table.namespace_name, &request.pipeline)?;
             let (output, semantics) = match stages.is_empty() {
                 true if request.on_error != OnError::Stop => {
-                    return Err(DbError::BadRequest("`on_error` says what happens when a plugin fails: name one".into()));
+                    return Err(DbError::BadRequest(
+                        "`on_error` says what happens when a plugin fails: name one".into(),
+                    ));
                 }
                 true => (None, Semantics::Map),
                 false => {
@@ -150,11 +152,7 @@ impl Db {
     }
 
     /// Where to start, and what to say first.
-    fn resolve_position(
-        &self,
-        request: &LiveRequest,
-        spec: &GroupSpec,
-    ) -> Result<(From, Opening), DbError> {
+    fn resolve_position(&self, request: &LiveRequest, spec: &GroupSpec) -> Result<(From, Opening), DbError> {
         let Some(text) = &request.position else {
             let snapshot = request.snapshot.unwrap_or(true);
             return Ok((if snapshot { From::Snapshot } else { From::Now }, Opening::Plain));
@@ -456,12 +454,7 @@ struct Fingerprint {
 }
 
 impl Fingerprint {
-    fn new(
-        plan: &crate::sql::live::LivePlan,
-        stages: &[Stage],
-        request: &LiveRequest,
-        semantics: Semantics,
-    ) -> Self {
+    fn new(plan: &crate::sql::live::LivePlan, stages: &[Stage], request: &LiveRequest, semantics: Semantics) -> Self {
         let mut query = Sha256::new();
         query.update(plan.fingerprint.to_le_bytes());
         query.update(format!("{:?} {:?} {:?} {semantics:?}", plan.scope, request.old, request.on_error));

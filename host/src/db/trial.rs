@@ -44,7 +44,10 @@ pub enum TrialResult {
     Kept(bool),
     /// One of a row transform, any number of a change transform.
     Made(Option<RecordBatch>),
-    Failed { cause: FaultCause, message: String },
+    Failed {
+        cause: FaultCause,
+        message: String,
+    },
 }
 
 impl Db {
@@ -131,7 +134,7 @@ fn images(request: &TrialRequest, kind: PluginKind, schema: &Schema) -> Result<I
     };
     (0..rows.len().max(old.len()))
         .map(|i| match (image(old.get(i))?, image(rows.get(i))?) {
-            (None, None) => refuse(format!("change {i} has neither an old row nor a new one")),
+            (None, None) => Err(DbError::BadRequest(format!("change {i} has neither an old row nor a new one"))),
             (old, new) => Ok((old, new)),
         })
         .collect()
@@ -169,9 +172,7 @@ fn results(
             results.push(TrialResult::Kept(mine.count() > 0));
             continue;
         };
-        let images: Vec<_> = mine
-            .filter_map(|(_, image)| Some(ImageRef::parse(image.as_ref()?).ok()?.0))
-            .collect();
+        let images: Vec<_> = mine.filter_map(|(_, image)| Some(ImageRef::parse(image.as_ref()?).ok()?.0)).collect();
         let batch = (!images.is_empty()).then(|| crate::sql::arrow::to_batch(schema, &images)).transpose()?;
         results.push(TrialResult::Made(batch));
     }

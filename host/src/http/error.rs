@@ -174,7 +174,7 @@ impl From<PluginError> for Problem {
                 .with("cause", json!(cause.as_str())),
             PluginError::Resting { plugin, rest, .. } => Problem::new(503, "plugin_resting", detail)
                 .with("plugin", json!(plugin))
-                .retry_after(rest.as_secs().max(1)),
+                .retry_after(u32::try_from(rest.as_secs()).unwrap_or(u32::MAX).max(1)),
             PluginError::Host(_) => server_fault(&detail),
         }
     }

@@ -416,7 +416,8 @@ mod tests {
 
     #[test]
     fn the_two_ways_to_ask_for_a_live_query_agree() {
-        let uri = "/v1/live?sql=S&plugin=a%402:%7B%22x%22:1%7D&plugin=b&old=full&snapshot=false&on_error=skip&params=%5B1%5D";
+        let uri =
+            "/v1/live?sql=S&plugin=a%402:%7B%22x%22:1%7D&plugin=b&old=full&snapshot=false&on_error=skip&params=%5B1%5D";
         let get = live_from_query(&uri.parse().unwrap()).unwrap().request.unwrap();
         let body = br#"{"sql":"S","params":[1],"snapshot":false,"old":"full","on_error":"skip",
                         "pipeline":[{"plugin":"a","version":2,"params":{"x":1}},{"plugin":"b"}]}"#;

@@ -210,7 +210,9 @@ pub fn output(output: LiveOutput) -> Bytes {
         LiveOutput::Pipeline { plugin, version, sha256 } => {
             frame("pipeline", None, &json!({"plugin": plugin, "version": version, "sha256": sha256}), &mut out);
         }
-        LiveOutput::PluginError { fault, seq } => frame("plugin-error", None, &plugin_error(fault, seq).body(), &mut out),
+        LiveOutput::PluginError { fault, seq } => {
+            frame("plugin-error", None, &plugin_error(fault, seq).body(), &mut out)
+        }
         LiveOutput::Waiting => out.extend_from_slice(b": waiting\n\n"),
         LiveOutput::Failed { message } => {
             frame("failed", None, &Problem::new(422, "row_failed", message).body(), &mut out);
@@ -348,7 +350,13 @@ mod tests {
     fn control_events() {
         let text = |of: LiveOutput| String::from_utf8(output(of).to_vec()).unwrap();
         let columns = vec![OutputColumn { name: "id".to_owned(), ty: wire::Type::BigInt }];
-        let start = LiveOutput::Start { live_id: "l1".to_owned(), columns, key: vec!["id".to_owned()], semantics: Semantics::Map, from: None };
+        let start = LiveOutput::Start {
+            live_id: "l1".to_owned(),
+            columns,
+            key: vec!["id".to_owned()],
+            semantics: Semantics::Map,
+            from: None,
+        };
         assert_eq!(
             text(start),
             "event: start\ndata: {\"live_id\":\"l1\",\"columns\":[{\"name\":\"id\",\"type\":\"BIGINT\"}],\
@@ -357,19 +365,11 @@ mod tests {
         let uptodate = LiveOutput::UpToDate { position: "a-1-b".to_owned(), seq: Seq(1) };
         assert_eq!(text(uptodate), "event: uptodate\nid: a-1-b\ndata: {\"seq\":1}\n\n");
         assert_eq!(text(LiveOutput::Resync(ResyncReason::Epoch)), "event: resync\ndata: {\"reason\":\"epoch\"}\n\n");
-        let stage =
-            Stage { name: "late".to_owned(), version: 2, sha256: "ab".to_owned(), params: String::new() };
+        let stage = Stage { name: "late".to_owned(), version: 2, sha256: "ab".to_owned(), params: String::new() };
         let pipeline = LiveOutput::Pipeline { plugin: "late".to_owned(), version: 2, sha256: "ab".to_owned() };
-        assert_eq!(
-            text(pipeline),
-            "event: pipeline\ndata: {\"plugin\":\"late\",\"version\":2,\"sha256\":\"ab\"}\n\n"
-        );
-        let fault = PipelineFault {
-            plugin: Some(stage),
-            cause: "trap",
-            message: "one\ntwo".to_owned(),
-            retry_after: None,
-        };
+        assert_eq!(text(pipeline), "event: pipeline\ndata: {\"plugin\":\"late\",\"version\":2,\"sha256\":\"ab\"}\n\n");
+        let fault =
+            PipelineFault { plugin: Some(stage), cause: "trap", message: "one\ntwo".to_owned(), retry_after: None };
         let nobody = PipelineFault { plugin: None, retry_after: Some(Duration::from_secs(2)), ..fault.clone() };
         let nobody = text(LiveOutput::PluginError { fault: nobody, seq: Seq(9) });
         assert!(!nobody.contains("\"plugin\"") && nobody.contains("\"retry_after_ms\":2000"), "{nobody}");

@@ -176,12 +176,7 @@ fn stage() -> Stage {
 }
 
 fn fault() -> PipelineFault {
-    PipelineFault {
-        plugin: Some(stage()),
-        cause: "failed",
-        message: "no".to_owned(),
-        retry_after: None,
-    }
+    PipelineFault { plugin: Some(stage()), cause: "failed", message: "no".to_owned(), retry_after: None }
 }
 
 // ---- an encoder: one line an event ----
@@ -749,8 +744,16 @@ async fn a_feed_gives_what_the_pipeline_makes_of_each_change() {
     let end = world.put(3, 9).await;
     // A row that does not match is no part of a change: into the result is an insert, out of it a delete.
     let all = [
-        "insert 1 12", "insert 1 24", "update 1 13", "update 1 26", "insert 2 20", "insert 2 40", "delete 1 13",
-        "delete 1 26", "delete 2 20", "delete 2 40",
+        "insert 1 12",
+        "insert 1 24",
+        "update 1 13",
+        "update 1 26",
+        "insert 2 20",
+        "insert 2 40",
+        "delete 1 13",
+        "delete 1 26",
+        "delete 2 20",
+        "delete 2 40",
     ];
     assert_eq!(world.fed(10, start, end).await, all, "replayed");
     assert_eq!(world.fed(10, middle, end).await, all[4..], "from a position on");

@@ -78,9 +78,10 @@ impl Cache {
         let Ok(entries) = fs::read_dir(&self.folder) else { return };
         for entry in entries.flatten() {
             let name = entry.file_name();
-            let keep = name.to_str().and_then(|name| name.split_once('-')).is_some_and(|(sha256, rest)| {
-                needed(sha256) && rest == format!("{:016x}.bin", self.compatibility)
-            });
+            let keep = name
+                .to_str()
+                .and_then(|name| name.split_once('-'))
+                .is_some_and(|(sha256, rest)| needed(sha256) && rest == format!("{:016x}.bin", self.compatibility));
             if !keep && let Err(error) = fs::remove_file(entry.path()) {
                 tracing::warn!(path = %entry.path().display(), %error, "an old compiled plugin cannot be removed");
             }

@@ -133,9 +133,9 @@ impl Engine {
             }
             None => self.on_a_thread(checked, permit, deadline)?,
         };
-        let module = self.load(&code).map_err(|error| {
-            PluginError::Host(format!("what was compiled just now cannot be loaded: {error:#}"))
-        })?;
+        let module = self
+            .load(&code)
+            .map_err(|error| PluginError::Host(format!("what was compiled just now cannot be loaded: {error:#}")))?;
         if let Some(cache) = &self.cache {
             cache.store(&checked.sha256, &code);
         }
@@ -180,7 +180,9 @@ impl Engine {
     fn cached(&self, sha256: &str) -> Option<Module> {
         let code = self.cache.as_ref()?.load(sha256)?;
         self.load(&code)
-            .inspect_err(|error| tracing::warn!(sha256, %error, "a compiled plugin cannot be loaded; it is compiled again"))
+            .inspect_err(
+                |error| tracing::warn!(sha256, %error, "a compiled plugin cannot be loaded; it is compiled again"),
+            )
             .ok()
     }
 

@@ -156,7 +156,9 @@ mod tests {
         assert_eq!(rests(61.5), Some(secs(0.5)));
         assert_eq!(health.rests(&[2; 32], start + secs(61.5)), None, "other parameters do not rest");
         assert_eq!(rests(62.0), None);
-        for (at, rest) in [(62.0, 2.0), (64.0, 4.0), (68.0, 8.0), (76.0, 16.0), (92.0, 32.0), (124.0, 60.0), (184.0, 60.0)] {
+        for (at, rest) in
+            [(62.0, 2.0), (64.0, 4.0), (68.0, 8.0), (76.0, 16.0), (92.0, 32.0), (124.0, 60.0), (184.0, 60.0)]
+        {
             health.lost_instance(SET, start + secs(at));
             assert_eq!(rests(at), Some(secs(rest)), "at {at}");
         }
@@ -179,7 +181,10 @@ mod tests {
             health.remember(unit(i), FaultCause::Trap, "unreachable");
         }
         assert!(health.remembers());
-        assert_eq!((health.known(&unit(1)), health.known(&unit(2)).map(|known| known.cause)), (None, Some(FaultCause::Trap)));
+        assert_eq!(
+            (health.known(&unit(1)), health.known(&unit(2)).map(|known| known.cause)),
+            (None, Some(FaultCause::Trap))
+        );
         assert_eq!(health.inner().order.len(), REMEMBERED);
     }
 }

@@ -277,13 +277,7 @@ impl Instance {
     }
 
     /// The bytes that `tg_transform` answers, copied once.
-    fn output(
-        &mut self,
-        setup: &Setup,
-        rows: usize,
-        part: &mut WorkerPart,
-        used: usize,
-    ) -> Result<Vec<u8>, CallFault> {
+    fn output(&mut self, setup: &Setup, rows: usize, part: &mut WorkerPart, used: usize) -> Result<Vec<u8>, CallFault> {
         let packed = self.run(setup, rows, part, used)?;
         let (addr, len) = (packed as u32, (packed >> 32) as u32);
         let most = self.shared.options.output_bytes;

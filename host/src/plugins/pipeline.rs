@@ -46,11 +46,14 @@ pub struct Row {
     pub op: Op,
     /// While the row is one image of a change: which, to put them together again.
     side: usize,
+    /// Its place among what went into the stage.
+    turn: usize,
     source: Source,
 }
 
 pub struct Change {
     pub index: usize,
+    turn: usize,
     old: Option<Source>,
     new: Option<Source>,
     changed: Changed,
@@ -140,7 +143,7 @@ impl Runner<'_> {
         let mut units = Vec::with_capacity(places.len());
         for (index, at) in places.iter().enumerate() {
             let source = self.source(*at).map_err(|error| damaged("row", index, error))?;
-            units.push(Unit::Row(Row { index, op: Op::Insert, side: 0, source }));
+            units.push(Unit::Row(Row { index, op: Op::Insert, side: 0, turn: 0, source }));
         }
         self.run(stages, units)
     }
@@ -191,16 +194,16 @@ impl Runner<'_> {
                 Changed::Bytes(bytes.to_vec(), at.columns)
             }
         };
-        Ok(Change { index, old, new, changed })
+        Ok(Change { index, turn: 0, old, new, changed })
     }
 
     /// A stage for rows over changes: its images one by one, then put together again.
     fn both_images(&mut self, stage: &OpenStage, units: Vec<Unit>) -> Result<Vec<Unit>, PluginError> {
         let (mut rows, mut rest) = (Vec::with_capacity(units.len() * 2), Vec::with_capacity(units.len()));
         for unit in units {
-            let Unit::Change(Change { index, old, new, changed }) = unit else { continue };
+            let Unit::Change(Change { index, old, new, changed, .. }) = unit else { continue };
             for (side, source) in [(rest.len() * 2, old), (rest.len() * 2 + 1, new)] {
-                let row = source.map(|source| Unit::Row(Row { index, op: Op::Update, side, source }));
+                let row = source.map(|source| Unit::Row(Row { index, op: Op::Update, side, turn: 0, source }));
                 rows.extend(row);
             }
             rest.push((index, changed));
@@ -209,10 +212,11 @@ impl Runner<'_> {
         let mut rows = self.stage(&stage.setup, rows)?.into_iter().peekable();
         let mut changes = Vec::with_capacity(rest.len());
         for (at, (index, mut changed)) in rest.into_iter().enumerate() {
-            let mut image = |wanted: usize| match rows.next_if(|row| matches!(row, Unit::Row(row) if row.side == wanted)) {
-                Some(Unit::Row(row)) => Some(row.source),
-                _ => None,
-            };
+            let mut image =
+                |wanted: usize| match rows.next_if(|row| matches!(row, Unit::Row(row) if row.side == wanted)) {
+                    Some(Unit::Row(row)) => Some(row.source),
+                    _ => None,
+                };
             let (old, new) = (image(at * 2), image(at * 2 + 1));
             if old.is_none() && new.is_none() {
                 continue;
@@ -220,7 +224,7 @@ impl Runner<'_> {
             if transforms && let (Some(Source::Made(old, _)), Some(Source::Made(new, _))) = (&old, &new) {
                 changed = compared(&stage.kinds, old, new).map_err(|error| damaged("output", index, error))?;
             }
-            changes.push(Unit::Change(Change { index, old, new, changed }));
+            changes.push(Unit::Change(Change { index, turn: 0, old, new, changed }));
         }
         Ok(changes)
     }
@@ -228,7 +232,7 @@ impl Runner<'_> {
     fn stage(&mut self, setup: &Setup, units: Vec<Unit>) -> Result<Vec<Unit>, PluginError> {
         let mut out = Vec::with_capacity(units.len());
         let units = self.without_known(setup, units, &mut out)?;
-        // What is left out keeps its order with what is kept only while nothing is passed unjudged.
+        // What is known to fail and passed comes first; its place is among the others.
         let passed = out.len();
         let mut rest = units.into_iter();
         let mut batch: Vec<Unit> = rest.by_ref().take(MAX_BATCH).collect();
@@ -249,24 +253,31 @@ impl Runner<'_> {
             batch = next;
         }
         if passed > 0 {
-            // Units of one stage are in the order of their indices (and sides), and those are unique before a change
-            // transform; rows behind one keep their order under a stable sort.
             out.sort_by_key(|unit| match unit {
-                Unit::Row(row) => (row.index, row.side),
-                Unit::Change(change) => (change.index, 0),
+                Unit::Row(row) => row.turn,
+                Unit::Change(change) => change.turn,
             });
         }
         Ok(out)
     }
 
     /// Takes out what is known to fail, so that it costs no call again.
-    fn without_known(&mut self, setup: &Setup, units: Vec<Unit>, out: &mut Vec<Unit>) -> Result<Vec<Unit>, PluginError> {
+    fn without_known(
+        &mut self,
+        setup: &Setup,
+        units: Vec<Unit>,
+        out: &mut Vec<Unit>,
+    ) -> Result<Vec<Unit>, PluginError> {
         let health = &setup.module.health;
         if !health.remembers() {
             return Ok(units);
         }
         let mut left = Vec::with_capacity(units.len());
-        for unit in units {
+        for (turn, mut unit) in units.into_iter().enumerate() {
+            match &mut unit {
+                Unit::Row(row) => row.turn = turn,
+                Unit::Change(change) => change.turn = turn,
+            }
             match self.key_of(setup, &unit).and_then(|key| health.known(&key)) {
                 None => left.push(unit),
                 Some(known) => {
@@ -439,7 +450,13 @@ impl Runner<'_> {
                     let Unit::Change(change) = unit else { continue };
                     let Some(op) = change.op() else { continue };
                     for image in images {
-                        out.push(Unit::Row(Row { index: change.index, op, side: 0, source: made(image)? }));
+                        out.push(Unit::Row(Row {
+                            index: change.index,
+                            op,
+                            side: 0,
+                            turn: change.turn,
+                            source: made(image)?,
+                        }));
                     }
                 }
             }

@@ -351,9 +351,8 @@ impl PluginWorker {
     /// that fails alone.
     pub fn run(&mut self, pipeline: PipelineId, rows: Rows<'_>) -> Result<Piped, PluginError> {
         let count = rows.places.len();
-        let (kept, transforms, faults) = self.through(pipeline, Semantics::Map, &rows, |runner, stages| {
-            runner.rows(stages, rows.places)
-        })?;
+        let (kept, transforms, faults) =
+            self.through(pipeline, Semantics::Map, &rows, |runner, stages| runner.rows(stages, rows.places))?;
         let mut piped = Piped { keep: vec![false; count], output: None, faults };
         for row in &kept {
             piped.keep[row.index()] = true;
@@ -364,9 +363,8 @@ impl PluginWorker {
 
     /// The same with changes, for a pipeline with a change kind.
     pub fn run_changes(&mut self, pipeline: PipelineId, changes: Changes<'_>) -> Result<PipedChanges, PluginError> {
-        let (units, _, faults) = self.through(pipeline, Semantics::Feed, &changes, |runner, stages| {
-            runner.changes(stages, changes.places)
-        })?;
+        let (units, _, faults) =
+            self.through(pipeline, Semantics::Feed, &changes, |runner, stages| runner.changes(stages, changes.places))?;
         let output = |unit: Unit| {
             let index = unit.index();
             unit.into_made().map(|(op, image)| ChangeOutput { index, op, image })

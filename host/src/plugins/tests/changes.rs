@@ -27,12 +27,15 @@ fn commit(changes: &[(Option<i64>, Option<i64>)]) -> (Vec<u8>, Vec<ChangeAt>) {
 }
 
 /// The fields of change `i`'s descriptor; `$c` is its address.
-const AT: &str = "(local.set $c (i32.add (i32.add (global.get $w) (local.get $d)) (i32.mul (local.get $i) (i32.const 48))))";
+const AT: &str =
+    "(local.set $c (i32.add (i32.add (global.get $w) (local.get $d)) (i32.mul (local.get $i) (i32.const 48))))";
 
 /// A change filter that keeps updates by which `v` rose by `min` at least, and traps on a `v` of 13.
 fn rose() -> String {
     let value = |at: i32| {
-        format!("(call $value (local.get $h) (i32.add (local.get $d) (i32.add (i32.mul (local.get $i) (i32.const 48)) (i32.const {at}))) (i32.const 0))")
+        format!(
+            "(call $value (local.get $h) (i32.add (local.get $d) (i32.add (i32.mul (local.get $i) (i32.const 48)) (i32.const {at}))) (i32.const 0))"
+        )
     };
     let keep = format!(
         r#"(local $c i32) {AT}
@@ -158,7 +161,8 @@ fn kinds_follow_each_other() {
         };
         fixture.stage(name, &wat, &format!("{{\"min\":{min}}}"))
     };
-    let changes = commit(&[(None, Some(100)), (Some(1), Some(20)), (Some(20), Some(3)), (Some(30), None), (Some(3), Some(4))]);
+    let changes =
+        commit(&[(None, Some(100)), (Some(1), Some(20)), (Some(20), Some(3)), (Some(30), None), (Some(3), Some(4))]);
     fixture.plugins.publish(NS, Seq(4), &changes.0);
     use Op::{Delete, Insert, Update};
     for (stages, expected) in [

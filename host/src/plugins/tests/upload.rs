@@ -175,7 +175,9 @@ fn compiling_has_a_limit() {
 fn pipelines_are_checked_before_they_are_opened() {
     let fixture = Fixture::new(options());
     let stage = |params: &str| fixture.stage("at_least", &at_least(), params);
-    let check = |stages: &[Stage], input: &Schema| fixture.plugins.check(NS, stages, input, OnError::Stop).unwrap_err().to_string();
+    let check = |stages: &[Stage], input: &Schema| {
+        fixture.plugins.check(NS, stages, input, OnError::Stop).unwrap_err().to_string()
+    };
     let message = check(&[stage(r#"{"max":3}"#)], &table());
     assert_eq!(message, "plugin at_least: there is no parameter `max`; it takes min (an int, default 10)");
     let message = check(&[stage(r#"{"min":"3"}"#)], &table());
