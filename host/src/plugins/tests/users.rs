@@ -40,7 +40,7 @@ fn seen(fixture: &Fixture) {
     let anns = commit(&(0..40).map(|_| (Some(ANN), "x".repeat(300))).collect::<Vec<_>>());
     let bobs = values(&[BOB, 1]);
     for round in 0..4 {
-        let mut kept = |id, rows| {
+        let mut kept = |id: PipelineId, rows: &(Vec<u8>, Vec<ImageAt>)| {
             let keep = run(&mut worker, id, None, rows).unwrap().keep;
             assert!(keep.iter().all(|kept| *kept == keep[0]), "one answer for all");
             keep[0]
