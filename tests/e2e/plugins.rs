@@ -159,7 +159,7 @@ async fn one_predicate_in_every_language_gives_one_stream() {
         let events = live.until_seq(last).await;
         told.push(events.into_iter().map(|event| (event.name, event.data)).collect::<Vec<_>>());
     }
-    assert!(told[0].len() > 500);
+    assert!(told[0].len() > 300, "{} events", told[0].len());
     for (stream, events) in told.iter().enumerate() {
         assert!(events == &told[0], "stream {stream} differs");
     }
