@@ -84,7 +84,7 @@ pub struct ProgramError(pub String);
 #[derive(Clone, Debug)]
 pub struct PipelineFault {
     /// `None`: no plugin is to blame, or none is known to be.
-    pub plugin: Option<Stage>,
+    pub plugin: Option<Box<Stage>>,
     pub cause: &'static str,
     pub message: String,
     /// It may be tried again after this long; else another version has to come.

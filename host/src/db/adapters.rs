@@ -197,7 +197,7 @@ fn fault_at(known: Option<usize>, error: PluginError, stages: &[Stage]) -> Pipel
         // No plugin's doing, wherever it happened.
         PluginError::Host(message) => return PipelineFault { plugin: None, cause: "host", message, retry_after: None },
     };
-    let plugin = stage.or(known).and_then(|stage| stages.get(stage)).cloned();
+    let plugin = stage.or(known).and_then(|stage| stages.get(stage)).cloned().map(Box::new);
     PipelineFault { plugin, cause, message, retry_after }
 }
 

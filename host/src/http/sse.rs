@@ -368,8 +368,12 @@ mod tests {
         let stage = Stage { name: "late".to_owned(), version: 2, sha256: "ab".to_owned(), params: String::new() };
         let pipeline = LiveOutput::Pipeline { plugin: "late".to_owned(), version: 2, sha256: "ab".to_owned() };
         assert_eq!(text(pipeline), "event: pipeline\ndata: {\"plugin\":\"late\",\"version\":2,\"sha256\":\"ab\"}\n\n");
-        let fault =
-            PipelineFault { plugin: Some(stage), cause: "trap", message: "one\ntwo".to_owned(), retry_after: None };
+        let fault = PipelineFault {
+            plugin: Some(Box::new(stage)),
+            cause: "trap",
+            message: "one\ntwo".to_owned(),
+            retry_after: None,
+        };
         let nobody = PipelineFault { plugin: None, retry_after: Some(Duration::from_secs(2)), ..fault.clone() };
         let nobody = text(LiveOutput::PluginError { fault: nobody, seq: Seq(9) });
         assert!(!nobody.contains("\"plugin\"") && nobody.contains("\"retry_after_ms\":2000"), "{nobody}");

@@ -176,7 +176,7 @@ fn stage() -> Stage {
 }
 
 fn fault() -> PipelineFault {
-    PipelineFault { plugin: Some(stage()), cause: "failed", message: "no".to_owned(), retry_after: None }
+    PipelineFault { plugin: Some(Box::new(stage())), cause: "failed", message: "no".to_owned(), retry_after: None }
 }
 
 // ---- an encoder: one line an event ----
