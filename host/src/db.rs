@@ -6,8 +6,10 @@
 
 mod adapters;
 mod errors;
+mod idempotency;
 mod install;
 mod subscribe;
+mod system;
 pub mod trial;
 mod write;
 
@@ -17,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use tokio::sync::{RwLock, watch};
+use tokio::sync::{RwLock, Semaphore, watch};
 
 use crate::catalog::{DEFAULT_NAMESPACE, OnError, Plugin, Semantics};
 use crate::config::{Config, Role};
@@ -31,6 +33,7 @@ use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
 pub use errors::PluginErrorEntry;
+pub use idempotency::Idempotency;
 pub use subscribe::LiveStream;
 pub use trial::{Trial, TrialRequest, TrialResult};
 
@@ -57,6 +60,8 @@ pub enum DbError {
     /// The plugin or version is in use or stands in the way: nothing was changed.
     #[error("{0}")]
     InUse(String),
+    #[error("this Idempotency-Key came with another request before; take a new key for each new write")]
+    KeyReused,
     #[error("{0}")]
     NotFound(String),
     #[error("{0}")]
@@ -78,6 +83,8 @@ pub struct SqlRequest {
     pub namespace: Option<String>,
     /// Refuse everything but queries (GET).
     pub read_only: bool,
+    /// A write that may be sent again. Queries may be anyway.
+    pub idempotency: Option<Idempotency>,
 }
 
 pub enum StatementResult {
@@ -89,6 +96,8 @@ pub struct SqlAnswer {
     pub results: Vec<StatementResult>,
     /// The commit of the writes, or the snapshot the queries saw.
     pub seq: Seq,
+    /// It was answered before, and nothing was done now.
+    pub replayed: bool,
 }
 
 /// One stage as asked for: `name`, `name@version` or `name@sha256:…`, and JSON object parameters.
@@ -183,9 +192,12 @@ struct Inner {
     plugins: Arc<Plugins>,
     live: Live,
     metrics: Arc<Metrics>,
+    sources: system::Sources,
     heartbeat: std::time::Duration,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
+    /// Writes under way, from their planning to their acknowledgement: each holds its rows in memory.
+    writes: Semaphore,
     /// The catalog's version, sent after every catalog commit: wakes streams that wait for a plugin.
     catalog_version: watch::Sender<u64>,
     /// Live streams per plugin (namespace, name): a plugin in use is not deleted.
@@ -197,8 +209,6 @@ impl Db {
     /// Opens the store, recovers, starts the committer and the live workers. Blocks.
     pub fn open(config: &Config, encoder: Arc<dyn Encoder>, metrics: Arc<Metrics>) -> Result<Db, DbError> {
         let store = Store::open(&config.store)?;
-        let sql = Arc::new(Sql::new(config.sql.clone())?);
-        metrics.session_contexts.inc_by(sql.contexts_created());
         let source = Box::new(adapters::StoredModules(store.clone()));
         let options = PluginOptions { cache_dir: Some(config.data_dir.join("compiled")), ..config.plugins.clone() };
         let plugins = Arc::new(Plugins::new(options, source, metrics.clone())?);
@@ -215,6 +225,10 @@ impl Db {
             })
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
+        let sources = || system::Sources { store: store.clone(), live: live.clone(), metrics: metrics.clone() };
+        let sql = Arc::new(Sql::new(config.sql.clone(), system::tables(config, sources()))?);
+        metrics.session_contexts.inc_by(sql.contexts_created());
+        let sources = sources();
         let (catalog_version, _) = watch::channel(store.catalog().version);
 
         let inner = Arc::new(Inner {
@@ -223,8 +237,10 @@ impl Db {
             plugins,
             live,
             metrics,
+            sources,
             heartbeat: config.live.heartbeat,
             turn: RwLock::new(()),
+            writes: Semaphore::new(config.store.write_queue),
             catalog_version,
             plugin_uses: Mutex::default(),
             closing: AtomicBool::new(false),
@@ -265,13 +281,7 @@ impl Db {
 
     /// Brings gauges up to date before `/metrics` is printed.
     pub fn refresh_metrics(&self) {
-        let (subscriptions, groups) = self.inner.live.counts();
-        self.inner.metrics.subscriptions.set(subscriptions as i64);
-        self.inner.metrics.groups.set(groups as i64);
-        let (write_buffers, block_cache, table_readers) = self.inner.store.memory();
-        self.inner.metrics.store_write_buffer_bytes.set(write_buffers as i64);
-        self.inner.metrics.store_block_cache_bytes.set(block_cache as i64);
-        self.inner.metrics.store_table_reader_bytes.set(table_readers as i64);
+        system::refresh_gauges(&self.inner.sources);
     }
 
     /// From now on [`Db::ready`] is false, new requests are refused and live streams say why they end. Requests that
@@ -300,7 +310,7 @@ impl Db {
             self.inner.metrics.queries.inc();
             results.push(StatementResult::Rows(self.inner.sql.query(statement, env.clone()).await?));
         }
-        Ok(SqlAnswer { results, seq })
+        Ok(SqlAnswer { results, seq, replayed: false })
     }
 
     /// Parsing is bounded by the gate, but needs a large stack and some time: not on the async threads.
@@ -326,6 +336,7 @@ impl Db {
             snapshot,
             namespace,
             user: who.user.clone(),
+            role: who.role,
             params: Arc::new(params),
             overlay: Arc::new(Overlay::default()),
             now: now_micros(),

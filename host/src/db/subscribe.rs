@@ -166,20 +166,17 @@ impl Db {
         if position.epoch != spec.epoch.0 {
             return resync(ResyncReason::Epoch);
         }
-        let mut theirs = position.fingerprint.split('.');
-        let mut ours = spec.fingerprint.split('.');
-        if theirs.next() != ours.next() {
-            return Err(DbError::BadRequest(
-                "the position (Last-Event-ID) belongs to another live query; start this one without it".into(),
-            ));
-        }
-        if theirs.next() != ours.next() {
-            return resync(ResyncReason::Schema);
-        }
-        let same_versions = theirs.next() == ours.next();
-        if !same_versions && spec.semantics == Semantics::Map {
-            return resync(ResyncReason::Plugin);
-        }
+        let same_versions = match Fingerprint::compare(&position.fingerprint, &spec.fingerprint) {
+            Same::All => true,
+            Same::OtherQuery => {
+                return Err(DbError::BadRequest(
+                    "the position (Last-Event-ID) belongs to another live query; start this one without it".into(),
+                ));
+            }
+            Same::OtherSchema => return resync(ResyncReason::Schema),
+            Same::OtherPipeline if spec.semantics == Semantics::Feed => false,
+            Same::OtherPipeline => return resync(ResyncReason::Plugin),
+        };
         let seq = Seq(position.seq);
         if seq > self.inner.store.applied() {
             return resync(ResyncReason::Epoch);
@@ -210,7 +207,12 @@ impl LiveStream {
                 State::Rejoin(rejoin) => {
                     let rejoin = *rejoin;
                     if let Err(error) = self.rejoin(rejoin).await {
-                        self.end(closed_by(&error));
+                        self.end(match rejoin {
+                            Rejoin::Resync(ResyncReason::Schema) if !matches!(error, DbError::Closed) => {
+                                self.closed_by_schema(&error)
+                            }
+                            _ => closed_by(&error),
+                        });
                     }
                 }
                 State::AwaitPlugin { catalog, seq, rested } => {
@@ -327,8 +329,9 @@ impl LiveStream {
     fn goes_on(&self, before: &Compiled, seq: Seq) -> bool {
         let (before, now) = (&before.spec, &self.compiled.spec);
         match (before.semantics, now.semantics) {
-            // A feed holds nothing: it goes on with the other version, each change through one of the two.
-            (Semantics::Feed, Semantics::Feed) => true,
+            // A feed holds nothing: it goes on with the other version, each change through one of the two. What was
+            // logged before the table was altered the new plan cannot read.
+            (Semantics::Feed, Semantics::Feed) => before.table.schema_version == now.table.schema_version,
             // Pinned to a version that is still there, or tried again: the change was none of ours (seq 0: the snapshot
             // was not complete, so nothing is held that could go on).
             (Semantics::Map, Semantics::Map) => before.fingerprint == now.fingerprint && seq > Seq(0),
@@ -377,6 +380,7 @@ impl LiveStream {
                 code: "table_dropped",
                 message: format!("table \"{}\" was dropped", self.compiled.spec.table.name),
             }),
+            EndReason::TableAltered => self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Schema)),
             EndReason::PluginDropped { name } => self
                 .end(LiveOutput::Closed { code: "plugin_dropped", message: format!("plugin \"{name}\" was deleted") }),
             EndReason::Store { message } => self.end(LiveOutput::Failed { message }),
@@ -385,6 +389,13 @@ impl LiveStream {
                 message: "the server is shutting down; connect again with the last id".into(),
             }),
         }
+    }
+
+    /// The altered table and the query no longer fit together.
+    fn closed_by_schema(&self, error: &DbError) -> LiveOutput {
+        let table = &self.compiled.spec.table.name;
+        let message = format!("table \"{table}\" was altered, and the live query no longer fits it: {error}");
+        LiveOutput::Closed { code: "schema", message }
     }
 
     fn end(&mut self, last: LiveOutput) {
@@ -446,10 +457,13 @@ fn resolve_stage(catalog: &Catalog, namespace: &str, stage: &StageRequest) -> Re
     })
 }
 
-/// The three parts of a position that must agree before a stream is resumed, each 32 bits of SHA-256.
+/// What must agree before a stream is resumed. In a position: 32 bits of the plan's SHA-256, the table's id, its schema
+/// version, 32 bits of the pipeline's SHA-256.
 struct Fingerprint {
     plan: [u8; 32],
     schema: [u8; 32],
+    table: u32,
+    schema_version: u32,
     pipeline: [u8; 32],
 }
 
@@ -479,12 +493,30 @@ impl Fingerprint {
         Fingerprint {
             plan: query.finalize().into(),
             schema: schema.finalize().into(),
+            table: plan.table.id.0,
+            schema_version: plan.table.schema_version,
             pipeline: pipeline.finalize().into(),
         }
     }
 
     fn text(&self) -> String {
-        format!("{}.{}.{}", hex(&self.plan[..4]), hex(&self.schema[..4]), hex(&self.pipeline[..4]))
+        let Fingerprint { table, schema_version, .. } = self;
+        format!("{}.{table:x}.{schema_version:x}.{}", hex(&self.plan[..4]), hex(&self.pipeline[..4]))
+    }
+
+    /// What two texts have in common. The table comes before the plan: after an ALTER the same `SELECT *` is another
+    /// plan, and that is no mistake of the client. Texts of other builds have another number of parts: what they mean
+    /// is not known, and a new snapshot is right in any case.
+    fn compare(theirs: &str, ours: &str) -> Same {
+        let parts = |text: &str| <[String; 4]>::try_from(text.split('.').map(str::to_owned).collect::<Vec<_>>());
+        let (Ok(theirs), Ok(ours)) = (parts(theirs), parts(ours)) else { return Same::OtherSchema };
+        match [0, 1, 2, 3].map(|part| theirs[part] == ours[part]) {
+            [_, false, ..] => Same::OtherQuery,
+            [_, _, false, _] => Same::OtherSchema,
+            [false, ..] => Same::OtherQuery,
+            [.., false] => Same::OtherPipeline,
+            [true, true, true, true] => Same::All,
+        }
     }
 
     /// Equal only for equal groups: all bits of all parts.
@@ -495,6 +527,15 @@ impl Fingerprint {
     fn live_id(&self) -> String {
         hex(&Sha256::digest(self.key())[..8])
     }
+}
+
+/// How far two fingerprints agree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Same {
+    All,
+    OtherQuery,
+    OtherSchema,
+    OtherPipeline,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -530,6 +571,26 @@ impl Drop for PluginUses {
                     uses.remove(name);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_told_apart() {
+        for (theirs, same) in [
+            ("aa.1.2.cc", Same::All),
+            ("ab.1.2.cc", Same::OtherQuery),
+            ("aa.2.2.cc", Same::OtherQuery),
+            ("aa.1.1.cc", Same::OtherSchema),
+            ("ab.1.1.cd", Same::OtherSchema),
+            ("aa.1.2.cd", Same::OtherPipeline),
+            ("aa.12.cc", Same::OtherSchema),
+        ] {
+            assert_eq!(Fingerprint::compare(theirs, "aa.1.2.cc"), same, "{theirs}");
         }
     }
 }

@@ -33,6 +33,8 @@ pub(super) struct Rows<'a> {
     /// Where the images lie, counted from the section's (the piece's) first byte.
     places: Vec<ImageAt>,
     changes: Vec<RowChange>,
+    committed_at: i64,
+    schema_version: Option<u32>,
 }
 
 /// One change: its images as indices of [`Rows::images`], and where its bitmap of changed columns lies.
@@ -42,26 +44,34 @@ struct RowChange {
     new: Option<usize>,
     changed: u32,
     columns: u16,
+    /// Of a row of a snapshot; those of a commit expire with the commit.
+    expires: Option<i64>,
 }
 
 impl<'a> Rows<'a> {
-    pub(super) fn of_section(section: &SectionView<'a>, table: TableId) -> Self {
-        let mut rows = Rows::default();
+    pub(super) fn of_section(section: &SectionView<'a>, table: TableId, committed_at: i64) -> Self {
+        let mut rows = Rows { committed_at, ..Rows::default() };
         for change in section.changes.iter().filter(|change| change.header.table == table.0) {
             let old = change.old.map(|(image, at)| rows.push(image, at));
             let new = change.new.map(|(image, at)| rows.push(image, at));
             let ChangeAt { changed, columns, .. } = change.at();
-            rows.changes.push(RowChange { old, new, changed, columns });
+            rows.changes.push(RowChange { old, new, changed, columns, expires: None });
+            rows.schema_version = Some(change.header.schema_version);
         }
         rows
     }
 
+    /// Of the changes of a section: one commit knows one version of a table. `None` where there are none.
+    pub(super) fn schema_version(&self) -> Option<u32> {
+        self.schema_version
+    }
+
     /// Present rows: as if each had just been inserted.
-    pub(super) fn present(images: impl IntoIterator<Item = (ImageRef<'a>, ImageAt)>) -> Self {
+    pub(super) fn present(images: impl IntoIterator<Item = (ImageRef<'a>, ImageAt, Option<i64>)>) -> Self {
         let mut rows = Rows::default();
-        for (image, at) in images {
+        for (image, at, expires) in images {
             let new = Some(rows.push(image, at));
-            rows.changes.push(RowChange { old: None, new, changed: 0, columns: 0 });
+            rows.changes.push(RowChange { old: None, new, changed: 0, columns: 0, expires });
         }
         rows
     }
@@ -105,12 +115,14 @@ pub(super) fn evaluate(
         return outputs(query, source, rows);
     }
     let Some(shown) = show(query, source, rows)? else { return Ok(None) };
+    let expire = query.spec.table.expires(rows.committed_at);
     let mut same = RowEquality::new(&shown.batch);
     let (mut events, mut key_images) = (Vec::new(), Vec::new());
     for change in &rows.changes {
         let row = |image: Option<usize>| image.and_then(|image| shown.rows[image]);
         let Some(op) = decide(row(change.old), row(change.new), change.new.is_some(), &mut same)? else { continue };
-        events.push(EventRow { op, key: key_images.len(), new: row(change.new), old: row(change.old) });
+        let expires = row(change.new).and(if source.snapshot { change.expires } else { expire });
+        events.push(EventRow { op, key: key_images.len(), new: row(change.new), old: row(change.old), expires });
         key_images.extend(change.new.or(change.old).map(|image| rows.images[image]));
     }
     if events.is_empty() {
@@ -136,7 +148,7 @@ fn outputs(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result
         let matched = |image: Option<usize>| image.filter(|image| matching[*image]);
         let change = RowChange { old: matched(change.old), new: matched(change.new), ..*change };
         let place = |image: Option<usize>| image.map(|image| rows.places[image]);
-        let RowChange { old, new, changed, columns } = change;
+        let RowChange { old, new, changed, columns, .. } = change;
         let at = ChangeAt { changed, columns, old: place(old), new: place(new) };
         if at.op().is_some() {
             changes.push(change);
@@ -150,12 +162,14 @@ fn outputs(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result
     if outputs.is_empty() {
         return Ok(None);
     }
+    let expire = spec.table.expires(rows.committed_at);
     let (mut events, mut keys, mut own, mut made) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for output in outputs {
         let change = changes.get(output.index).ok_or_else(|| answer("named a change that it was not given"))?;
         let key = change.new.or(change.old).ok_or_else(|| answer("named a change without rows"))?;
         let shown = if output.op == Op::Delete { change.old } else { change.new };
-        events.push(EventRow { op: EventOp::Change(output.op), key: keys.len(), new: Some(keys.len()), old: None });
+        let (row, expires) = (keys.len(), if output.op == Op::Delete { None } else { expire });
+        events.push(EventRow { op: EventOp::Change(output.op), key: row, new: Some(row), old: None, expires });
         keys.push(rows.images[key]);
         match output.image {
             Some(image) => made.push(image),

@@ -9,7 +9,7 @@ use wire::{FrameView, ImageRef};
 use super::evaluate::{Fault, Query, Rows, Source, evaluate};
 use super::log::{LogError, read_piece};
 use super::subscription::EndReason;
-use super::worker::Shared;
+use super::worker::{Shared, outdated};
 use super::{Encoder, GroupSpec, Pass};
 use crate::store::snapshot::RowScan;
 use crate::store::{Seq, Store, StoreError};
@@ -45,6 +45,9 @@ pub(super) enum JobError {
     Fault(#[from] Fault),
     #[error("the position is no longer in the change log")]
     Expired,
+    /// The table is another one by now, and the group will hear of it.
+    #[error("the table was altered or dropped")]
+    Outdated(EndReason),
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -58,6 +61,9 @@ impl From<LogError> for JobError {
     }
 }
 
+/// Where a row starts in the buffer of its piece, and when it expires.
+type RowStart = (usize, Option<i64>);
+
 /// A snapshot half sent: its position and the rows to come.
 pub(super) struct SnapshotScan {
     seq: Seq,
@@ -65,19 +71,25 @@ pub(super) struct SnapshotScan {
 }
 
 impl SnapshotScan {
-    pub(super) fn start(store: &Store, spec: &GroupSpec) -> Self {
+    pub(super) fn start(store: &Store, spec: &GroupSpec) -> Result<Self, JobError> {
         let snapshot = store.snapshot();
+        // Rows of the next version do not have this one's columns any more: nothing true could be said of them.
+        if let Some(reason) = outdated(snapshot.catalog(), spec) {
+            return Err(JobError::Outdated(reason));
+        }
+        store.make_durable(&snapshot)?;
         let rows = snapshot.scan(&spec.table, &spec.scope, spec.range.clone());
-        SnapshotScan { seq: snapshot.seq(), rows }
+        Ok(SnapshotScan { seq: snapshot.seq(), rows })
     }
 
-    /// The next rows copied one after the other, where each starts, and whether there may be more.
-    fn read(&mut self, bytes: usize) -> Result<(Vec<u8>, Vec<usize>, bool), StoreError> {
+    /// The next rows copied one after the other, where each starts and when it expires, and whether there may be more.
+    fn read(&mut self, bytes: usize) -> Result<(Vec<u8>, Vec<RowStart>, bool), StoreError> {
         let (mut base, mut starts) = (Vec::new(), Vec::new());
         while starts.len() < PIECE_ROWS && base.len() < bytes {
             let Some((_, image)) = self.rows.next_row()? else { return Ok((base, starts, false)) };
-            starts.push(base.len());
+            let start = base.len();
             base.extend_from_slice(image);
+            starts.push((start, self.rows.expires()));
         }
         Ok((base, starts, true))
     }
@@ -91,9 +103,9 @@ pub(super) fn snapshot_piece(
 ) -> Result<Piece, JobError> {
     let (base, starts, more) = scan.read(shared.options.chunk_bytes)?;
     let mut images = Vec::with_capacity(starts.len());
-    for start in starts {
+    for (start, expires) in starts {
         let (image, place, _) = ImageRef::parse(&base[start..]).map_err(|error| damaged("a stored row", error))?;
-        images.push((image, shifted(place, start)));
+        images.push((image, shifted(place, start), expires));
     }
     let source = Source { seq: scan.seq, pass: Pass::Snapshot, base: &base };
     let events = evaluate(query, source, &Rows::present(images))?;
@@ -143,7 +155,10 @@ fn replay_commit(
 ) -> Result<(), JobError> {
     let view = FrameView::parse(frame).map_err(|error| damaged("the change log", error))?;
     let Some(section) = view.section(&query.spec.scope) else { return Ok(()) };
-    let rows = Rows::of_section(section, query.spec.table.id);
+    let rows = Rows::of_section(section, query.spec.table.id, view.committed_at);
+    if rows.schema_version() != Some(query.spec.table.schema_version) {
+        return Ok(());
+    }
     let source = Source { seq, pass: Pass::Replay, base: section.bytes };
     if let Some(events) = evaluate(query, source, &rows)? {
         encoder.encode(query.spec, &events, out);

@@ -27,7 +27,7 @@ use super::log::{LogError, LogPiece, read_piece};
 use super::subscription::EndReason;
 use super::tail::{CommitTail, CommitsAfter, GroupEnd};
 use super::{Encoder, GroupSpec, LiveOptions, Pass, PipelineFault, Pipelines};
-use crate::catalog::{NamespaceId, TableId};
+use crate::catalog::{Catalog, NamespaceId, TableId};
 use crate::store::{Seq, Store};
 use crate::telemetry::Metrics;
 
@@ -299,9 +299,9 @@ impl Worker {
         self.index.insert(group.id, spec);
         self.members.insert(group.id, Member { group: Arc::clone(group), pipeline, replayed: None });
         self.mailbox.groups.store(self.members.len(), Ordering::Release);
-        // A drop before `processed` will not come by any more, so it is looked for; a later one will.
-        if self.shared.store.catalog().table_by_id(spec.table.id).is_none() {
-            self.end(group.id, GroupEnd::Reason(EndReason::TableDropped));
+        // A drop or an ALTER before `processed` will not come by any more, so it is looked for; a later one will.
+        if let Some(reason) = outdated(&self.shared.store.catalog(), spec) {
+            self.end(group.id, GroupEnd::Reason(reason));
         }
         Joined::Ready
     }
@@ -388,11 +388,11 @@ impl Worker {
             self.catalog_event(namespace, event);
         }
         for section in &view.sections {
-            self.section(seq, section);
+            self.section(seq, view.committed_at, section);
         }
     }
 
-    fn section(&mut self, seq: Seq, section: &SectionView<'_>) {
+    fn section(&mut self, seq: Seq, committed_at: i64, section: &SectionView<'_>) {
         let source = Source { seq, pass: Pass::Live, base: section.bytes };
         let mut tables: Vec<TableId> = Vec::new();
         for table in section.changes.iter().map(|change| TableId(change.header.table)) {
@@ -405,9 +405,14 @@ impl Worker {
             if groups.is_empty() {
                 continue;
             }
-            let rows = Rows::of_section(section, table);
+            let rows = Rows::of_section(section, table, committed_at);
             for id in groups {
-                self.deliver(id, source, &rows);
+                // A group planned after an ALTER starts behind it: commits before that are none of its own, and their
+                // rows have other columns.
+                let version = self.members.get(&id).map(|member| member.group.spec.table.schema_version);
+                if version == rows.schema_version() {
+                    self.deliver(id, source, &rows);
+                }
             }
         }
     }
@@ -437,6 +442,12 @@ impl Worker {
                     self.end(id, GroupEnd::Reason(EndReason::TableDropped));
                 }
             }
+            CatalogEvent::TableAltered { table, schema_version } => {
+                // A group of this very version was planned after the ALTER, by a faster thread.
+                let end = GroupEnd::Reason(EndReason::TableAltered);
+                let table = TableId(*table);
+                self.end_where(&end, |spec| spec.table.id == table && spec.table.schema_version < *schema_version);
+            }
             CatalogEvent::PluginActivated { name, version } => {
                 let end = GroupEnd::Reason(EndReason::PluginChanged { name: name.clone(), seq: self.processed });
                 // A group opened with this very version was planned after the activation, by a faster thread.
@@ -463,7 +474,7 @@ impl Worker {
 
     /// To the present: what happened before concerns nobody here. Read before the catalog is (see `join`).
     fn jump(&mut self) {
-        self.advance(self.shared.store.applied());
+        self.advance(self.shared.store.durable());
     }
 
     fn advance(&mut self, seq: Seq) {
@@ -482,14 +493,18 @@ impl Worker {
         let piece = match job.work {
             Work::Snapshot(scan) => {
                 let mut query = member.query(&mut *self.pipelines);
-                let scan = scan.unwrap_or_else(|| Box::new(SnapshotScan::start(&self.shared.store, query.spec)));
-                snapshot_piece(&self.shared, &mut query, scan)
+                let scan = match scan {
+                    Some(scan) => Ok(scan),
+                    None => SnapshotScan::start(&self.shared.store, query.spec).map(Box::new),
+                };
+                scan.and_then(|scan| snapshot_piece(&self.shared, &mut query, scan))
             }
             Work::Replay { after, until } => replay(&self.shared, &mut *self.pipelines, member, after, until),
         };
         let piece = piece.unwrap_or_else(|error| match error {
             JobError::Expired => Piece::Expired,
             JobError::Fault(fault) => Piece::Failed(reason(fault, Seq::default())),
+            JobError::Outdated(reason) => Piece::Failed(reason),
             JobError::Store(error) => {
                 tracing::error!(%error, "a live stream cannot be served");
                 Piece::Failed(unreadable())
@@ -520,6 +535,15 @@ impl Member {
     fn query<'a>(&'a self, pipelines: &'a mut dyn Pipelines) -> Query<'a> {
         let pipeline = self.pipeline.map(|id| (pipelines, id));
         Query { spec: &self.group.spec, key: &self.group.key_schema, pipeline }
+    }
+}
+
+/// Why a query over the table as `spec` knows it cannot go on with this catalog.
+pub(super) fn outdated(catalog: &Catalog, spec: &GroupSpec) -> Option<EndReason> {
+    match catalog.table_by_id(spec.table.id) {
+        None => Some(EndReason::TableDropped),
+        Some(table) if table.schema_version != spec.table.schema_version => Some(EndReason::TableAltered),
+        Some(_) => None,
     }
 }
 

@@ -29,6 +29,7 @@ use super::provider::scope_of;
 use super::range::{hull, key_ranges};
 use super::session::Engine;
 use super::statement::parse;
+use super::system::SystemTables;
 use super::{OutputColumn, RequestEnv, SqlError};
 use crate::catalog::{Table, TableKind};
 use crate::store::keys::KeyRange;
@@ -162,6 +163,11 @@ fn only_table(query: &Query, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
     match select.from.first().map(|from| &from.relation) {
         Some(TableFactor::Table { name, .. }) => {
             let (namespace, name) = table_name(name)?;
+            let home = namespace.as_deref().unwrap_or(&env.namespace);
+            if SystemTables::is_home(home) {
+                let what = format!("a live query over {home}.{name}");
+                return Err(SqlError::unsupported(what, Some("it is no stored table; query it")));
+            }
             Ok(find_table(env, namespace.as_deref(), &name)?.clone())
         }
         Some(TableFactor::Derived { .. }) => Err(SqlError::unsupported("a sub-query in a live query", None)),
