@@ -121,7 +121,7 @@ pub(super) fn evaluate(
     for change in &rows.changes {
         let row = |image: Option<usize>| image.and_then(|image| shown.rows[image]);
         let Some(op) = decide(row(change.old), row(change.new), change.new.is_some(), &mut same)? else { continue };
-        let expires = row(change.new).and(if source.snapshot { change.expires } else { expire });
+        let expires = row(change.new).and(if source.pass == Pass::Snapshot { change.expires } else { expire });
         events.push(EventRow { op, key: key_images.len(), new: row(change.new), old: row(change.old), expires });
         key_images.extend(change.new.or(change.old).map(|image| rows.images[image]));
     }
