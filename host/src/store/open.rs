@@ -228,6 +228,7 @@ fn load_catalog(db: &DB, version: u64) -> Result<Catalog, StoreError> {
     for_each(db, meta::TABLES, |record| loader.table(record))?;
     for_each(db, meta::INDEXES, |record| loader.index(record))?;
     for_each(db, meta::PLUGINS, |record| loader.plugin(record))?;
+    for_each(db, meta::RETIRED, |record| loader.retired(record))?;
     loader.finish(&required(db, meta::CATALOG_KEY)?)
 }
 
