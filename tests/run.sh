@@ -3,6 +3,7 @@
 #
 #   sh tests/run.sh            everything
 #   sh tests/run.sh live       only the tests with "live" in their name (no format, no lints, no demo)
+#   sh tests/run.sh smoke      a quick look at each part
 #   SEED=… sh tests/run.sh oracle    repeats a random run whose seed a failure has printed
 
 set -eu

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use wire::Scope;
 
 use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult};
-use crate::catalog::{Catalog, TableId, TableKind};
+use crate::catalog::{Catalog, Table, TableId, TableKind};
 use crate::config::Role;
-use crate::sql::{Overlay, RequestEnv, SqlError, Statement, StatementKind};
+use crate::sql::{ChangeSet, Overlay, Param, RequestEnv, SqlError, Statement, StatementKind};
 use crate::store::{CommitError, RowWrite, Seq, Transaction};
 
 /// A writer that lost this often takes its turn alone, and then cannot lose.
@@ -39,6 +39,20 @@ pub(super) async fn dml(
     statements: &[Statement],
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
+    let plan = async |env| plan(db, who, statements, env).await;
+    let (planned, seq) = transaction(db, who, request.namespace.as_deref(), &request.params, plan).await?;
+    Ok(planned.answer(seq))
+}
+
+/// Plans at a snapshot and commits; when other commits came between, again. Answers the seq of the commit, or of the
+/// snapshot when there was nothing to write.
+pub(super) async fn transaction<E: From<DbError>>(
+    db: &Db,
+    who: &Identity,
+    namespace: Option<&str>,
+    params: &[Param],
+    plan: impl AsyncFn(RequestEnv) -> Result<Planned, E>,
+) -> Result<(Planned, Seq), E> {
     for attempt in 0..TRIES {
         // Held from the snapshot to the commit. Alone, no other transaction is in flight and this one must win.
         let (_shared, _alone);
@@ -49,22 +63,22 @@ pub(super) async fn dml(
         }
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
-        let env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
+        let env = db.env(who, snapshot, namespace.map(str::to_owned), params.to_vec())?;
 
-        let planned = plan(db, who, statements, env).await?;
+        let planned = plan(env).await?;
         if planned.rows.is_empty() {
-            return Ok(planned.answer(base));
+            return Ok((planned, base));
         }
         let namespace = planned.namespace()?;
         let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new() };
         // Validated, written, synced, visible, published to live queries, and only then acknowledged.
         match db.inner.store.commit(transaction).await {
-            Ok(seq) => return Ok(planned.answer(seq)),
+            Ok(seq) => return Ok((planned, seq)),
             Err(CommitError::Stale) => continue,
-            Err(error) => return Err(DbError::Commit(error)),
+            Err(error) => return Err(DbError::Commit(error).into()),
         }
     }
-    Err(DbError::Conflict)
+    Err(DbError::Conflict.into())
 }
 
 /// CREATE and DROP: all statements of the request are one commit.
@@ -114,12 +128,17 @@ pub(super) async fn ddl(
 
 /// What a transaction does: its net effect by key, in the order the keys were first touched.
 #[derive(Default)]
-struct Planned {
+pub(super) struct Planned {
     rows: Vec<RowWrite>,
     affected: Vec<u64>,
 }
 
 impl Planned {
+    /// Whether there is nothing to write.
+    pub(super) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     fn answer(&self, seq: Seq) -> SqlAnswer {
         let results = self.affected.iter().map(|&affected| StatementResult::Affected { affected }).collect();
         SqlAnswer { results, seq }
@@ -131,39 +150,66 @@ impl Planned {
     }
 }
 
-async fn plan(db: &Db, who: &Identity, statements: &[Statement], mut env: RequestEnv) -> Result<Planned, DbError> {
-    let mut planned = Planned::default();
-    let mut index: HashMap<(TableId, Scope, Vec<u8>), usize> = HashMap::new();
+async fn plan(db: &Db, who: &Identity, statements: &[Statement], env: RequestEnv) -> Result<Planned, DbError> {
+    let mut merge = Merge::new(env);
     for statement in statements {
-        let changes = db.inner.sql.change_set(statement, env.clone()).await?;
-        planned.affected.push(changes.affected);
-        let overlay = Arc::make_mut(&mut env.overlay);
+        let changes = db.inner.sql.change_set(statement, merge.env().clone()).await?;
+        merge.add(who, changes)?;
+    }
+    Ok(merge.finish())
+}
+
+/// The statements of a transaction, one after the other: each sees what those before it do.
+pub(super) struct Merge {
+    env: RequestEnv,
+    planned: Planned,
+    /// Where in `planned` a key is.
+    index: HashMap<(TableId, Scope, Vec<u8>), usize>,
+}
+
+impl Merge {
+    pub(super) fn new(env: RequestEnv) -> Merge {
+        Merge { env, planned: Planned::default(), index: HashMap::new() }
+    }
+
+    /// What the next statement sees.
+    pub(super) fn env(&self) -> &RequestEnv {
+        &self.env
+    }
+
+    pub(super) fn add(&mut self, who: &Identity, changes: ChangeSet) -> Result<(), DbError> {
+        self.planned.affected.push(changes.affected);
+        let overlay = Arc::make_mut(&mut self.env.overlay);
         for write in changes.writes {
-            may_write(who, &write)?;
+            may_write(who, &write.table)?;
             overlay.put(&write);
             let key = (write.table.id, write.scope.clone(), write.key.clone());
-            match index.get(&key) {
+            match self.index.get(&key) {
                 // The first statement saw the row as it is stored; the last one says what it shall be.
-                Some(&at) => planned.rows[at].new = write.new,
+                Some(&at) => self.planned.rows[at].new = write.new,
                 None => {
-                    index.insert(key, planned.rows.len());
-                    planned.rows.push(write);
+                    self.index.insert(key, self.planned.rows.len());
+                    self.planned.rows.push(write);
                 }
             }
         }
+        Ok(())
     }
-    planned.rows.retain(|row| row.old != row.new);
-    Ok(planned)
+
+    pub(super) fn finish(mut self) -> Planned {
+        self.planned.rows.retain(|row| row.old != row.new);
+        self.planned
+    }
 }
 
 /// Own rows of user tables belong to everybody; shared tables are written by services and admins.
-fn may_write(who: &Identity, write: &RowWrite) -> Result<(), DbError> {
-    if write.table.kind == TableKind::User || who.role != Role::User {
+pub(super) fn may_write(who: &Identity, table: &Table) -> Result<(), DbError> {
+    if table.kind == TableKind::User || who.role != Role::User {
         return Ok(());
     }
     Err(DbError::Forbidden(format!(
         "the role user may not write the shared table \"{}\"; use a token of role service or admin",
-        write.table.name
+        table.name
     )))
 }
 

@@ -1,13 +1,15 @@
 //! The one SessionContext of the server, and planning on top of it.
 //!
 //! A request takes nothing of the session's state but a reference: names come from its own catalog snapshot
-//! ([`context`](super::context)), identity and snapshot travel in its task context.
+//! ([`context`](super::context)), identity and snapshot travel in its task context. What is planned is kept as a template
+//! ([`plans`](super::plans)); lookups by key and rows of constants are not planned at all.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use ::arrow::record_batch::RecordBatch;
 use datafusion::common::DataFusionError;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
 use datafusion::execution::memory_pool::FairSpillPool;
@@ -19,19 +21,30 @@ use datafusion::physical_plan::{ExecutionPlan, execute_stream};
 use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::sqlparser::ast;
 use futures::StreamExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::context::{Names, bind};
+use super::context::{Names, bind, symbolic};
 use super::error::from_datafusion;
 use super::planner::{Planner, folding, on_large_stack};
+use super::plans::{Key, Plans, Template};
 use super::provider::Providers;
-use super::{ChangeSet, DdlPlan, RequestEnv, RowStream, SqlError, SqlOptions, Statement};
-use super::{arrow, ddl, dml, functions, live, statement};
+use super::{
+    ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, RowFailure, RowStream, SqlError, SqlOptions, Statement,
+};
+use super::{arrow, ddl, dml, functions, json, live, lookup, statement, values};
+use crate::catalog::Table;
 
 /// The SQL engine; one per server.
 pub struct Sql {
     engine: Arc<Engine>,
     planner: Planner,
+    plans: Plans,
+    /// One permit a heavy query that runs, one a heavy query that waits.
+    heavy: Arc<Semaphore>,
+    waiting: Semaphore,
 }
+
+type Permit = OwnedSemaphorePermit;
 
 /// What every request shares.
 pub(crate) struct Engine {
@@ -45,34 +58,60 @@ pub(crate) struct Engine {
 
 impl Sql {
     pub fn new(options: SqlOptions) -> Result<Sql, SqlError> {
-        let engine = Engine::new(options)?;
-        Ok(Sql { engine: Arc::new(engine), planner: Planner::start()? })
+        let plans = Plans::new(options.plan_cache_bytes);
+        let (heavy, waiting) = (Semaphore::new(options.heavy_queries), Semaphore::new(options.heavy_queue));
+        let engine = Arc::new(Engine::new(options)?);
+        Ok(Sql { engine, planner: Planner::start()?, plans, heavy: Arc::new(heavy), waiting })
     }
 
-    /// Token gate, then parse (on a thread with a large stack), then the allow-list of statements.
-    pub fn parse(&self, text: &str) -> Result<Vec<Statement>, SqlError> {
-        statement::parse(text)
+    /// Token gate, then parse (on a thread with a large stack where it needs one), then the allow-list of statements.
+    /// A text that came before is not parsed again.
+    pub fn parse(&self, text: &str) -> Result<Arc<[Statement]>, SqlError> {
+        if let Some(statements) = self.parsed(text) {
+            return Ok(statements);
+        }
+        let statements: Arc<[Statement]> = statement::parse(text)?.into();
+        if let Some(first) = statements.first() {
+            self.plans.keep_statements(first.text.clone(), &statements);
+        }
+        Ok(statements)
     }
 
-    /// Plans and starts a query; planning runs off the async threads and counts against the deadline.
+    /// The statements of a text that came before.
+    pub fn parsed(&self, text: &str) -> Option<Arc<[Statement]>> {
+        self.plans.statements(text)
+    }
+
+    /// Plans and starts a query; planning counts against the deadline. A lookup by key is done when this returns.
     pub async fn query(&self, statement: &Statement, env: RequestEnv) -> Result<RowStream, SqlError> {
+        if let Some(lookup) = lookup::find(&statement.ast, &env) {
+            return lookup.run(&env);
+        }
         let started = Instant::now();
-        let (engine, planned, asked) = (self.engine.clone(), env.clone(), statement.clone());
-        let plan = self.planned(started, move || engine.plan_query(&asked, &planned)).await?;
+        let template = self.template(started, statement, &env, Engine::query_template).await?;
+        let permit = self.admit(&template, started).await?;
+        let plan = self.physical(started, &template, statement, &env).await?;
         let stream = self.engine.start(plan, env, &statement.text)?;
-        Ok(self.engine.row_stream(stream, started, statement.text.clone()))
+        Ok(self.engine.row_stream(stream, started, statement.text.clone(), permit))
     }
 
     /// Plans INSERT, UPDATE or DELETE as a SELECT and turns its rows into a change set.
     pub async fn change_set(&self, statement: &Statement, env: RequestEnv) -> Result<ChangeSet, SqlError> {
         let started = Instant::now();
-        let (engine, planned, asked) = (self.engine.clone(), env.clone(), statement.clone());
-        let (target, plan) = self
-            .planned(started, move || {
-                let (target, select) = dml::target(&asked, &planned)?;
-                Ok((target, engine.plan(select, &planned, &asked.text)?))
-            })
-            .await?;
+        if let ast::Statement::Insert(_) = &*statement.ast {
+            let (target, query) = dml::target(statement, &env)?;
+            if let Some(batch) = values::rows(&query, &env) {
+                let mut changes = dml::Changes::new(target, &env, self.engine.state.runtime_env());
+                changes.add(&batch)?;
+                return changes.finish();
+            }
+        }
+        let template = self.template(started, statement, &env, Engine::change_template).await?;
+        let Some(target) = template.target.clone() else {
+            return Err(SqlError::Internal("a planned change has no target".to_owned()));
+        };
+        let _permit = self.admit(&template, started).await?;
+        let plan = self.physical(started, &template, statement, &env).await?;
         let mut changes = dml::Changes::new(target, &env, self.engine.state.runtime_env());
         let mut stream = self.engine.start(plan, env.clone(), &statement.text)?;
         let deadline = started + self.engine.options.deadline;
@@ -83,6 +122,36 @@ impl Sql {
             changes.add(&batch.map_err(|error| from_datafusion(error, &statement.text))?)?;
         }
         changes.finish()
+    }
+
+    /// The columns that rows of a bulk insert may name.
+    pub fn insert_columns(&self, table: &Table) -> Vec<OutputColumn> {
+        dml::given_columns(table).map(|column| OutputColumn { name: column.name.clone(), ty: column.ty }).collect()
+    }
+
+    /// Rows that are there already, their columns named as those of the table; all batches have the same. Blocks.
+    pub fn insert_rows(&self, env: &RequestEnv, table: &str, batches: &[RecordBatch]) -> Result<ChangeSet, RowFailure> {
+        let Some(first) = batches.first() else { return Ok(ChangeSet::default()) };
+        let changes = || -> Result<dml::Changes<'_>, SqlError> {
+            let target = dml::rows_target(table, first.schema_ref(), env)?;
+            Ok(dml::Changes::new(target, env, self.engine.state.runtime_env()))
+        };
+        let whole = || -> Result<ChangeSet, SqlError> {
+            let mut changes = changes()?;
+            batches.iter().try_for_each(|batch| changes.add(batch))?;
+            changes.finish()
+        };
+        whole().map_err(|error| {
+            // Once more, row by row, to find the one it is about.
+            let rows = batches.iter().flat_map(|batch| (0..batch.num_rows()).map(|row| batch.slice(row, 1)));
+            let one_by_one = changes()
+                .ok()
+                .and_then(|mut changes| rows.enumerate().find_map(|(at, row)| Some((at, changes.add(&row).err()?))));
+            match one_by_one {
+                Some((row, error)) => RowFailure { error, row: Some(row) },
+                None => RowFailure { error, row: None },
+            }
+        })
     }
 
     /// What a DDL statement would write to the catalog.
@@ -98,6 +167,77 @@ impl Sql {
     /// SessionContexts made since start: 1.
     pub fn contexts_created(&self) -> u64 {
         self.engine.contexts_created.load(Ordering::Relaxed)
+    }
+
+    /// What runs now.
+    pub fn load(&self) -> Load {
+        let options = &self.engine.options;
+        Load {
+            memory_bytes: self.engine.state.runtime_env().memory_pool.reserved(),
+            heavy: options.heavy_queries.saturating_sub(self.heavy.available_permits()),
+            waiting: options.heavy_queue.saturating_sub(self.waiting.available_permits()),
+        }
+    }
+
+    /// Statements that found their plan, and those that had to be planned.
+    pub fn plan_counts(&self) -> (u64, u64) {
+        self.plans.counts()
+    }
+
+    /// The statement planned as far as it is the same for everybody: kept from before, or made now.
+    async fn template(
+        &self,
+        started: Instant,
+        statement: &Statement,
+        env: &RequestEnv,
+        make: fn(&Engine, &Statement, &RequestEnv) -> Result<Template, SqlError>,
+    ) -> Result<Arc<Template>, SqlError> {
+        let key = Key::new(statement, env);
+        if let Some(template) = self.plans.template(&key) {
+            return Ok(template);
+        }
+        let (engine, asked, asking) = (self.engine.clone(), statement.clone(), env.clone());
+        let template = Arc::new(self.planned(started, move || make(&engine, &asked, &asking)).await?);
+        self.plans.keep(key, &template);
+        Ok(template)
+    }
+
+    /// A plan for one execution, and never for a second one.
+    async fn physical(
+        &self,
+        started: Instant,
+        template: &Arc<Template>,
+        statement: &Statement,
+        env: &RequestEnv,
+    ) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
+        if template.quick {
+            // Here and now: handing it to another thread would take longer than it.
+            return self.engine.physical(template, env, &statement.text).await;
+        }
+        let (engine, template, env, text) =
+            (self.engine.clone(), template.clone(), env.clone(), statement.text.clone());
+        self.planned(started, move || futures::executor::block_on(engine.physical(&template, &env, &text))).await
+    }
+
+    /// A permit for work that can take much more than it reads; what cannot needs none.
+    async fn admit(&self, template: &Template, started: Instant) -> Result<Option<Permit>, SqlError> {
+        if !template.heavy {
+            return Ok(None);
+        }
+        if let Ok(permit) = self.heavy.clone().try_acquire_owned() {
+            return Ok(Some(permit));
+        }
+        let options = &self.engine.options;
+        let Ok(_place) = self.waiting.try_acquire() else {
+            let waiting = options.heavy_queue;
+            return Err(SqlError::Busy(format!("{waiting} queries wait for their turn already (sql.heavy_queue)")));
+        };
+        match tokio::time::timeout_at((started + options.deadline).into(), self.heavy.clone().acquire_owned()).await {
+            Ok(permit) => permit.map(Some).map_err(|error| SqlError::Internal(error.to_string())),
+            Err(_) => {
+                Err(SqlError::Busy(format!("the query waited for its turn for {:?}; try again", options.deadline)))
+            }
+        }
     }
 
     /// Runs a planning job; past the deadline the caller is told so, and the thread is given back when it ends.
@@ -128,7 +268,9 @@ impl Engine {
             .build_arc()
             .map_err(failed)?;
         let builder = SessionStateBuilder::new().with_config(session_config(&options)).with_runtime_env(runtime);
-        let context = SessionContext::new_with_state(functions::install(builder).build());
+        let mut state = functions::install(builder).build();
+        json::install(&mut state).map_err(failed)?;
+        let context = SessionContext::new_with_state(state);
         let state = Arc::new(context.state());
         Ok(Engine {
             _context: context,
@@ -139,23 +281,52 @@ impl Engine {
         })
     }
 
-    fn plan_query(&self, statement: &Statement, env: &RequestEnv) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
+    fn query_template(&self, statement: &Statement, env: &RequestEnv) -> Result<Template, SqlError> {
         let query = match &*statement.ast {
             ast::Statement::ShowTables { .. } => show_tables(&env.namespace)?,
             ast::Statement::ExplainTable { table_name, .. } => describe(table_name, env)?,
             query => query.clone(),
         };
-        self.plan(query, env, &statement.text)
+        self.templated(None, query, statement, env)
     }
 
-    /// SQL to an execution plan for one execution. The logical plan before `bind` is what could be kept.
-    fn plan(&self, query: ast::Statement, env: &RequestEnv, text: &str) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
-        let logical = self.logical(query, env).and_then(|plan| bind(plan, env));
-        let physical = logical.and_then(|plan| self.optimize(plan)).and_then(|plan| {
-            let planner = self.state.query_planner();
-            futures::executor::block_on(planner.create_physical_plan(&plan, &*self.state))
+    fn change_template(&self, statement: &Statement, env: &RequestEnv) -> Result<Template, SqlError> {
+        let (target, query) = dml::target(statement, env)?;
+        self.templated(Some(target), query, statement, env)
+    }
+
+    fn templated(
+        &self,
+        target: Option<dml::Target>,
+        query: ast::Statement,
+        statement: &Statement,
+        env: &RequestEnv,
+    ) -> Result<Template, SqlError> {
+        let began = Instant::now();
+        let planned = self.logical(query, env).and_then(|plan| {
+            let (plan, symbolic) = symbolic(plan, env)?;
+            Template::new(target, self.optimize(plan)?, symbolic, statement.small, began.elapsed())
         });
-        physical.map_err(|error| from_datafusion(error, text))
+        planned.map_err(|error| from_datafusion(error, &statement.text))
+    }
+
+    /// A template's plan for one execution by one user.
+    async fn physical(
+        &self,
+        template: &Template,
+        env: &RequestEnv,
+        text: &str,
+    ) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
+        let bound;
+        let plan = if template.symbolic {
+            let plan = bind(template.plan.clone(), env, &self.state);
+            bound = plan.map_err(|error| from_datafusion(error, text))?;
+            &bound
+        } else {
+            &template.plan
+        };
+        let planned = self.state.query_planner().create_physical_plan(plan, &*self.state).await;
+        planned.map_err(|error| from_datafusion(error, text))
     }
 
     /// The plan as the SQL says it: parameters, time and user still symbolic.
@@ -206,23 +377,30 @@ impl Engine {
     }
 
     /// The batches as the caller sees them: SQL types only, our errors, ended at the deadline.
-    fn row_stream(&self, stream: SendableRecordBatchStream, started: Instant, text: Arc<str>) -> RowStream {
+    fn row_stream(
+        &self,
+        stream: SendableRecordBatchStream,
+        started: Instant,
+        text: Arc<str>,
+        permit: Option<Permit>,
+    ) -> RowStream {
         let columns = arrow::output_columns(&stream.schema());
         let schema = arrow::output_schema(&columns);
         let limit = self.options.deadline;
         let deadline = tokio::time::Instant::from(started + limit);
         let shown = columns.clone();
-        let batches = futures::stream::unfold(Some(stream), move |stream| {
+        // The permit is given back with the stream: at its end, at an error, or when nobody wants the rest.
+        let batches = futures::stream::unfold(Some((stream, permit)), move |running| {
             let (columns, schema, text) = (shown.clone(), schema.clone(), text.clone());
             async move {
-                let mut stream = stream?;
+                let (mut stream, permit) = running?;
                 let batch = match tokio::time::timeout_at(deadline, stream.next()).await {
                     Err(_) => return Some((Err(SqlError::Deadline(limit)), None)),
                     Ok(None) => return None,
                     Ok(Some(batch)) => batch.map_err(|error| from_datafusion(error, &text)),
                 };
                 match batch.and_then(|batch| arrow::to_output(&columns, &schema, batch)) {
-                    Ok(batch) => Some((Ok(batch), Some(stream))),
+                    Ok(batch) => Some((Ok(batch), Some((stream, permit)))),
                     // An error is the end: what follows it would be rows of a broken result.
                     Err(error) => Some((Err(error), None)),
                 }

@@ -42,6 +42,9 @@ fn bench_with(change: impl FnOnce(&mut SqlOptions)) -> Bench {
         deadline: Duration::from_secs(30),
         batch_rows: 8192,
         target_partitions: 2,
+        plan_cache_bytes: 1 << 20,
+        heavy_queries: 2,
+        heavy_queue: 4,
     };
     change(&mut options);
     Bench { sql: Sql::new(options).unwrap(), store, _dir: dir }
@@ -68,21 +71,21 @@ impl Bench {
     /// Every statement of `text` on its own, the last one's answer.
     async fn run_as(&self, user: &str, text: &str, params: &[Param]) -> Result<String, SqlError> {
         let mut answer = String::new();
-        for statement in self.sql.parse(text)? {
+        for statement in self.sql.parse(text)?.iter() {
             let env = self.env(user, params);
             let base = env.snapshot.seq();
             answer = match statement.kind {
-                StatementKind::Query => show(self.sql.query(&statement, env).await?).await?,
+                StatementKind::Query => show(self.sql.query(statement, env).await?).await?,
                 StatementKind::Dml => {
                     let namespace = env.catalog.namespace("main").unwrap().id;
-                    let changes = self.sql.change_set(&statement, env).await?;
+                    let changes = self.sql.change_set(statement, env).await?;
                     let affected = changes.affected;
                     let rows = changes.writes;
                     self.store.commit(Transaction { namespace, base, rows, catalog: Vec::new() }).await.unwrap();
                     format!("affected {affected}")
                 }
                 StatementKind::Ddl => {
-                    let plan = self.sql.ddl(&statement, &env)?;
+                    let plan = self.sql.ddl(statement, &env)?;
                     if let Some(namespace) = plan.namespace.filter(|_| !plan.writes.is_empty()) {
                         let catalog = plan.writes;
                         self.store.commit(Transaction { namespace, base, rows: Vec::new(), catalog }).await.unwrap();
@@ -440,7 +443,7 @@ async fn a_transaction_sees_its_own_writes() {
         "DELETE FROM flights WHERE id IN (1, 4)",
         "UPDATE flights SET carrier = 'UP' WHERE id IN (0, 2)",
     ] {
-        let statement = bench.sql.parse(text).unwrap().remove(0);
+        let statement = bench.sql.parse(text).unwrap()[0].clone();
         let changes = bench.sql.change_set(&statement, env.clone()).await.unwrap();
         let mut overlay = (*env.overlay).clone();
         for write in changes.writes {
@@ -449,7 +452,7 @@ async fn a_transaction_sees_its_own_writes() {
         env.overlay = Arc::new(overlay);
     }
     let query = async |text: &str| {
-        let statement = bench.sql.parse(text).unwrap().remove(0);
+        let statement = bench.sql.parse(text).unwrap()[0].clone();
         show(bench.sql.query(&statement, env.clone()).await.unwrap()).await.unwrap()
     };
     assert_eq!(query("SELECT id, carrier FROM flights").await, "0|UP 2|UP 3|AA 10|NEW");
