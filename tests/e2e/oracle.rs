@@ -5,7 +5,8 @@
 //! answers right after it. A subscriber's fold has to be, at each id, the next of these answers that differs from the
 //! one before: none skipped (a hole), none twice, none in between (a commit torn apart).
 //!
-//! A failure prints its seed; `SEED=… sh tests/run.sh oracle` repeats the run.
+//! Seeds are fixed unless `SEED=random` asks for new ones. A failure prints its seed; `SEED=… sh tests/run.sh oracle`
+//! repeats the run.
 
 mod follower;
 mod random;
