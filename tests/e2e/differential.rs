@@ -104,7 +104,7 @@ impl Random {
         let below = depth.saturating_sub(1);
         let op = self.pick(&["=", "<>", "<", "<=", ">", ">="]);
         let not = self.pick(&["", " NOT"]);
-        match self.rng.random_range(0..if depth == 0 { 7 } else { 11 }) {
+        match self.rng.random_range(0..if depth == 0 { 7 } else { 10 }) {
             0 | 1 => format!("{} {op} {}", self.int(below, from), self.int(0, from)),
             2 => format!("{} {op} {}", self.text(below, from), self.text(0, from)),
             3 => format!("{} IS{not} NULL", self.int(below, from)),
@@ -119,11 +119,21 @@ impl Random {
                     self.predicate(below, from)
                 )
             }
-            9 => format!("NOT ({})", self.predicate(below, from)),
-            _ => match from {
-                From::One => format!("a{not} IN (SELECT b FROM y WHERE {})", self.predicate(below, From::One)),
-                From::Two => format!("l.a{not} IN (SELECT b FROM x WHERE {})", self.predicate(below, From::One)),
-            },
+            _ => format!("NOT ({})", self.predicate(below, from)),
+        }
+    }
+
+    /// `AND` something with a sub-query, sometimes.
+    fn subquery(&mut self, from: From) -> String {
+        let not = self.pick(&["", " NOT"]);
+        let (column, other) = match from {
+            From::One => ("a", "y"),
+            From::Two => ("l.a", "x"),
+        };
+        match self.rng.random_range(0..4) {
+            0 => format!(" AND {column}{not} IN (SELECT b FROM {other} WHERE {})", self.predicate(1, From::One)),
+            1 => format!(" AND{not} EXISTS (SELECT 1 FROM {other} o WHERE o.id = {column})"),
+            _ => String::new(),
         }
     }
 
@@ -146,7 +156,7 @@ impl Random {
     /// A query and its columns' types, `I` or `T`.
     fn query(&mut self) -> String {
         let (table, from) = self.from();
-        let predicate = self.predicate(3, from);
+        let predicate = format!("({}){}", self.predicate(3, from), self.subquery(from));
         match self.rng.random_range(0..6) {
             0 | 1 => {
                 let (int, text) = (self.int(2, from), self.text(2, from));

@@ -78,7 +78,8 @@ async fn concurrent_user_isolation_with_shared_session() {
     }
     // The plans were found again, or this has tested nothing.
     let hits = server.admin().metric("tidegate_plan_cache_hits_total").await;
-    assert!(hits >= (9 * (QUERIES.len() - 1)) as f64, "{hits} hits");
+    // The lookup by key needs none, and what recurses through a table of its own is planned each time.
+    assert!(hits >= (9 * (QUERIES.len() - 2)) as f64, "{hits} hits");
 }
 
 /// `now()`, `current_user`, `random()` and `uuid()` are of the execution, not of the plan.
@@ -135,10 +136,10 @@ async fn rbac_with_shared_session() {
     let clients = tables(&server, &["alice", "bob"]).await;
     let admin = server.admin();
     for sql in ["INSERT INTO shared VALUES (50, 'fifty')", "UPDATE shared SET name = 'x' WHERE id = 50"] {
-        admin.sql(sql).await;
         for client in &clients {
             client.expect_error(sql, 403, "forbidden").await;
         }
+        admin.sql(sql).await;
     }
     let delete = "DELETE FROM shared WHERE id = 50";
     clients[0].expect_error(delete, 403, "forbidden").await;
@@ -161,7 +162,9 @@ async fn high_concurrency_session_sharing() {
     let token = |user: usize| format!("the-token-of-user-{user}-in-these-tests-0123456789");
     let tokens =
         (0..USERS).map(|n| format!("[[tokens]]\ntoken = \"{}\"\nuser = \"user{n}\"\nrole = \"user\"\n", token(n)));
-    let options = tests::Options { config: tokens.collect(), ..tests::Options::default() };
+    // On a busy machine the last of them waits for many others.
+    let config = tokens.chain(["[sql]\ndeadline_ms = 30000\n".to_owned()]).collect();
+    let options = tests::Options { config, ..tests::Options::default() };
     let server = TestServer::with(options).await;
     server.admin().sql("CREATE TABLE notes (id INT PRIMARY KEY, text TEXT) WITH (type = 'user')").await;
     let users = (0..USERS).map(|user| {

@@ -380,7 +380,7 @@ impl RawSql {
             deadline: millis("sql.deadline_ms", self.deadline_ms, 5_000, 10, 30_000)?,
             batch_rows: bounded("sql.batch_rows", self.batch_rows, 8_192, 1, 65_536)?,
             target_partitions: bounded("sql.target_partitions", self.target_partitions, cores().min(8), 1, 64)?,
-            plan_cache_bytes: bounded("sql.plan_cache_bytes", plan_cache_bytes, 16 * MIB as u64, 0, GIB)?,
+            plan_cache_bytes: bounded("sql.plan_cache_bytes", plan_cache_bytes, 16 * MIB, 0, GIB)?,
             heavy_queries: bounded("sql.heavy_queries", self.heavy_queries, cores().max(2), 1, 1_024)?,
             // Enough for a burst of clients that all ask at once; they wait no longer than their deadline.
             heavy_queue: bounded("sql.heavy_queue", self.heavy_queue, 256, 0, 65_536)?,

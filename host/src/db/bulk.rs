@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use arrow::record_batch::RecordBatch;
 
-use super::write::{self, Planned};
+use super::write::{self, Failed, Merge, Planned, Work};
 use super::{Db, DbError, Identity, blocking};
 use crate::sql::{OutputColumn, RequestEnv, RowFailure};
 use crate::store::Seq;
@@ -121,10 +121,8 @@ impl BulkInsert {
         self.db.check_open().map_err(|error| BulkFailure { error, row: None, line: None })?;
         let batches: Arc<[RecordBatch]> = waiting.iter().map(|rows| rows.batch.clone()).collect();
         let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
-        let committed = write::transaction(&self.db, &self.who, Some(&self.namespace), &[], async |env| {
-            self.plan(env, batches.clone()).await
-        });
-        match committed.await {
+        let work = Work::Rows(&self.table, &batches);
+        match write::transaction(&self.db, &self.who, Some(&self.namespace), &[], work).await {
             Ok((planned, seq)) => {
                 self.report.rows += rows as u64;
                 self.report.commits += u64::from(!planned.is_empty());
@@ -139,35 +137,30 @@ impl BulkInsert {
             }
         }
     }
-
-    /// Off the async threads: each row is looked up in the store.
-    async fn plan(&self, env: RequestEnv, batches: Arc<[RecordBatch]>) -> Result<Planned, Failed> {
-        let (sql, who, table) = (self.db.inner.sql.clone(), self.who.clone(), self.table.clone());
-        blocking(move || {
-            let mut transaction = write::Merge::new(env);
-            let mut before = 0;
-            // Batches of other columns are another statement: it sees the rows of those before it.
-            for group in batches.chunk_by(|a, b| a.schema_ref().fields() == b.schema_ref().fields()) {
-                let changes = sql.insert_rows(transaction.env(), &table, group).map_err(|failure: RowFailure| {
-                    Failed { error: failure.error.into(), row: failure.row.map(|row| before + row) }
-                })?;
-                transaction.add(&who, changes)?;
-                before += group.iter().map(RecordBatch::num_rows).sum::<usize>();
-            }
-            Ok(transaction.finish())
-        })
-        .await?
-    }
 }
 
-/// An error, and which of the rows that wait it is about.
-struct Failed {
-    error: DbError,
-    row: Option<usize>,
-}
-
-impl From<DbError> for Failed {
-    fn from(error: DbError) -> Failed {
-        Failed { error, row: None }
-    }
+/// Off the async threads: each row is looked up in the store.
+pub(super) async fn plan(
+    db: &Db,
+    who: &Identity,
+    table: &str,
+    batches: &Arc<[RecordBatch]>,
+    env: RequestEnv,
+) -> Result<Planned, Failed> {
+    let (sql, who, table, batches) = (db.inner.sql.clone(), who.clone(), table.to_owned(), batches.clone());
+    blocking(move || {
+        let mut merge = Merge::new(env);
+        let mut before = 0;
+        // Batches of other columns are another statement: it sees the rows of those before it.
+        for group in batches.chunk_by(|a, b| a.schema_ref().fields() == b.schema_ref().fields()) {
+            let changes = sql.insert_rows(merge.env(), &table, group).map_err(|failure: RowFailure| Failed {
+                error: failure.error.into(),
+                row: failure.row.map(|row| before + row),
+            })?;
+            merge.add(&who, changes)?;
+            before += group.iter().map(RecordBatch::num_rows).sum::<usize>();
+        }
+        Ok(merge.finish())
+    })
+    .await?
 }

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use arrow::record_batch::RecordBatch;
 use wire::Scope;
 
-use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult};
+use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, bulk};
 use crate::catalog::{Catalog, Table, TableId, TableKind};
 use crate::config::Role;
 use crate::sql::{ChangeSet, Overlay, Param, RequestEnv, SqlError, Statement, StatementKind};
@@ -39,20 +40,42 @@ pub(super) async fn dml(
     statements: &[Statement],
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
-    let plan = async |env| plan(db, who, statements, env).await;
-    let (planned, seq) = transaction(db, who, request.namespace.as_deref(), &request.params, plan).await?;
+    let work = Work::Statements(statements);
+    let (planned, seq) = transaction(db, who, request.namespace.as_deref(), &request.params, work)
+        .await
+        .map_err(|failed| failed.error)?;
     Ok(planned.answer(seq))
+}
+
+/// What a transaction is made of.
+#[derive(Clone, Copy)]
+pub(super) enum Work<'a> {
+    Statements(&'a [Statement]),
+    /// Rows for a table.
+    Rows(&'a str, &'a Arc<[RecordBatch]>),
+}
+
+/// Why there is no transaction, and which of its rows (from 0) is to blame, where it is about rows.
+pub(super) struct Failed {
+    pub(super) error: DbError,
+    pub(super) row: Option<usize>,
+}
+
+impl From<DbError> for Failed {
+    fn from(error: DbError) -> Failed {
+        Failed { error, row: None }
+    }
 }
 
 /// Plans at a snapshot and commits; when other commits came between, again. Answers the seq of the commit, or of the
 /// snapshot when there was nothing to write.
-pub(super) async fn transaction<E: From<DbError>>(
+pub(super) async fn transaction(
     db: &Db,
     who: &Identity,
     namespace: Option<&str>,
     params: &[Param],
-    plan: impl AsyncFn(RequestEnv) -> Result<Planned, E>,
-) -> Result<(Planned, Seq), E> {
+    work: Work<'_>,
+) -> Result<(Planned, Seq), Failed> {
     for attempt in 0..TRIES {
         // Held from the snapshot to the commit. Alone, no other transaction is in flight and this one must win.
         let (_shared, _alone);
@@ -65,7 +88,10 @@ pub(super) async fn transaction<E: From<DbError>>(
         let base = snapshot.seq();
         let env = db.env(who, snapshot, namespace.map(str::to_owned), params.to_vec())?;
 
-        let planned = plan(env).await?;
+        let planned = match work {
+            Work::Statements(statements) => plan(db, who, statements, env).await?,
+            Work::Rows(table, batches) => bulk::plan(db, who, table, batches, env).await?,
+        };
         if planned.rows.is_empty() {
             return Ok((planned, base));
         }

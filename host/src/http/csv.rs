@@ -49,7 +49,10 @@ impl<'a> Lines<'a> {
                     self.cell.clear();
                     self.rows.value(column, row, &mut self.cell);
                     let bare = self.cell.strip_prefix(b"\"").and_then(|cell| cell.strip_suffix(b"\""));
-                    out.extend_from_slice(bare.unwrap_or(&self.cell));
+                    // No bytes at all are not NULL.
+                    out.extend_from_slice(
+                        bare.map_or(self.cell.as_slice(), |bare| if bare.is_empty() { b"\"\"" } else { bare }),
+                    );
                 }
             }
         }

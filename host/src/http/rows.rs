@@ -89,19 +89,14 @@ pub async fn post(
 }
 
 fn options(uri: &Uri) -> Result<(), Problem> {
-    for (name, value) in request::pairs(uri)? {
-        match (name.as_str(), value.as_str()) {
-            ("on_conflict", "nothing" | "update") => {
-                return Err(Problem::not_implemented("on_conflict of a bulk insert"));
-            }
-            ("on_conflict", other) => {
-                let detail = format!("on_conflict is `{other}`; it can be nothing or update");
-                return Err(Problem::bad_request(detail));
-            }
-            _ => return Err(request::unknown_parameter(&name, "on_conflict")),
+    let Some((name, value)) = request::pairs(uri)?.into_iter().next() else { return Ok(()) };
+    Err(match (name.as_str(), value.as_str()) {
+        ("on_conflict", "nothing" | "update") => Problem::not_implemented("on_conflict of a bulk insert"),
+        ("on_conflict", other) => {
+            Problem::bad_request(format!("on_conflict is `{other}`; it can be nothing or update"))
         }
-    }
-    Ok(())
+        _ => request::unknown_parameter(&name, "on_conflict"),
+    })
 }
 
 async fn run(

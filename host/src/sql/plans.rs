@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use datafusion::common::Result;
 use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::datasource::cte_worktable::CteWorkTable;
 use datafusion::datasource::source_as_provider;
 use datafusion::logical_expr::LogicalPlan;
 use quick_cache::Weighter;
@@ -55,6 +56,8 @@ pub(crate) struct Template {
     pub(crate) symbolic: bool,
     /// Joins, sorts, aggregates: work that can take much more than it reads.
     pub(crate) heavy: bool,
+    /// Runs a part of itself again and again.
+    pub(crate) recursive: bool,
     /// Small enough to be planned physically where it is asked for.
     pub(crate) quick: bool,
     /// Whether it may be used again.
@@ -152,18 +155,19 @@ impl Template {
         small: bool,
         took: Duration,
     ) -> Result<Template> {
-        let (mut heavy, mut kept) = (false, true);
+        let (mut heavy, mut recursive, mut kept) = (false, false, true);
         plan.apply_with_subqueries(|node| {
             match node {
                 // Anything but rows of tables was made for this one request: the catalog as it was, what is running.
                 LogicalPlan::TableScan(scan) => {
-                    kept &= source_as_provider(&scan.source).is_ok_and(|provider| provider.is::<Rows>());
+                    kept &= source_as_provider(&scan.source)
+                        .is_ok_and(|provider| provider.is::<Rows>() || provider.is::<CteWorkTable>());
                 }
                 LogicalPlan::Explain(_) | LogicalPlan::Analyze(_) => kept = false,
+                LogicalPlan::RecursiveQuery(_) => (heavy, recursive) = (true, true),
                 LogicalPlan::Aggregate(_)
                 | LogicalPlan::Distinct(_)
                 | LogicalPlan::Join(_)
-                | LogicalPlan::RecursiveQuery(_)
                 | LogicalPlan::Sort(_)
                 | LogicalPlan::Subquery(_)
                 | LogicalPlan::Unnest(_)
@@ -172,6 +176,6 @@ impl Template {
             }
             Ok(TreeNodeRecursion::Continue)
         })?;
-        Ok(Template { target, plan, symbolic, heavy, quick: small && took <= QUICK, kept })
+        Ok(Template { target, plan, symbolic, heavy, recursive, quick: small && took <= QUICK, kept })
     }
 }

@@ -5,6 +5,7 @@
 use std::ops::Bound;
 
 use datafusion::common::ScalarValue;
+use datafusion::common::tree_node::TreeNode;
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{Between, BinaryExpr, Expr, Operator};
 use uuid::Uuid;
@@ -62,9 +63,13 @@ pub(crate) fn key_ranges(table: &Table, filters: &[Expr]) -> KeyRanges {
     sorted(table, ranges, &shown)
 }
 
-/// Whether a filter can narrow the scan at all.
+/// Whether a filter can narrow the scan at all, perhaps only when its parameters have values.
 pub(crate) fn is_useful(table: &Table, filter: &Expr) -> bool {
     let keys = table.key.iter().filter_map(|id| table.column_by_id(*id));
+    let symbolic = filter.exists(|expr| Ok(matches!(expr, Expr::Placeholder(_)))).unwrap_or(false);
+    if symbolic && filter.column_refs().iter().any(|found| keys.clone().any(|column| column.name == found.name)) {
+        return true;
+    }
     split_conjunction(filter).into_iter().any(|conjunct| {
         keys.clone().any(|column| {
             let limits = limits(column, &[conjunct]);

@@ -4,7 +4,9 @@
 //! ([`context`](super::context)), identity and snapshot travel in its task context. What is planned is kept as a template
 //! ([`plans`](super::plans)); lookups by key and rows of constants are not planned at all.
 
+use std::any::Any;
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -20,7 +22,7 @@ use datafusion::logical_expr::{Explain, LogicalPlan};
 use datafusion::physical_plan::{ExecutionPlan, execute_stream};
 use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::sqlparser::ast;
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::context::{Names, bind, symbolic};
@@ -51,6 +53,9 @@ pub(crate) struct Engine {
     /// The session itself: nothing is registered in it, nothing is cloned from it after start.
     _context: SessionContext,
     pub(crate) state: Arc<SessionState>,
+    /// The same with one partition, made once: what recurses runs its plan again and again, and operators that share rows
+    /// out between partitions panic when they run twice.
+    unshared: Arc<SessionState>,
     pub(crate) providers: Providers,
     options: SqlOptions,
     contexts_created: AtomicU64,
@@ -115,11 +120,11 @@ impl Sql {
         let mut changes = dml::Changes::new(target, &env, self.engine.state.runtime_env());
         let mut stream = self.engine.start(plan, env.clone(), &statement.text)?;
         let deadline = started + self.engine.options.deadline;
-        while let Some(batch) = tokio::time::timeout_at(deadline.into(), stream.next())
+        while let Some(batch) = tokio::time::timeout_at(deadline.into(), next(&mut stream, &statement.text))
             .await
             .map_err(|_| SqlError::Deadline(self.engine.options.deadline))?
         {
-            changes.add(&batch.map_err(|error| from_datafusion(error, &statement.text))?)?;
+            changes.add(&batch?)?;
         }
         changes.finish()
     }
@@ -272,9 +277,12 @@ impl Engine {
         json::install(&mut state).map_err(failed)?;
         let context = SessionContext::new_with_state(state);
         let state = Arc::new(context.state());
+        let mut unshared = context.state();
+        unshared.config_mut().options_mut().execution.target_partitions = 1;
         Ok(Engine {
             _context: context,
             state,
+            unshared: Arc::new(unshared),
             providers: Providers::default(),
             options,
             contexts_created: AtomicU64::new(1),
@@ -325,7 +333,8 @@ impl Engine {
         } else {
             &template.plan
         };
-        let planned = self.state.query_planner().create_physical_plan(plan, &*self.state).await;
+        let state = if template.recursive { &self.unshared } else { &self.state };
+        let planned = state.query_planner().create_physical_plan(plan, &**state).await;
         planned.map_err(|error| from_datafusion(error, text))
     }
 
@@ -373,7 +382,8 @@ impl Engine {
             HashMap::new(),
             self.state.runtime_env().clone(),
         );
-        execute_stream(plan, Arc::new(context)).map_err(|error| from_datafusion(error, text))
+        let started = catch_unwind(AssertUnwindSafe(|| execute_stream(plan, Arc::new(context))));
+        started.map_err(|cause| panicked(&cause))?.map_err(|error| from_datafusion(error, text))
     }
 
     /// The batches as the caller sees them: SQL types only, our errors, ended at the deadline.
@@ -394,10 +404,10 @@ impl Engine {
             let (columns, schema, text) = (shown.clone(), schema.clone(), text.clone());
             async move {
                 let (mut stream, permit) = running?;
-                let batch = match tokio::time::timeout_at(deadline, stream.next()).await {
+                let batch = match tokio::time::timeout_at(deadline, next(&mut stream, &text)).await {
                     Err(_) => return Some((Err(SqlError::Deadline(limit)), None)),
                     Ok(None) => return None,
-                    Ok(Some(batch)) => batch.map_err(|error| from_datafusion(error, &text)),
+                    Ok(Some(batch)) => batch,
                 };
                 match batch.and_then(|batch| arrow::to_output(&columns, &schema, batch)) {
                     Ok(batch) => Some((Ok(batch), Some((stream, permit)))),
@@ -408,6 +418,20 @@ impl Engine {
         });
         RowStream { columns, batches: Box::pin(batches) }
     }
+}
+
+/// The next batch. A panic in one of DataFusion's operators is the end of that statement, not of the connection.
+async fn next(stream: &mut SendableRecordBatchStream, text: &str) -> Option<Result<RecordBatch, SqlError>> {
+    match AssertUnwindSafe(stream.next()).catch_unwind().await {
+        Ok(batch) => batch.map(|batch| batch.map_err(|error| from_datafusion(error, text))),
+        Err(cause) => Some(Err(panicked(&cause))),
+    }
+}
+
+fn panicked(cause: &Box<dyn Any + Send>) -> SqlError {
+    let text = cause.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| cause.downcast_ref::<String>().cloned());
+    SqlError::Internal(format!("the query panicked: {}", text.unwrap_or_default()))
 }
 
 fn session_config(options: &SqlOptions) -> SessionConfig {
@@ -423,6 +447,9 @@ fn session_config(options: &SqlOptions) -> SessionConfig {
     // One text type in and out: images are plain UTF-8.
     settings.sql_parser.map_string_types_to_utf8view = false;
     settings.sql_parser.collect_spans = true;
+    // The check fails on queries that are right: the optimizer and the physical planner judge differently which
+    // expressions can be NULL. That the answers are right is held by comparing with another database.
+    settings.execution.skip_physical_aggregate_schema_check = true;
     settings.catalog.default_catalog = super::information::CATALOG_NAME.to_owned();
     config
 }

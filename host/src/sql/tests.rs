@@ -622,3 +622,59 @@ async fn what_cannot_be_live_is_refused_by_name() {
         assert_eq!(error.to_string(), expected, "{text}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parameters_narrow_the_scan_of_a_kept_plan() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    bench.run(SOME).await;
+    let explain = |filter: &str| format!("EXPLAIN SELECT carrier FROM flights WHERE {filter}");
+    for (filter, params, keys) in [
+        ("id = $1 AND dist > 0", vec![Param::Int(3)], "keys=[id = 3]"),
+        ("id >= $1 AND id < $2", vec![Param::Int(2), Param::Int(4)], "keys=[id >= 2 AND id < 4]"),
+        ("id IN ($1, $2)", vec![Param::Int(4), Param::Int(1)], "keys=[id = one of 2"),
+        ("dist > $1", vec![Param::Int(4)], "keys=[all]"),
+    ] {
+        let plan = bench.with(&explain(filter), &params).await;
+        assert!(plan.contains(keys), "{filter}: {plan}");
+    }
+    let before = bench.sql.plan_counts();
+    // The same text again and again, each time with values of its own.
+    let sql = "SELECT id FROM flights WHERE id >= $1 AND carrier <> $2 ORDER BY id";
+    for (least, carrier, rows) in [(1, "UA", "1 3 4"), (3, "UA", "3 4"), (1, "AA", "2 4"), (9, "", "")] {
+        assert_eq!(bench.with(sql, &[Param::Int(least), Param::Text(carrier.to_owned())]).await, rows);
+    }
+    // Another type of a parameter is another plan.
+    assert_eq!(bench.with(sql, &[Param::Float(2.5), Param::Text("AA".to_owned())]).await, "4");
+    assert_eq!(bench.with(sql, &[Param::Null, Param::Text("AA".to_owned())]).await, "");
+    let (hits, misses) = bench.sql.plan_counts();
+    assert_eq!((hits - before.0, misses - before.1), (3, 3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lookup_is_what_the_planner_says() {
+    let bench = bench();
+    bench.run("CREATE TABLE k (a INT, b TEXT, u UUID, n INT, PRIMARY KEY (a, b, u))").await;
+    let uuid = "6f2b1c1e-8a55-4b6f-9d3e-0123456789ab";
+    bench.run(&format!("INSERT INTO k VALUES (1, 'x', '{uuid}', 10), (-1, '', '{uuid}', 20)")).await;
+    let planned = |sql: &str| sql.replacen("WHERE", "WHERE true AND", 1);
+    for condition in [
+        format!("a = 1 AND b = 'x' AND u = '{uuid}'"),
+        format!("a = -1 AND b = '' AND u = '{}'", uuid.to_uppercase()),
+        format!("u = '{uuid}' AND (b = 'x' AND a = 1)"),
+        "a = 1 AND b = 'x' AND u = 'no uuid'".to_owned(),
+        format!("a = 4294967297 AND b = 'x' AND u = '{uuid}'"),
+        format!("a = 1 AND b = 'y' AND u = '{uuid}'"),
+    ] {
+        for columns in ["*", "n", "n AS \"N\", b, u"] {
+            let sql = format!("SELECT {columns} FROM k WHERE {condition}");
+            let statement = bench.sql.parse(&sql).unwrap()[0].clone();
+            assert!(lookup::find(&statement.ast, &bench.env("alice", &[])).is_some(), "{sql}");
+            assert_eq!(bench.run(&sql).await, bench.run(&planned(&sql)).await, "{sql}");
+        }
+    }
+    for sql in ["SELECT n FROM k WHERE a = 1", "SELECT n + 1 FROM k WHERE a = 1 AND b = 'x' AND u = ''", "SELECT 1"] {
+        let statement = bench.sql.parse(sql).unwrap()[0].clone();
+        assert!(lookup::find(&statement.ast, &bench.env("alice", &[])).is_none(), "{sql}");
+    }
+}
