@@ -188,11 +188,11 @@ pub(crate) fn symbolic(plan: LogicalPlan, env: &RequestEnv) -> Result<(LogicalPl
     let plan = plan.transform_up_with_subqueries(|plan| {
         let names = NamePreserver::new(&plan);
         let replaced = plan.map_expressions(|expr| {
-            if !expr.exists(|expr| Ok(is_request_function(expr)))? {
+            if !expr.exists(|expr| Ok(is_request_function(expr) || matches!(expr, Expr::Placeholder(_))))? {
                 return Ok(Transformed::no(expr));
             }
             let name = names.save(&expr);
-            Ok(expr.transform_up(symbol)?.update_data(|expr| name.restore(expr)))
+            Ok(expr.transform_up(|expr| symbol(expr, env))?.update_data(|expr| name.restore(expr)))
         })?;
         if replaced.transformed { replaced.map_data(with_new_types) } else { Ok(replaced) }
     })?;
@@ -200,7 +200,15 @@ pub(crate) fn symbolic(plan: LogicalPlan, env: &RequestEnv) -> Result<(LogicalPl
     Ok((canonical_uuids(plan.data)?, symbolic))
 }
 
-fn symbol(expr: Expr) -> Result<Transformed<Expr>> {
+fn symbol(mut expr: Expr, env: &RequestEnv) -> Result<Transformed<Expr>> {
+    // The planner has guessed the type from what the parameter is compared with; it has the type of its value.
+    if let Expr::Placeholder(placeholder) = &mut expr {
+        let number = placeholder.id[1..].parse::<usize>().ok().and_then(|number| number.checked_sub(1));
+        if let Some(param) = number.and_then(|at| env.params.get(at)) {
+            placeholder.field = Some(param_field(param));
+        }
+        return Ok(Transformed::yes(expr));
+    }
     if !is_request_function(&expr) {
         return Ok(Transformed::no(expr));
     }

@@ -431,7 +431,13 @@ async fn next(stream: &mut SendableRecordBatchStream, text: &str) -> Option<Resu
 fn panicked(cause: &Box<dyn Any + Send>) -> SqlError {
     let text = cause.downcast_ref::<&str>().map(|text| (*text).to_owned());
     let text = text.or_else(|| cause.downcast_ref::<String>().cloned());
-    SqlError::Internal(format!("the query panicked: {}", text.unwrap_or_default()))
+    match text.as_deref() {
+        // What a join without a key comes to when the memory pool is full: it runs one side again, which cannot.
+        Some("partition not used yet") => SqlError::Limit(
+            "the query needs more than sql.memory_bytes allows: narrow it, or raise the setting".to_owned(),
+        ),
+        text => SqlError::Internal(format!("the query panicked: {}", text.unwrap_or_default())),
+    }
 }
 
 fn session_config(options: &SqlOptions) -> SessionConfig {
