@@ -5,6 +5,7 @@
 //! [`subscribe`]; what an upload goes through in [`install`].
 
 mod adapters;
+mod bulk;
 mod errors;
 mod idempotency;
 mod index;
@@ -33,6 +34,7 @@ use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
+pub use bulk::{BulkFailure, BulkInsert, BulkReport, BulkRows};
 pub use errors::PluginErrorEntry;
 pub use idempotency::Idempotency;
 pub use subscribe::LiveStream;
@@ -67,6 +69,12 @@ pub enum DbError {
     NotFound(String),
     #[error("{0}")]
     BadRequest(String),
+    /// More statements than the format of the answer can hold: nothing was run.
+    #[error(
+        "the format asked for carries the result of one statement, and there are {0}; send them one by one, or accept \
+         application/json"
+    )]
+    SeveralResults(usize),
     #[error("{0}")]
     Forbidden(String),
     #[error("{0}")]
@@ -86,6 +94,8 @@ pub struct SqlRequest {
     pub read_only: bool,
     /// A write that may be sent again. Queries may be anyway.
     pub idempotency: Option<Idempotency>,
+    /// Refuse several statements: the format of the answer holds one result.
+    pub one_result: bool,
 }
 
 pub enum StatementResult {
@@ -268,6 +278,9 @@ impl Db {
         if request.read_only && kind != StatementKind::Query {
             return Err(DbError::BadRequest("GET only reads; send INSERT, UPDATE, DELETE and DDL by POST".into()));
         }
+        if request.one_result && statements.len() > 1 {
+            return Err(DbError::SeveralResults(statements.len()));
+        }
         match kind {
             StatementKind::Query => self.query(who, &statements, request).await,
             StatementKind::Dml => write::dml(self, who, &statements, request).await,
@@ -287,6 +300,15 @@ impl Db {
     /// Brings gauges up to date before `/metrics` is printed.
     pub fn refresh_metrics(&self) {
         system::refresh_gauges(&self.inner.sources);
+        let metrics = &self.inner.metrics;
+        let load = self.inner.sql.load();
+        metrics.sql_memory_bytes.set(load.memory_bytes as i64);
+        metrics.heavy_queries.set(load.heavy as i64);
+        metrics.heavy_waiting.set(load.waiting as i64);
+        let (hits, misses) = self.inner.sql.plan_counts();
+        for (counter, now) in [(&metrics.plan_cache_hits, hits), (&metrics.plan_cache_misses, misses)] {
+            counter.inc_by(now.saturating_sub(counter.get()));
+        }
     }
 
     /// From now on [`Db::ready`] is false, new requests are refused and live streams say why they end. Requests that
@@ -319,7 +341,14 @@ impl Db {
     }
 
     /// Parsing is bounded by the gate, but needs a large stack and some time: not on the async threads.
-    async fn parse(&self, text: &str) -> Result<Vec<crate::sql::Statement>, DbError> {
+    async fn parse(&self, text: &str) -> Result<Arc<[crate::sql::Statement]>, DbError> {
+        if let Some(statements) = self.inner.sql.parsed(text) {
+            return Ok(statements);
+        }
+        // What takes less time than handing it over is done here.
+        if text.len() <= SHORT_TEXT {
+            return Ok(self.inner.sql.parse(text)?);
+        }
         let (sql, text) = (self.inner.sql.clone(), text.to_owned());
         Ok(blocking(move || sql.parse(&text)).await??)
     }
@@ -377,6 +406,9 @@ fn unknown_namespace(name: &str) -> DbError {
 fn now_micros() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as i64)
 }
+
+/// Parsed in some tens of microseconds.
+const SHORT_TEXT: usize = 1024;
 
 /// Runs blocking work off the async threads. A panic there is our own bug and ends this request only.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DbError> {

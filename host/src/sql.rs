@@ -9,9 +9,12 @@ pub mod error;
 pub mod functions;
 pub mod gate;
 pub mod information;
+pub mod json;
 pub mod json_row;
 pub mod live;
+pub mod lookup;
 pub mod planner;
+pub mod plans;
 pub mod provider;
 pub mod range;
 mod row_exprs;
@@ -20,6 +23,7 @@ pub mod statement;
 pub mod system;
 #[cfg(test)]
 mod tests;
+pub mod values;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -52,7 +56,7 @@ pub enum SqlError {
     /// A limit was reached: which, and how to stay under it.
     #[error("{0}")]
     Limit(String),
-    /// Too much is under way already: to be tried again.
+    /// Too much runs or waits already: worth another try.
     #[error("{0}")]
     Busy(String),
     #[error("the query ran longer than {0:?} and was stopped")]
@@ -113,6 +117,10 @@ pub struct Statement {
     pub(crate) ast: Box<datafusion::sql::sqlparser::ast::Statement>,
     /// The whole text it came in: positions in errors count from its start.
     pub(crate) text: Arc<str>,
+    /// Which of the text's statements it is, from 0.
+    pub(crate) index: usize,
+    /// Whether the text is too small to trouble an ordinary thread's stack.
+    pub(crate) small: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,6 +128,14 @@ pub enum StatementKind {
     Query,
     Dml,
     Ddl,
+}
+
+/// What all running queries take together.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    pub memory_bytes: usize,
+    pub heavy: usize,
+    pub waiting: usize,
 }
 
 /// A running query. Every column of a batch has exactly the Arrow type of its [`OutputColumn`] ([`arrow::arrow_type`]).
@@ -153,6 +169,13 @@ impl From<Returned> for RowStream {
         let batches = futures::stream::iter(returned.batches.into_iter().map(Ok));
         RowStream { columns: returned.columns, batches: Box::pin(batches) }
     }
+}
+
+/// Why rows cannot be inserted, and which of them (from 0) is the first that cannot.
+#[derive(Debug)]
+pub struct RowFailure {
+    pub error: SqlError,
+    pub row: Option<usize>,
 }
 
 /// What a DDL statement does; empty when IF [NOT] EXISTS made it a no-op.

@@ -277,6 +277,11 @@ impl Store {
         }
     }
 
+    /// Larger commits are refused.
+    pub fn max_commit_bytes(&self) -> usize {
+        self.inner.max_commit_bytes
+    }
+
     /// The module bytes of an uploaded plugin.
     pub fn plugin_wasm(&self, sha256: &str) -> Result<Option<Bytes>, StoreError> {
         self.inner.read(&meta::wasm_key(sha256)).map(|bytes| bytes.map(Bytes::from))

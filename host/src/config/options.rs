@@ -65,6 +65,11 @@ pub struct SqlOptions {
     pub deadline: Duration,
     pub batch_rows: usize,
     pub target_partitions: usize,
+    /// About what kept statements and plans may take.
+    pub plan_cache_bytes: u64,
+    /// Queries with joins, sorts or aggregates that run at once, and how many may wait.
+    pub heavy_queries: usize,
+    pub heavy_queue: usize,
 }
 
 #[derive(Clone, Debug)]

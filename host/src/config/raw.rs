@@ -70,7 +70,10 @@ section!(RawSql {
     spill_bytes: Size,
     deadline_ms: u64,
     batch_rows: usize,
-    target_partitions: usize
+    target_partitions: usize,
+    plan_cache_bytes: Size,
+    heavy_queries: usize,
+    heavy_queue: usize
 });
 section!(RawLive {
     heartbeat_ms: u64,
@@ -409,6 +412,7 @@ impl RawStorage {
 impl RawSql {
     fn check(self, data_dir: &Path) -> Result<SqlOptions, ConfigError> {
         let spill_bytes = self.spill_bytes.map(|size| size.0);
+        let plan_cache_bytes = self.plan_cache_bytes.map(|size| size.0);
         Ok(SqlOptions {
             memory_bytes: bytes("sql.memory_bytes", self.memory_bytes, 256 * MIB, MIB, 1024 * GIB)?,
             spill_bytes: bounded("sql.spill_bytes", spill_bytes, GIB, 0, 1024 * GIB)?,
@@ -416,6 +420,10 @@ impl RawSql {
             deadline: millis("sql.deadline_ms", self.deadline_ms, 5_000, 10, 30_000)?,
             batch_rows: bounded("sql.batch_rows", self.batch_rows, 8_192, 1, 65_536)?,
             target_partitions: bounded("sql.target_partitions", self.target_partitions, cores().min(8), 1, 64)?,
+            plan_cache_bytes: bounded("sql.plan_cache_bytes", plan_cache_bytes, 16 * MIB, 0, GIB)?,
+            heavy_queries: bounded("sql.heavy_queries", self.heavy_queries, cores().max(2), 1, 1_024)?,
+            // Enough for a burst of clients that all ask at once; they wait no longer than their deadline.
+            heavy_queue: bounded("sql.heavy_queue", self.heavy_queue, 256, 0, 65_536)?,
         })
     }
 }

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use arrow::record_batch::RecordBatch;
 use wire::Scope;
 
-use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, index};
-use crate::catalog::{Catalog, NamespaceId, TableId, TableKind};
+use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, bulk, index};
+use crate::catalog::{Catalog, NamespaceId, Table, TableId, TableKind};
 use crate::config::Role;
-use crate::sql::{Overlay, RequestEnv, RowStream, SqlError, Statement, StatementKind};
+use crate::sql::{ChangeSet, Overlay, Param, RequestEnv, RowStream, SqlError, Statement, StatementKind};
 use crate::store::snapshot::Snapshot;
 use crate::store::{CommitError, Receipt, RowWrite, Seq, Transaction};
 
@@ -40,6 +41,51 @@ pub(super) async fn dml(
     statements: &[Statement],
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
+    let work = Work::Statements(statements, &request);
+    let outcome = transaction(db, who, request.namespace.as_deref(), &request.params, work).await;
+    match outcome.map_err(|failed| failed.error)? {
+        Outcome::Committed(planned, seq) => Ok(planned.answer(seq)),
+        Outcome::Answered(answer) => Ok(answer),
+    }
+}
+
+/// What a transaction is made of.
+#[derive(Clone, Copy)]
+pub(super) enum Work<'a> {
+    /// Statements and the request they came with.
+    Statements(&'a [Statement], &'a SqlRequest),
+    /// Rows for a table.
+    Rows(&'a str, &'a Arc<[RecordBatch]>),
+}
+
+/// What became of it.
+pub(super) enum Outcome {
+    /// The seq of the commit, or of the snapshot when there was nothing to write.
+    Committed(Planned, Seq),
+    /// The same request was answered before; nothing was written now.
+    Answered(SqlAnswer),
+}
+
+/// Why there is no transaction, and which of its rows (from 0) is to blame, where it is about rows.
+pub(super) struct Failed {
+    pub(super) error: DbError,
+    pub(super) row: Option<usize>,
+}
+
+impl From<DbError> for Failed {
+    fn from(error: DbError) -> Failed {
+        Failed { error, row: None }
+    }
+}
+
+/// Plans at a snapshot and commits; when other commits came between, again.
+pub(super) async fn transaction(
+    db: &Db,
+    who: &Identity,
+    namespace: Option<&str>,
+    params: &[Param],
+    work: Work<'_>,
+) -> Result<Outcome, Failed> {
     // Refused at once rather than queued without end: the client knows best how long it wants to wait.
     let _under_way = db.inner.writes.try_acquire().map_err(|_| DbError::Commit(CommitError::Busy))?;
     for attempt in 0..TRIES {
@@ -52,27 +98,35 @@ pub(super) async fn dml(
         }
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
-        if let Some(answer) = answered(who, &request, &snapshot)? {
-            return Ok(answer);
+        if let Work::Statements(_, request) = work
+            && let Some(answer) = answered(who, request, &snapshot)?
+        {
+            return Ok(Outcome::Answered(answer));
         }
-        let env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
+        let env = db.env(who, snapshot, namespace.map(str::to_owned), params.to_vec())?;
         let default = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
 
-        let planned = plan(db, who, statements, env).await?;
-        let receipt = receipt(who, &request, &planned.affected(&request)?)?;
+        let (planned, receipt) = match work {
+            Work::Statements(statements, request) => {
+                let planned = plan(db, who, statements, env).await?;
+                let receipt = receipt(who, request, &planned.affected(request)?)?;
+                (planned, receipt)
+            }
+            Work::Rows(table, batches) => (bulk::plan(db, who, table, batches, env).await?, None),
+        };
         if planned.rows.is_empty() && receipt.is_none() {
-            return Ok(planned.answer(base));
+            return Ok(Outcome::Committed(planned, base));
         }
         let namespace = planned.namespace(default)?;
         let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new(), receipt };
         // Validated, written, synced, visible, published to live queries, and only then acknowledged.
         match db.inner.store.commit(transaction).await {
-            Ok(seq) => return Ok(planned.answer(seq)),
+            Ok(seq) => return Ok(Outcome::Committed(planned, seq)),
             Err(CommitError::Stale) => continue,
-            Err(error) => return Err(DbError::Commit(error)),
+            Err(error) => return Err(DbError::Commit(error).into()),
         }
     }
-    Err(DbError::Conflict)
+    Err(DbError::Conflict.into())
 }
 
 /// CREATE, ALTER and DROP: all statements of the request are one commit.
@@ -153,13 +207,18 @@ fn receipt(who: &Identity, request: &SqlRequest, affected: &[u64]) -> Result<Opt
 
 /// What a transaction does: its net effect by key, in the order the keys were first touched.
 #[derive(Default)]
-struct Planned {
+pub(super) struct Planned {
     rows: Vec<RowWrite>,
     /// Of each statement.
     results: Vec<StatementResult>,
 }
 
 impl Planned {
+    /// Whether there is nothing to write.
+    pub(super) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     fn answer(self, seq: Seq) -> SqlAnswer {
         SqlAnswer { results: self.results, seq, replayed: false }
     }
@@ -184,41 +243,68 @@ impl Planned {
     }
 }
 
-async fn plan(db: &Db, who: &Identity, statements: &[Statement], mut env: RequestEnv) -> Result<Planned, DbError> {
-    let mut planned = Planned::default();
-    let mut places: HashMap<(TableId, Scope, Vec<u8>), usize> = HashMap::new();
+async fn plan(db: &Db, who: &Identity, statements: &[Statement], env: RequestEnv) -> Result<Planned, DbError> {
+    let mut merge = Merge::new(env);
     for statement in statements {
-        let changes = db.inner.sql.change_set(statement, env.clone()).await?;
+        let changes = db.inner.sql.change_set(statement, merge.env().clone()).await?;
+        merge.add(who, changes)?;
+    }
+    Ok(merge.finish())
+}
+
+/// The statements of a transaction, one after the other: each sees what those before it do.
+pub(super) struct Merge {
+    env: RequestEnv,
+    planned: Planned,
+    /// Where in `planned` a key is.
+    places: HashMap<(TableId, Scope, Vec<u8>), usize>,
+}
+
+impl Merge {
+    pub(super) fn new(env: RequestEnv) -> Merge {
+        Merge { env, planned: Planned::default(), places: HashMap::new() }
+    }
+
+    /// What the next statement sees.
+    pub(super) fn env(&self) -> &RequestEnv {
+        &self.env
+    }
+
+    pub(super) fn add(&mut self, who: &Identity, changes: ChangeSet) -> Result<(), DbError> {
         let returned = changes.returned.map(RowStream::from);
-        planned.results.push(StatementResult::Affected { affected: changes.affected, returned });
-        let overlay = Arc::make_mut(&mut env.overlay);
+        self.planned.results.push(StatementResult::Affected { affected: changes.affected, returned });
+        let overlay = Arc::make_mut(&mut self.env.overlay);
         for write in changes.writes {
-            may_write(who, &write)?;
+            may_write(who, &write.table)?;
             overlay.put(&write);
             let key = (write.table.id, write.scope.clone(), write.key.clone());
-            match places.get(&key) {
+            match self.places.get(&key) {
                 // The first statement saw the row as it is stored; the last one says what it shall be.
-                Some(&at) => planned.rows[at].new = write.new,
+                Some(&at) => self.planned.rows[at].new = write.new,
                 None => {
-                    places.insert(key, planned.rows.len());
-                    planned.rows.push(write);
+                    self.places.insert(key, self.planned.rows.len());
+                    self.planned.rows.push(write);
                 }
             }
         }
+        Ok(())
     }
-    planned.rows.retain(|row| row.old != row.new);
-    Ok(planned)
+
+    pub(super) fn finish(mut self) -> Planned {
+        self.planned.rows.retain(|row| row.old != row.new);
+        self.planned
+    }
 }
 
 /// Own rows of user tables belong to everybody; shared and stream tables are written by services and admins.
-fn may_write(who: &Identity, write: &RowWrite) -> Result<(), DbError> {
-    if write.table.kind == TableKind::User || who.role != Role::User {
+pub(super) fn may_write(who: &Identity, table: &Table) -> Result<(), DbError> {
+    if table.kind == TableKind::User || who.role != Role::User {
         return Ok(());
     }
     Err(DbError::Forbidden(format!(
         "the role user may not write the {} table \"{}\"; use a token of role service or admin",
-        write.table.kind.as_str(),
-        write.table.name
+        table.kind.as_str(),
+        table.name
     )))
 }
 

@@ -105,6 +105,7 @@ impl From<DbError> for Problem {
             DbError::Store(error) => error.into(),
             DbError::Plugin(error) => error.into(),
             DbError::NotFound(detail) => Problem::new(404, "not_found", detail),
+            DbError::SeveralResults(_) => Problem::new(406, "several_results", error.to_string()),
             DbError::BadRequest(detail) => Problem::bad_request(detail),
             DbError::Forbidden(detail) => Problem::new(403, "forbidden", detail),
             DbError::TooMany(detail) => Problem::new(429, "too_many", detail).retry_after(5),

@@ -16,7 +16,7 @@ use crate::live::OldMode;
 use crate::sql::Param;
 
 /// Deeper JSON is refused before it is parsed.
-const JSON_DEPTH: usize = 64;
+pub const JSON_DEPTH: usize = 64;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -45,7 +45,7 @@ fn bad_json(detail: String) -> Problem {
 }
 
 /// The byte where the nesting becomes too deep.
-fn too_deep(text: &str) -> Option<usize> {
+pub fn too_deep(text: &str) -> Option<usize> {
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
     for (position, byte) in text.bytes().enumerate() {
         match byte {
@@ -74,14 +74,28 @@ fn offset(text: &str, line: usize, column: usize) -> usize {
 pub fn sql_from_json(body: &[u8]) -> Result<SqlRequest, Problem> {
     let raw: RawSql<'_> = parse("the request body", body)?;
     let params = params(raw.params.as_deref().unwrap_or_default())?;
-    Ok(SqlRequest { sql: raw.sql, params, namespace: raw.namespace, read_only: false, idempotency: None })
+    Ok(SqlRequest {
+        sql: raw.sql,
+        params,
+        namespace: raw.namespace,
+        read_only: false,
+        one_result: false,
+        idempotency: None,
+    })
 }
 
 /// `POST /v1/sql` as raw SQL.
 pub fn sql_from_text(body: &[u8]) -> Result<SqlRequest, Problem> {
     let sql = std::str::from_utf8(body)
         .map_err(|e| Problem::bad_request("the SQL text is not UTF-8").with("position", json!(e.valid_up_to())))?;
-    Ok(SqlRequest { sql: sql.to_owned(), params: Vec::new(), namespace: None, read_only: false, idempotency: None })
+    Ok(SqlRequest {
+        sql: sql.to_owned(),
+        params: Vec::new(),
+        namespace: None,
+        read_only: false,
+        one_result: false,
+        idempotency: None,
+    })
 }
 
 /// `GET /v1/sql?sql=…`
@@ -98,7 +112,7 @@ pub fn sql_from_query(uri: &Uri) -> Result<SqlRequest, Problem> {
         }
     }
     let sql = sql.ok_or_else(|| Problem::bad_request("the query parameter `sql` is missing"))?;
-    Ok(SqlRequest { sql, params, namespace, read_only: true, idempotency: None })
+    Ok(SqlRequest { sql, params, namespace, read_only: true, one_result: false, idempotency: None })
 }
 
 /// The longest key; a UUID has 36 characters.

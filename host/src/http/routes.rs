@@ -20,7 +20,7 @@ use super::results::{self, Format};
 use super::stall::paced;
 use super::stream::{self, Subscriber};
 use super::tickets::Tickets;
-use super::{plugins, request};
+use super::{plugins, request, rows};
 use crate::config::{Config, HttpOptions};
 use crate::db::{Db, Identity, LiveRequest, SqlRequest};
 use crate::telemetry::{Exposition, Metrics};
@@ -91,7 +91,7 @@ pub fn router(app: App) -> Router {
             get(plugins::show).put(plugins::put).delete(plugins::delete).post(plugins::act),
         )
         .route("/v1/plugins/{namespace}/{name}/{action}", get(plugins::errors).post(plugins::act))
-        .route("/v1/tables/{namespace}/{table}/rows", post(async || Problem::not_implemented("bulk insert")))
+        .route("/v1/tables/{namespace}/{table}/rows", post(rows::post))
         .route("/v1/auth/login", post(async || Problem::not_implemented("login with a password")))
         .route("/v1/auth/refresh", post(async || Problem::not_implemented("refreshing a session")))
         .route("/v1/openapi.json", get(async || Problem::not_implemented("the OpenAPI document")))
@@ -223,6 +223,7 @@ async fn sql_post(
 }
 
 async fn execute(app: &App, who: &Identity, request: SqlRequest, format: Format) -> Result<Response, Problem> {
+    let request = SqlRequest { one_result: format.holds_one_result(), ..request };
     let started = Instant::now();
     let answer = app.db.execute(who, request).await?;
     let replayed = answer.replayed;

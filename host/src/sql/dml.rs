@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use ::arrow::array::ArrayRef;
+use ::arrow::datatypes::{FieldRef, Schema};
 use ::arrow::record_batch::RecordBatch;
 use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
 use datafusion::execution::runtime_env::RuntimeEnv;
@@ -39,12 +40,14 @@ use crate::store::{RowWrite, StoreError};
 const RETURNED_ROWS: usize = 8_192;
 
 /// What the rows of the planned query mean.
+#[derive(Clone)]
 pub(crate) struct Target {
     table: Arc<Table>,
     action: Action,
     returning: Option<RowExprs>,
 }
 
+#[derive(Clone)]
 enum Action {
     /// Column n of the query is the value for this column of the table.
     Insert(Vec<Column>, Option<Box<OnConflict>>),
@@ -62,6 +65,11 @@ impl Target {
             Action::Update(columns) => self.table.key.len() + columns.len(),
             Action::Delete => self.table.key.len(),
         }
+    }
+
+    /// Whether there is something of one request in it (see [`RowExprs`]), so that it must not be kept for another one.
+    pub(crate) fn is_bound(&self) -> bool {
+        self.returning.is_some() || matches!(self.action, Action::Insert(_, Some(_)))
     }
 
     /// An INSERT's rows come from anywhere; other queries are of our own making.
@@ -201,10 +209,31 @@ fn table_named(table: &TableObject, alias: Option<&str>) -> Result<TableWithJoin
     }
 }
 
+/// Rows that come without a statement: what their columns are called says where they go.
+pub(crate) fn rows_target(table: &str, schema: &Schema, env: &RequestEnv) -> Result<Target, SqlError> {
+    let table = find_table(env, None, table)?.clone();
+    let column = |field: &FieldRef| {
+        given_columns(&table).find(|column| column.name == *field.name()).cloned().ok_or_else(|| {
+            let known: Vec<&str> = given_columns(&table).map(|column| column.name.as_str()).collect();
+            let message = format!("the table has no column {:?} to fill; it has: {}", field.name(), known.join(", "));
+            SqlError::invalid("unknown_column", message)
+        })
+    };
+    let columns: Vec<Column> = schema.fields().iter().map(column).collect::<Result<_, _>>()?;
+    if let Some(twice) = columns.iter().enumerate().find(|(at, column)| columns[..*at].contains(column)) {
+        return Err(SqlError::invalid("duplicate_column", format!("column {:?} is named twice", twice.1.name)));
+    }
+    Ok(Target { table, action: Action::Insert(columns, None), returning: None })
+}
+
+/// The columns that an INSERT may name, and fills in this order when it names none.
+pub(crate) fn given_columns(table: &Table) -> impl Iterator<Item = &Column> {
+    table.columns.iter().filter(|column| !is_generated(table, column))
+}
+
 fn insert_columns(named: &[ObjectName], table: &Table, text: &str) -> Result<Vec<Column>, SqlError> {
     if named.is_empty() {
-        let given = table.columns.iter().filter(|column| !is_generated(table, column));
-        return Ok(given.cloned().collect());
+        return Ok(given_columns(table).cloned().collect());
     }
     let mut columns: Vec<Column> = Vec::with_capacity(named.len());
     for name in named {

@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema, batch_of, output_array, output_schema, output_type};
-use super::context::{bind, find_table, impure_function};
+use super::context::{bind_unoptimized, find_table, impure_function};
 use super::ddl::{fold, table_name};
 use super::error::from_datafusion;
 use super::planner::folding;
@@ -121,7 +121,7 @@ pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<L
         let hint = "its rows must depend on the table alone";
         return Err(SqlError::unsupported(format!("{function}() in a live query"), Some(hint)));
     }
-    let plan = bind(plan, env).and_then(|plan| engine.analyze(plan));
+    let plan = bind_unoptimized(plan, env, &engine.state).and_then(|plan| engine.analyze(plan));
     let parts = Parts::of(plan.map_err(|error| from_datafusion(error, text))?)?;
     parts.compile(engine, table, env).map_err(|error| from_datafusion(error, text))
 }

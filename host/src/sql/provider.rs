@@ -35,6 +35,9 @@ use crate::store::keys::{KeyRange, successor};
 
 /// Batches that may wait for their reader.
 const WAITING_BATCHES: usize = 2;
+/// A batch of wide rows ends before its number of rows is reached: batches on their way are not in the memory pool, and
+/// thousands of rows can be of a megabyte each.
+const BATCH_BYTES: usize = 2 << 20;
 /// Table versions whose providers are kept. Beyond that all are made anew: they are cheap.
 const CACHED_TABLES: usize = 1_024;
 
@@ -83,7 +86,7 @@ pub(crate) fn scope_of(table: &Table, user: &str) -> Scope {
 }
 
 #[derive(Debug)]
-struct Rows {
+pub(crate) struct Rows {
     table: Arc<Table>,
     columns: Vec<ColumnDecl>,
     schema: SchemaRef,
@@ -379,7 +382,8 @@ impl Scan {
         let (image, ..) = ImageRef::parse(image).map_err(|error| StoreError::Corrupt(error.to_string()))?;
         builder.push(&image)?;
         self.left -= 1;
-        if builder.rows() >= self.batch_rows && !send(builder, batches)? {
+        let full = builder.rows() >= self.batch_rows || builder.bytes() >= BATCH_BYTES;
+        if full && !send(builder, batches)? {
             return Ok(Wanted::Enough);
         }
         Ok(if self.left == 0 { Wanted::Enough } else { Wanted::More })

@@ -6,6 +6,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use datafusion::common::ScalarValue;
+use datafusion::common::tree_node::TreeNode;
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{Between, BinaryExpr, Expr, Operator};
 use uuid::Uuid;
@@ -166,8 +167,13 @@ fn paths(table: &Table) -> impl Iterator<Item = Path<'_>> {
     ready.map(|index| Path { table, index: Some(index) }).chain([Path { table, index: None }])
 }
 
-/// Whether a filter can narrow the scan at all.
+/// Whether a filter can narrow the scan at all, perhaps only when its parameters have values.
 pub(crate) fn is_useful(table: &Table, filter: &Expr) -> bool {
+    let symbolic = filter.exists(|expr| Ok(matches!(expr, Expr::Placeholder(_)))).unwrap_or(false);
+    let named = |column: &Column| filter.column_refs().iter().any(|found| found.name == column.name);
+    if symbolic && paths(table).any(|path| path.columns().any(named)) {
+        return true;
+    }
     split_conjunction(filter).into_iter().any(|conjunct| {
         paths(table).any(|path| {
             path.columns().any(|column| {

@@ -20,14 +20,16 @@ use datafusion::sql::sqlparser::ast::{self, SelectItem, TableWithJoins};
 use wire::{ColumnDecl, ImageRef};
 
 use super::arrow::{RowBatchBuilder, arrow_field, batch_of, output_array, output_schema, output_type};
-use super::context::bind;
+use super::context::bind_unoptimized;
 use super::dml::select_query;
 use super::error::from_datafusion;
 use super::session::Engine;
 use super::{OutputColumn, RequestEnv, SqlError};
 use crate::catalog::Table;
 
-/// Compiled expressions over one row of each of some relations, which all are the same table.
+/// Compiled expressions over one row of each of some relations, which all are the same table. Parameters, time and user
+/// of one request are in them: they are good for that request alone.
+#[derive(Clone)]
 pub(crate) struct RowExprs {
     pub(crate) columns: Vec<OutputColumn>,
     output: SchemaRef,
@@ -53,7 +55,10 @@ impl RowExprs {
     pub(crate) fn compile(engine: &Engine, env: &RequestEnv, text: &str, asked: Asked<'_>) -> Result<Self, SqlError> {
         let Asked { clause, items, table, from, others } = asked;
         let query = ast::Statement::Query(select_query(items, from, None)?);
-        let plan = engine.logical(query, env).and_then(|plan| bind(plan, env)).and_then(|plan| engine.analyze(plan));
+        let plan = engine
+            .logical(query, env)
+            .and_then(|plan| bind_unoptimized(plan, env, &engine.state))
+            .and_then(|plan| engine.analyze(plan));
         let exprs = projection(plan.map_err(|error| from_datafusion(error, text))?, clause)?;
         Self::of(table, others, exprs).map_err(|error| from_datafusion(error, text))
     }

@@ -43,6 +43,9 @@ fn bench_with(change: impl FnOnce(&mut SqlOptions)) -> Bench {
         deadline: Duration::from_secs(30),
         batch_rows: 8192,
         target_partitions: 2,
+        plan_cache_bytes: 1 << 20,
+        heavy_queries: 2,
+        heavy_queue: 4,
     };
     change(&mut options);
     Bench { sql: Sql::new(options, Vec::new()).unwrap(), store, _dir: dir }
@@ -70,14 +73,14 @@ impl Bench {
     /// Every statement of `text` on its own, the last one's answer.
     async fn run_as(&self, user: &str, text: &str, params: &[Param]) -> Result<String, SqlError> {
         let mut answer = String::new();
-        for statement in self.sql.parse(text)? {
+        for statement in self.sql.parse(text)?.iter() {
             let env = self.env(user, params);
             let base = env.snapshot.seq();
             answer = match statement.kind {
-                StatementKind::Query => show(self.sql.query(&statement, env).await?).await?,
+                StatementKind::Query => show(self.sql.query(statement, env).await?).await?,
                 StatementKind::Dml => {
                     let namespace = env.catalog.namespace("main").unwrap().id;
-                    let changes = self.sql.change_set(&statement, env).await?;
+                    let changes = self.sql.change_set(statement, env).await?;
                     let affected = changes.affected;
                     let rows = changes.writes;
                     self.store
@@ -90,7 +93,7 @@ impl Bench {
                     }
                 }
                 StatementKind::Ddl => {
-                    let plan = self.sql.ddl(&statement, &env)?;
+                    let plan = self.sql.ddl(statement, &env)?;
                     if let Some(namespace) = plan.namespace.filter(|_| !plan.writes.is_empty()) {
                         let catalog = plan.writes;
                         self.store
@@ -272,7 +275,7 @@ async fn returning_shows_what_was_written() {
     );
     // A column keeps its type: a UUID is one, not TEXT.
     let env = bench.env("alice", &[Param::Int(5)]);
-    let statement = bench.sql.parse("INSERT INTO log (n) VALUES ($1) RETURNING _id, n + $1 AS sum").unwrap().remove(0);
+    let statement = bench.sql.parse("INSERT INTO log (n) VALUES ($1) RETURNING _id, n + $1 AS sum").unwrap()[0].clone();
     let returned = bench.sql.change_set(&statement, env).await.unwrap().returned.unwrap();
     let types: Vec<wire::Type> = returned.columns.iter().map(|column| column.ty).collect();
     assert_eq!(types, [wire::Type::Uuid, wire::Type::BigInt]);
@@ -588,7 +591,7 @@ async fn a_transaction_sees_its_own_writes() {
         "DELETE FROM flights WHERE id IN (1, 4)",
         "UPDATE flights SET carrier = 'UP' WHERE id IN (0, 2)",
     ] {
-        let statement = bench.sql.parse(text).unwrap().remove(0);
+        let statement = bench.sql.parse(text).unwrap()[0].clone();
         let changes = bench.sql.change_set(&statement, env.clone()).await.unwrap();
         let mut overlay = (*env.overlay).clone();
         for write in changes.writes {
@@ -597,7 +600,7 @@ async fn a_transaction_sees_its_own_writes() {
         env.overlay = Arc::new(overlay);
     }
     let query = async |text: &str| {
-        let statement = bench.sql.parse(text).unwrap().remove(0);
+        let statement = bench.sql.parse(text).unwrap()[0].clone();
         show(bench.sql.query(&statement, env.clone()).await.unwrap()).await.unwrap()
     };
     assert_eq!(query("SELECT id, carrier FROM flights").await, "0|UP 2|UP 3|AA 10|NEW");
@@ -654,7 +657,7 @@ async fn index_ranges_reach_the_scan_and_find_the_transactions_own_rows() {
         "DELETE FROM t WHERE a = 1 AND b = 'y'",
         "INSERT INTO t VALUES (11, 2, 'x', 2.5) ON CONFLICT (c) DO UPDATE SET c = 9",
     ] {
-        let statement = bench.sql.parse(text).unwrap().remove(0);
+        let statement = bench.sql.parse(text).unwrap()[0].clone();
         match bench.sql.change_set(&statement, env.clone()).await {
             Ok(changes) => {
                 let mut overlay = (*env.overlay).clone();
@@ -670,7 +673,7 @@ async fn index_ranges_reach_the_scan_and_find_the_transactions_own_rows() {
         }
     }
     let query = async |text: &str| {
-        let statement = bench.sql.parse(text).unwrap().remove(0);
+        let statement = bench.sql.parse(text).unwrap()[0].clone();
         show(bench.sql.query(&statement, env.clone()).await.unwrap()).await.unwrap()
     };
     assert_eq!(query("SELECT id FROM t WHERE a = 1 ORDER BY id").await, "1 10");
@@ -841,5 +844,61 @@ async fn what_cannot_be_live_is_refused_by_name() {
     for (text, expected) in cases {
         let error = bench.sql.live(text, &env).map(|_| ()).unwrap_err();
         assert_eq!(error.to_string(), expected, "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parameters_narrow_the_scan_of_a_kept_plan() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    bench.run(SOME).await;
+    let explain = |filter: &str| format!("EXPLAIN SELECT carrier FROM flights WHERE {filter}");
+    for (filter, params, keys) in [
+        ("id = $1 AND dist > 0", vec![Param::Int(3)], "keys=[id = 3]"),
+        ("id >= $1 AND id < $2", vec![Param::Int(2), Param::Int(4)], "keys=[id >= 2 AND id < 4]"),
+        ("id IN ($1, $2)", vec![Param::Int(4), Param::Int(1)], "keys=[id = one of 2"),
+        ("dist > $1", vec![Param::Int(4)], "keys=[all]"),
+    ] {
+        let plan = bench.with(&explain(filter), &params).await;
+        assert!(plan.contains(keys), "{filter}: {plan}");
+    }
+    let before = bench.sql.plan_counts();
+    // The same text again and again, each time with values of its own.
+    let sql = "SELECT id FROM flights WHERE id >= $1 AND carrier <> $2 ORDER BY id";
+    for (least, carrier, rows) in [(1, "UA", "1 3 4"), (3, "UA", "3 4"), (1, "AA", "2 4"), (9, "", "")] {
+        assert_eq!(bench.with(sql, &[Param::Int(least), Param::Text(carrier.to_owned())]).await, rows);
+    }
+    // Another type of a parameter is another plan.
+    assert_eq!(bench.with(sql, &[Param::Float(2.5), Param::Text("AA".to_owned())]).await, "4");
+    assert_eq!(bench.with(sql, &[Param::Null, Param::Text("AA".to_owned())]).await, "");
+    let (hits, misses) = bench.sql.plan_counts();
+    assert_eq!((hits - before.0, misses - before.1), (3, 3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lookup_is_what_the_planner_says() {
+    let bench = bench();
+    bench.run("CREATE TABLE k (a INT, b TEXT, u UUID, n INT, PRIMARY KEY (a, b, u))").await;
+    let uuid = "6f2b1c1e-8a55-4b6f-9d3e-0123456789ab";
+    bench.run(&format!("INSERT INTO k VALUES (1, 'x', '{uuid}', 10), (-1, '', '{uuid}', 20)")).await;
+    let planned = |sql: &str| sql.replacen("WHERE", "WHERE true AND", 1);
+    for condition in [
+        format!("a = 1 AND b = 'x' AND u = '{uuid}'"),
+        format!("a = -1 AND b = '' AND u = '{}'", uuid.to_uppercase()),
+        format!("u = '{uuid}' AND (b = 'x' AND a = 1)"),
+        "a = 1 AND b = 'x' AND u = 'no uuid'".to_owned(),
+        format!("a = 4294967297 AND b = 'x' AND u = '{uuid}'"),
+        format!("a = 1 AND b = 'y' AND u = '{uuid}'"),
+    ] {
+        for columns in ["*", "n", "n AS \"N\", b, u"] {
+            let sql = format!("SELECT {columns} FROM k WHERE {condition}");
+            let statement = bench.sql.parse(&sql).unwrap()[0].clone();
+            assert!(lookup::find(&statement.ast, &bench.env("alice", &[])).is_some(), "{sql}");
+            assert_eq!(bench.run(&sql).await, bench.run(&planned(&sql)).await, "{sql}");
+        }
+    }
+    for sql in ["SELECT n FROM k WHERE a = 1", "SELECT n + 1 FROM k WHERE a = 1 AND b = 'x' AND u = ''", "SELECT 1"] {
+        let statement = bench.sql.parse(sql).unwrap()[0].clone();
+        assert!(lookup::find(&statement.ast, &bench.env("alice", &[])).is_none(), "{sql}");
     }
 }

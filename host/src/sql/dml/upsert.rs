@@ -26,6 +26,7 @@ use crate::store::keys::encode_key;
 /// What the proposed row is called in DO UPDATE.
 const PROPOSED: &str = "excluded";
 
+#[derive(Clone)]
 pub(super) struct OnConflict {
     arbiter: Arbiter,
     /// `None`: DO NOTHING.
@@ -40,6 +41,7 @@ enum Arbiter {
     Index(IndexId),
 }
 
+#[derive(Clone)]
 struct Update {
     /// What is set, in the order of `set`.
     columns: Vec<Column>,
