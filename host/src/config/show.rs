@@ -63,6 +63,9 @@ impl Config {
         list.millis("deadline_ms", sql.deadline);
         list.put("batch_rows", sql.batch_rows);
         list.put("target_partitions", sql.target_partitions);
+        list.put("plan_cache_bytes", sql.plan_cache_bytes);
+        list.put("heavy_queries", sql.heavy_queries);
+        list.put("heavy_queue", sql.heavy_queue);
     }
 
     fn streams(&self, list: &mut List) {

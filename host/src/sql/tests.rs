@@ -646,7 +646,7 @@ async fn index_ranges_reach_the_scan_and_find_the_transactions_own_rows() {
         assert_eq!(bench.run(&format!("SELECT id FROM t WHERE {filter} ORDER BY id")).await, rows, "{filter}");
     }
     // Rows in key order need no sort; rows by an index do.
-    let sorts = async |sql: &str| bench.run(&format!("EXPLAIN {sql} ORDER BY id")).await.contains("Sort");
+    let sorts = async |sql: &str| bench.run(&format!("EXPLAIN {sql} ORDER BY id")).await.contains("SortExec");
     assert!(!sorts("SELECT id FROM t WHERE id > 2").await);
     assert!(sorts("SELECT id FROM t WHERE a > 1").await);
 
