@@ -6,6 +6,9 @@
 
 mod adapters;
 mod install;
+#[cfg(test)]
+mod matching;
+mod streams;
 mod subscribe;
 mod write;
 
@@ -15,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use tokio::sync::{RwLock, watch};
+use tokio::sync::{RwLock, Semaphore, watch};
 
 use crate::catalog::{DEFAULT_NAMESPACE, Plugin};
 use crate::config::{Config, Role};
@@ -28,6 +31,7 @@ use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
+pub use streams::LiveQueryInfo;
 pub use subscribe::LiveStream;
 
 /// Who asks.
@@ -59,6 +63,9 @@ pub enum DbError {
     BadRequest(String),
     #[error("{0}")]
     Forbidden(String),
+    /// It was ended on purpose and shall not come back by itself.
+    #[error("{0}")]
+    Gone(String),
     #[error("{0}")]
     TooMany(String),
     #[error("the server is shutting down")]
@@ -94,13 +101,15 @@ pub struct StageRequest {
     pub params: serde_json::Value,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LiveRequest {
     pub sql: String,
     pub params: Vec<Param>,
     pub namespace: Option<String>,
     pub pipeline: Vec<StageRequest>,
     pub snapshot: bool,
+    /// Of the present rows only the last so many in key order.
+    pub last_rows: Option<u64>,
     pub old: OldMode,
     /// `Last-Event-ID`.
     pub position: Option<String>,
@@ -113,6 +122,8 @@ pub enum ResyncReason {
     Epoch,
     Schema,
     Plugin,
+    /// A query that is run again as a whole goes on only from what its group still holds in memory.
+    Requery,
 }
 
 /// The next thing of a live stream, to be framed by `http`.
@@ -122,6 +133,8 @@ pub enum LiveOutput {
         live_id: String,
         columns: Vec<OutputColumn>,
         key: Vec<String>,
+        /// At most once in this time the query is run again; `None`: it is not, changes are told one by one.
+        requery: Option<std::time::Duration>,
         from: Option<String>,
     },
     /// Framed by the [`Encoder`] already.
@@ -172,8 +185,11 @@ struct Inner {
     sql: Arc<Sql>,
     plugins: Arc<Plugins>,
     live: Live,
+    streams: streams::Streams,
     metrics: Arc<Metrics>,
-    heartbeat: std::time::Duration,
+    live_options: crate::config::LiveOptions,
+    /// Live queries that are run as a whole, at the same time.
+    requeries: Arc<Semaphore>,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
     /// The catalog's version, sent after every catalog commit: wakes streams that wait for a plugin.
@@ -202,8 +218,10 @@ impl Db {
             sql,
             plugins,
             live,
+            streams: streams::Streams::new(),
             metrics,
-            heartbeat: config.live.heartbeat,
+            live_options: config.live.clone(),
+            requeries: Arc::new(Semaphore::new(config.live.requery_runs)),
             turn: RwLock::new(()),
             catalog_version,
             plugin_uses: Mutex::default(),
@@ -222,6 +240,9 @@ impl Db {
     /// Runs one request: queries at one snapshot, or DML as one transaction, or DDL as one commit.
     pub async fn execute(&self, who: &Identity, request: SqlRequest) -> Result<SqlAnswer, DbError> {
         self.check_open()?;
+        if let Some(command) = crate::sql::live::command(&request.sql)? {
+            return self.live_command(who, command, request).await;
+        }
         let statements = self.parse(&request.sql).await?;
         let kind = write::one_kind(&statements)?;
         if request.read_only && kind != StatementKind::Query {

@@ -3,17 +3,20 @@
 //! - [`server`]: connections. [`stall`] cuts those whose client stops reading.
 //! - [`routes`]: which call does what; [`plugins`] are the calls about plugins.
 //! - [`auth`], [`tickets`]: who asks. [`request`], [`body`]: what they ask for.
-//! - [`json`], [`results`]: rows as JSON. [`sse`], [`stream`]: live events. [`error`]: problems.
+//! - [`json`], [`results`]: rows as JSON. [`sse`], [`stream`], [`several`]: live events. [`error`]: problems.
+//! - [`limits`]: how many live queries one user and one address may have.
 
 pub mod auth;
 pub mod body;
 pub mod error;
 pub mod json;
+pub mod limits;
 pub mod plugins;
 pub mod request;
 pub mod results;
 pub mod routes;
 pub mod server;
+pub mod several;
 pub mod sse;
 pub mod stall;
 pub mod stream;

@@ -6,5 +6,7 @@ mod live;
 mod ops;
 mod oracle;
 mod plugins;
+mod requery;
 mod sql;
+mod streams;
 mod tidy;

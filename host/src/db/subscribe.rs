@@ -8,15 +8,24 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
+use wire::Scope;
 
-use super::adapters::PlanProgram;
-use super::{Db, DbError, Identity, LiveOutput, LiveRequest, ResyncReason, StageRequest, blocking};
-use crate::catalog::{Catalog, Plugin, TableKind};
+use super::adapters::{NoProgram, PlanProgram, QueryRunner};
+use super::streams::{Listed, mode};
+use super::{
+    Db, DbError, Identity, LiveOutput, LiveRequest, ResyncReason, SqlAnswer, SqlRequest, StageRequest, StatementResult,
+    blocking,
+};
+use crate::catalog::{Anchors, Catalog, Plugin, Table, TableKind};
 use crate::live::position::Position;
-use crate::live::{Delivery, EndReason, From, GroupSpec, SubscribeError, Subscription};
+use crate::live::{Delivery, EndReason, From, GroupSpec, OldMode, Rerun, SubscribeError, Subscription};
 use crate::plugins::Stage;
-use crate::sql::{OutputColumn, SqlError};
+use crate::sql::live::requery::RequeryPlan;
+use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
+use crate::sql::{OutputColumn, RequestEnv, RowStream, SqlError};
+use crate::store::keys::KeyRange;
 use crate::store::{Seq, StoreError};
 
 /// The most stages of one pipeline.
@@ -32,6 +41,7 @@ pub struct LiveStream {
     /// What is to be said before the state is asked again.
     queue: VecDeque<LiveOutput>,
     uses: PluginUses,
+    listed: Listed,
 }
 
 enum State {
@@ -55,6 +65,8 @@ enum Rejoin {
 struct Compiled {
     spec: Arc<GroupSpec>,
     columns: Vec<OutputColumn>,
+    /// Names of the key's parts.
+    key: Vec<String>,
     /// The version of the catalog that was compiled against.
     catalog_version: u64,
 }
@@ -64,12 +76,13 @@ impl Db {
     pub async fn subscribe(&self, who: &Identity, request: LiveRequest) -> Result<LiveStream, DbError> {
         self.check_open()?;
         let compiled = self.compile(who, &request).await?;
-        let (from, resync) = self.resolve_position(&request, &compiled.spec)?;
+        let (from, resync) = self.resolve_position(who, &request, &compiled.spec)?;
         let mut stream = LiveStream {
             db: self.clone(),
             who: who.clone(),
-            request,
             uses: PluginUses::new(self, &compiled.spec),
+            listed: Listed::new(self, who, &compiled.spec, &request.sql),
+            request,
             compiled,
             state: State::Done,
             queue: VecDeque::new(),
@@ -81,87 +94,207 @@ impl Db {
     async fn compile(&self, who: &Identity, request: &LiveRequest) -> Result<Compiled, DbError> {
         let snapshot = self.inner.store.snapshot();
         let env = self.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
-        let (db, request) = (self.clone(), request.clone());
-        blocking(move || {
-            let plan = db.inner.sql.live(&request.sql, &env)?;
-            let table = plan.table.clone();
-            if !request.pipeline.is_empty() && table.kind == TableKind::User {
-                return Err(DbError::Sql(SqlError::Unsupported {
-                    what: "a pipeline on a user table".into(),
-                    hint: Some("plugins run on shared tables".into()),
-                    position: None,
-                }));
-            }
-            let stages = resolve_stages(&env.catalog, &env.namespace, &table.namespace_name, &request.pipeline)?;
-            let output = match stages.is_empty() {
-                true => None,
-                false => db.inner.plugins.check(table.namespace, &stages, &table.schema())?,
-            };
-            let columns = match &output {
-                Some(schema) => {
-                    schema.columns.iter().map(|c| OutputColumn { name: c.name.clone(), ty: c.ty }).collect()
-                }
-                None => plan.columns.clone(),
-            };
-            let fingerprint = Fingerprint::new(&plan, &stages, request.old);
-            let key = fingerprint.key();
-            let spec = GroupSpec {
-                live_id: fingerprint.live_id(),
-                epoch: db.inner.store.epoch(),
-                table,
-                scope: plan.scope.clone(),
-                range: plan.range.clone(),
-                program: Arc::new(PlanProgram(plan)),
-                stages,
-                output,
-                old: request.old,
-                fingerprint: fingerprint.text(),
-                key,
-            };
-            Ok(Compiled { spec: Arc::new(spec), columns, catalog_version: env.catalog.version })
+        let (db, request, runtime) = (self.clone(), request.clone(), Handle::current());
+        blocking(move || match db.inner.sql.live(&request.sql, &env)? {
+            Live::Incremental(plan) => db.incremental(plan, &request, &env),
+            Live::Requery(plan) => db.requery(plan, &request, &env, runtime),
         })
         .await?
+    }
+
+    fn incremental(&self, plan: LivePlan, request: &LiveRequest, env: &RequestEnv) -> Result<Compiled, DbError> {
+        let table = plan.table.clone();
+        if !request.pipeline.is_empty() && table.kind == TableKind::User {
+            return Err(unsupported("a pipeline on a user table", "plugins run on shared tables"));
+        }
+        let stages = resolve_stages(&env.catalog, &env.namespace, &table.namespace_name, &request.pipeline)?;
+        let output = match stages.is_empty() {
+            true => None,
+            false => self.inner.plugins.check(table.namespace, &stages, &table.schema())?,
+        };
+        let columns = match &output {
+            Some(schema) => schema.columns.iter().map(|c| OutputColumn { name: c.name.clone(), ty: c.ty }).collect(),
+            None => plan.columns.clone(),
+        };
+        let fingerprint =
+            Fingerprint::new(plan.fingerprint, [(&plan.table, &plan.scope)].into_iter(), &stages, request.old);
+        let key = table.key_schema().columns.into_iter().map(|column| column.name).collect();
+        let spec = GroupSpec {
+            key: fingerprint.key(),
+            live_id: fingerprint.live_id(),
+            fingerprint: fingerprint.text(),
+            epoch: self.inner.store.epoch(),
+            table,
+            scope: plan.scope.clone(),
+            requery: None,
+            range: plan.range.clone(),
+            index: describe(&plan.table, &plan.anchors),
+            anchors: plan.anchors.clone(),
+            program: Arc::new(PlanProgram(plan)),
+            stages,
+            output,
+            old: request.old,
+        };
+        Ok(Compiled { spec: Arc::new(spec), columns, key, catalog_version: env.catalog.version })
+    }
+
+    /// A query that is run again as a whole.
+    fn requery(
+        &self,
+        plan: RequeryPlan,
+        request: &LiveRequest,
+        env: &RequestEnv,
+        runtime: Handle,
+    ) -> Result<Compiled, DbError> {
+        if !request.pipeline.is_empty() {
+            let hint = "plugins see the rows of one table: leave out joins, aggregates, DISTINCT, LIMIT and sub-queries";
+            return Err(unsupported("a pipeline on a query that is run again as a whole", hint));
+        }
+        if request.last_rows.is_some() {
+            let hint = "its rows are in no table's key order; say ORDER BY … LIMIT in the query";
+            return Err(unsupported("last_rows on a query that is run again as a whole", hint));
+        }
+        let Some((table, scope)) = plan.tables.first().cloned() else {
+            return Err(DbError::Internal("a live query without a table".into()));
+        };
+        let sources = plan.tables.iter().map(|(table, scope)| (table, scope));
+        let fingerprint = Fingerprint::new(plan.fingerprint, sources, &[], request.old);
+        let (columns, key, plan) = (plan.columns.clone(), plan.key.clone(), Arc::new(plan));
+        let runner = QueryRunner {
+            store: self.inner.store.clone(),
+            sql: self.inner.sql.clone(),
+            plan: plan.clone(),
+            namespace: env.namespace.clone(),
+            user: env.user.clone(),
+            limit: self.inner.live_options.requery_bytes,
+            permits: self.inner.requeries.clone(),
+            runtime,
+        };
+        let spec = GroupSpec {
+            key: fingerprint.key(),
+            live_id: fingerprint.live_id(),
+            fingerprint: fingerprint.text(),
+            epoch: self.inner.store.epoch(),
+            table,
+            scope,
+            requery: Some(Rerun { runner: Arc::new(runner), sources: plan.tables.clone() }),
+            range: KeyRange::all(),
+            index: "changes of its tables".to_owned(),
+            anchors: Anchors::Any,
+            program: Arc::new(NoProgram),
+            stages: Vec::new(),
+            output: None,
+            old: request.old,
+        };
+        Ok(Compiled { spec: Arc::new(spec), columns, key, catalog_version: env.catalog.version })
     }
 
     /// Where to start, and what to say first.
     fn resolve_position(
         &self,
+        who: &Identity,
         request: &LiveRequest,
         spec: &GroupSpec,
     ) -> Result<(From, Option<ResyncReason>), DbError> {
+        let streams = &self.inner.streams;
         let Some(text) = &request.position else {
-            return Ok((if request.snapshot { From::Snapshot } else { From::Now }, None));
+            streams.anew(&spec.live_id, &who.user);
+            return Ok((if request.snapshot { present(request) } else { From::Now }, None));
         };
         let position: Position = text.parse().map_err(|_| {
             DbError::BadRequest(
                 "the position (Last-Event-ID) is not one that this server gave; start without it".into(),
             )
         })?;
-        let resync = |reason| Ok((From::Snapshot, Some(reason)));
+        if streams.killed(&spec.live_id, &who.user, Seq(position.seq)) {
+            return Err(DbError::Gone(
+                "this live query was ended by KILL LIVE QUERY; to start it anew, leave out the position".into(),
+            ));
+        }
+        let resync = |reason| Ok((present(request), Some(reason)));
         if position.epoch != spec.epoch.0 {
             return resync(ResyncReason::Epoch);
         }
         let mut theirs = position.fingerprint.split('.');
         let mut ours = spec.fingerprint.split('.');
-        if theirs.next() != ours.next() {
+        let same: Vec<bool> = (0..3).map(|_| theirs.next() == ours.next()).collect();
+        // Looked at first: another schema may well make another plan of the same text.
+        if !same[1] {
+            return resync(ResyncReason::Schema);
+        }
+        if !same[0] {
             return Err(DbError::BadRequest(
                 "the position (Last-Event-ID) belongs to another live query; start this one without it".into(),
             ));
         }
-        if theirs.next() != ours.next() {
-            return resync(ResyncReason::Schema);
-        }
-        if theirs.next() != ours.next() {
+        if !same[2] {
             return resync(ResyncReason::Plugin);
         }
         let seq = Seq(position.seq);
         if seq > self.inner.store.applied() {
             return resync(ResyncReason::Epoch);
         }
-        if seq < self.inner.store.log_floor() {
+        // A query that is run again looks at its own tail.
+        if spec.requery.is_none() && seq < self.inner.store.log_floor() {
             return resync(ResyncReason::Expired);
         }
         Ok((From::After(seq), None))
+    }
+}
+
+impl Db {
+    /// EXPLAIN LIVE and KILL LIVE QUERY.
+    pub(super) async fn live_command(
+        &self,
+        who: &Identity,
+        command: LiveCommand,
+        request: SqlRequest,
+    ) -> Result<SqlAnswer, DbError> {
+        let seq = self.inner.store.applied();
+        let result = match command {
+            LiveCommand::Kill(_) if request.read_only => {
+                return Err(DbError::BadRequest("GET only reads; send KILL LIVE QUERY by POST".into()));
+            }
+            LiveCommand::Kill(live_id) => StatementResult::Affected { affected: self.kill(who, &live_id)? },
+            LiveCommand::Explain(sql) => {
+                let live = LiveRequest {
+                    sql,
+                    params: request.params,
+                    namespace: request.namespace,
+                    pipeline: Vec::new(),
+                    snapshot: true,
+                    last_rows: None,
+                    old: OldMode::default(),
+                    position: None,
+                };
+                StatementResult::Rows(self.explain_live(who, &live).await?)
+            }
+        };
+        Ok(SqlAnswer { results: vec![result], seq })
+    }
+
+    async fn explain_live(&self, who: &Identity, request: &LiveRequest) -> Result<RowStream, DbError> {
+        let compiled = self.compile(who, request).await?;
+        let spec = &compiled.spec;
+        let source = |(table, scope): (&Arc<Table>, &Scope)| {
+            let whose = match scope {
+                Scope::Shared => "shared".to_owned(),
+                Scope::User(user) => format!("rows of {user}"),
+            };
+            format!("{}.{} ({whose})", table.namespace_name, table.name)
+        };
+        let mut said = vec![
+            ("mode", mode(spec).to_owned()),
+            ("semantics", "map".to_owned()),
+            ("key", compiled.key.join(", ")),
+            ("index", spec.index.clone()),
+            ("group", spec.live_id.clone()),
+            ("scope", spec.sources().map(source).collect::<Vec<_>>().join(", ")),
+        ];
+        if spec.requery.is_some() {
+            said.push(("interval_ms", self.inner.live_options.requery_interval.as_millis().to_string()));
+        }
+        Ok(crate::sql::text_rows(["property", "value"], said)?)
     }
 }
 
@@ -176,9 +309,16 @@ impl LiveStream {
                 State::Done => return None,
                 State::Running(subscription) => {
                     // A snapshot of which nothing matches for long says nothing: the stream still shows that it lives.
-                    match tokio::time::timeout(2 * self.db.inner.heartbeat, subscription.next()).await {
-                        Ok(delivery) => self.deliver(delivery),
-                        Err(_elapsed) => return Some(LiveOutput::Waiting),
+                    let delivery = tokio::time::timeout(2 * self.db.inner.live_options.heartbeat, subscription.next());
+                    let delivery = tokio::select! {
+                        biased;
+                        () = self.listed.killed() => None,
+                        delivery = delivery => Some(delivery),
+                    };
+                    match delivery {
+                        None => self.end(killed()),
+                        Some(Ok(delivery)) => self.deliver(delivery),
+                        Some(Err(_elapsed)) => return Some(LiveOutput::Waiting),
                     }
                 }
                 State::Rejoin(rejoin) => {
@@ -188,10 +328,17 @@ impl LiveStream {
                     }
                 }
                 State::AwaitPlugin(catalog) => {
-                    match tokio::time::timeout(self.db.inner.heartbeat, catalog.changed()).await {
-                        Err(_elapsed) => return Some(LiveOutput::Waiting),
-                        Ok(Err(_closed)) => self.end(closed_by(&DbError::Closed)),
-                        Ok(Ok(())) => self.retry_plugin().await,
+                    let changed = tokio::time::timeout(self.db.inner.live_options.heartbeat, catalog.changed());
+                    let changed = tokio::select! {
+                        biased;
+                        () = self.listed.killed() => None,
+                        changed = changed => Some(changed),
+                    };
+                    match changed {
+                        None => self.end(killed()),
+                        Some(Err(_elapsed)) => return Some(LiveOutput::Waiting),
+                        Some(Ok(Err(_closed))) => self.end(closed_by(&DbError::Closed)),
+                        Some(Ok(Ok(()))) => self.retry_plugin().await,
                     }
                 }
             }
@@ -201,24 +348,29 @@ impl LiveStream {
     /// Start, where necessary a resync, and then the group's events.
     async fn join(&mut self, from: From, resync: Option<ResyncReason>) -> Result<(), DbError> {
         let live = &self.db.inner.live;
+        // Looked at first: what is committed from here on comes as events.
+        let now = self.db.inner.store.applied();
         let (subscription, from, resync) = match live.subscribe(self.compiled.spec.clone(), from).await {
             Ok(subscription) => (subscription, from, resync),
             // The log was trimmed between our look at it and the group's.
             Err(SubscribeError::Expired) => {
-                let subscription = live.subscribe(self.compiled.spec.clone(), From::Snapshot).await;
-                (subscription.map_err(subscribe_error)?, From::Snapshot, Some(ResyncReason::Expired))
+                let from = present(&self.request);
+                let subscription = live.subscribe(self.compiled.spec.clone(), from).await;
+                (subscription.map_err(subscribe_error)?, from, Some(ResyncReason::Expired))
             }
             Err(error) => return Err(subscribe_error(error)),
         };
         let from = match from {
             From::After(seq) => Some(self.position(seq)),
-            From::Snapshot | From::Now => None,
+            From::Now => Some(self.position(now)),
+            From::Snapshot | From::Last(_) => None,
         };
         let spec = &self.compiled.spec;
         self.queue.push_back(LiveOutput::Start {
             live_id: spec.live_id.clone(),
             columns: self.compiled.columns.clone(),
-            key: spec.table.key_schema().columns.into_iter().map(|column| column.name).collect(),
+            key: self.compiled.key.clone(),
+            requery: spec.requery.as_ref().map(|_| self.db.inner.live_options.requery_interval),
             from,
         });
         self.queue.extend(resync.map(LiveOutput::Resync));
@@ -245,6 +397,9 @@ impl LiveStream {
         let compiled = self.db.compile(&self.who, &self.request).await?;
         let same = compiled.spec.fingerprint == self.compiled.spec.fingerprint;
         self.uses = PluginUses::new(&self.db, &compiled.spec);
+        if compiled.spec.live_id != self.compiled.spec.live_id {
+            self.listed = Listed::new(&self.db, &self.who, &compiled.spec, &self.request.sql);
+        }
         self.compiled = compiled;
         match rejoin {
             // Pinned to a version that is still there: the change was none of ours, and the stream goes on where it was
@@ -253,14 +408,14 @@ impl LiveStream {
                 match self.db.inner.live.subscribe(self.compiled.spec.clone(), From::After(seq)).await {
                     Ok(subscription) => self.state = State::Running(subscription),
                     Err(SubscribeError::Expired) => {
-                        return self.join(From::Snapshot, Some(ResyncReason::Expired)).await;
+                        return self.join(present(&self.request), Some(ResyncReason::Expired)).await;
                     }
                     Err(error) => return Err(subscribe_error(error)),
                 }
                 self.check_activation().await
             }
-            Rejoin::Plugin(_) => self.join(From::Snapshot, Some(ResyncReason::Plugin)).await,
-            Rejoin::Resync(reason) => self.join(From::Snapshot, Some(reason)).await,
+            Rejoin::Plugin(_) => self.join(present(&self.request), Some(ResyncReason::Plugin)).await,
+            Rejoin::Resync(reason) => self.join(present(&self.request), Some(reason)).await,
         }
     }
 
@@ -282,7 +437,13 @@ impl LiveStream {
                 let position = self.position(seq);
                 self.queue.push_back(LiveOutput::UpToDate { position, seq });
             }
-            Delivery::Expired => self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Expired)),
+            Delivery::Expired => {
+                let reason = match self.compiled.spec.requery {
+                    None => ResyncReason::Expired,
+                    Some(_) => ResyncReason::Requery,
+                };
+                self.state = State::Rejoin(Rejoin::Resync(reason));
+            }
             Delivery::End(reason) => self.ended(reason),
         }
     }
@@ -332,6 +493,19 @@ impl LiveStream {
         let spec = &self.compiled.spec;
         Position { epoch: spec.epoch.0, seq: seq.0, fingerprint: spec.fingerprint.clone() }.to_string()
     }
+}
+
+/// Where a stream without a position starts, and one whose position is void.
+fn present(request: &LiveRequest) -> From {
+    request.last_rows.map_or(From::Snapshot, From::Last)
+}
+
+fn unsupported(what: &str, hint: &str) -> DbError {
+    DbError::Sql(SqlError::Unsupported { what: what.into(), hint: Some(hint.into()), position: None })
+}
+
+fn killed() -> LiveOutput {
+    LiveOutput::Closed { code: "killed", message: "this live query was ended by KILL LIVE QUERY".into() }
 }
 
 fn closed_by(error: &DbError) -> LiveOutput {
@@ -411,13 +585,20 @@ struct Fingerprint {
 }
 
 impl Fingerprint {
-    fn new(plan: &crate::sql::live::LivePlan, stages: &[Stage], old: crate::live::OldMode) -> Self {
-        let mut query = Sha256::new();
-        query.update(plan.fingerprint.to_le_bytes());
-        query.update(format!("{:?} {old:?}", plan.scope));
-        let mut schema = Sha256::new();
-        schema.update(plan.table.id.0.to_le_bytes());
-        schema.update(plan.table.schema_version.to_le_bytes());
+    fn new<'a>(
+        plan: u64,
+        sources: impl Iterator<Item = (&'a Arc<Table>, &'a Scope)>,
+        stages: &[Stage],
+        old: OldMode,
+    ) -> Self {
+        let (mut query, mut schema) = (Sha256::new(), Sha256::new());
+        query.update(plan.to_le_bytes());
+        query.update(format!("{old:?}"));
+        for (table, scope) in sources {
+            query.update(format!(" {scope:?}"));
+            schema.update(table.id.0.to_le_bytes());
+            schema.update(table.schema_version.to_le_bytes());
+        }
         let mut pipeline = Sha256::new();
         for stage in stages {
             // Length-prefixed, so that no two pipelines spell the same bytes.

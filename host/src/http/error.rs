@@ -45,6 +45,12 @@ impl Problem {
         Problem::new(500, "internal", detail)
     }
 
+    /// Says first which part of the request it is about.
+    pub fn within(mut self, part: &str) -> Problem {
+        self.detail = format!("{part}: {}", self.detail);
+        self
+    }
+
     pub fn with(mut self, name: &'static str, value: Value) -> Problem {
         self.extra.push((name, value));
         self
@@ -107,6 +113,7 @@ impl From<DbError> for Problem {
             DbError::NotFound(detail) => Problem::new(404, "not_found", detail),
             DbError::BadRequest(detail) => Problem::bad_request(detail),
             DbError::Forbidden(detail) => Problem::new(403, "forbidden", detail),
+            DbError::Gone(detail) => Problem::new(410, "killed", detail),
             DbError::TooMany(detail) => Problem::new(429, "too_many", detail).retry_after(5),
             DbError::InUse(detail) => Problem::new(409, "in_use", detail),
             DbError::Internal(_) => server_fault(&error.to_string()),

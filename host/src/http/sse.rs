@@ -191,12 +191,16 @@ pub fn output(output: LiveOutput) -> Bytes {
     let mut out = Vec::new();
     match output {
         LiveOutput::Encoded(bytes) => return bytes,
-        LiveOutput::Start { live_id, columns, key, from } => {
+        LiveOutput::Start { live_id, columns, key, requery, from } => {
             let columns: Vec<Value> =
                 columns.iter().map(|c| json!({"name": c.name, "type": c.ty.to_string()})).collect();
             let from = from.unwrap_or_else(|| "snapshot".to_owned());
-            let data = json!({"live_id": live_id, "columns": columns, "key": key, "semantics": "map",
-                              "mode": "incremental", "from": from});
+            let mode = if requery.is_some() { "requery" } else { "incremental" };
+            let mut data = json!({"live_id": live_id, "columns": columns, "key": key, "semantics": "map",
+                                  "mode": mode, "from": from});
+            if let Some(interval) = requery {
+                data["interval_ms"] = json!(interval.as_millis() as u64);
+            }
             frame("start", None, &data, &mut out);
         }
         LiveOutput::UpToDate { position, seq } => frame("uptodate", Some(&position), &json!({"seq": seq.0}), &mut out),
@@ -226,6 +230,7 @@ fn reason_name(reason: ResyncReason) -> &'static str {
         ResyncReason::Epoch => "epoch",
         ResyncReason::Schema => "schema",
         ResyncReason::Plugin => "plugin",
+        ResyncReason::Requery => "requery",
     }
 }
 
@@ -320,7 +325,7 @@ mod tests {
     fn control_events() {
         let text = |of: LiveOutput| String::from_utf8(output(of).to_vec()).unwrap();
         let columns = vec![OutputColumn { name: "id".to_owned(), ty: wire::Type::BigInt }];
-        let start = LiveOutput::Start { live_id: "l1".to_owned(), columns, key: vec!["id".to_owned()], from: None };
+        let start = LiveOutput::Start { live_id: "l1".to_owned(), columns, key: vec!["id".to_owned()], requery: None, from: None };
         assert_eq!(
             text(start),
             "event: start\ndata: {\"live_id\":\"l1\",\"columns\":[{\"name\":\"id\",\"type\":\"BIGINT\"}],\

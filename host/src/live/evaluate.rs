@@ -63,6 +63,38 @@ impl<'a> Rows<'a> {
         rows
     }
 
+    /// Old and new image of every change.
+    pub(super) fn pairs(&self) -> impl Iterator<Item = (Option<ImageRef<'a>>, Option<ImageRef<'a>>)> {
+        let image = |at: Option<usize>| at.map(|at| self.images[at]);
+        self.changes.iter().map(move |change| (image(change.old), image(change.new)))
+    }
+
+    /// Changes that lie nowhere, for tests of the index.
+    #[cfg(test)]
+    pub(super) fn of_pairs(pairs: &'a [(Option<Vec<u8>>, Option<Vec<u8>>)]) -> Self {
+        let mut rows = Rows::default();
+        for (old, new) in pairs {
+            let mut push = |image: &'a Option<Vec<u8>>| {
+                let (image, at, _) = ImageRef::parse(image.as_ref()?).expect("an image");
+                Some(rows.push(image, at))
+            };
+            let (old, new) = (push(old), push(new));
+            rows.changes.push(RowChange { old, new });
+        }
+        rows
+    }
+
+    /// Some of the changes, by their numbers.
+    pub(super) fn some(&self, changes: &[usize]) -> Self {
+        let mut rows = Rows::default();
+        for change in changes.iter().map(|at| self.changes[*at]) {
+            let mut copy = |at: Option<usize>| at.map(|at| rows.push(self.images[at], self.places[at]));
+            let (old, new) = (copy(change.old), copy(change.new));
+            rows.changes.push(RowChange { old, new });
+        }
+        rows
+    }
+
     fn push(&mut self, image: ImageRef<'a>, at: ImageAt) -> usize {
         self.images.push(image);
         self.places.push(at);
@@ -137,11 +169,17 @@ struct Shown {
 /// `None`: no image is in the result, which is the answer for most commits of a table with many groups.
 fn show(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result<Option<Shown>, Fault> {
     let spec = query.spec;
-    let matching = spec.program.matches(&rows.images)?;
-    if matching.len() != rows.images.len() {
+    // Rows that cannot match are not asked about on any path, so that a predicate that fails on one of them fails
+    // neither live (where the index keeps it away) nor in a replay.
+    let fit: Vec<usize> = (0..rows.images.len()).filter(|image| spec.admits(&rows.images[*image])).collect();
+    if fit.is_empty() {
+        return Ok(None);
+    }
+    let matching = spec.program.matches(&fit.iter().map(|image| rows.images[*image]).collect::<Vec<_>>())?;
+    if matching.len() != fit.len() {
         return Err(ProgramError("the predicate did not answer for every row".to_owned()).into());
     }
-    let mut kept: Vec<usize> = (0..rows.images.len()).filter(|image| matching[*image]).collect();
+    let mut kept: Vec<usize> = fit.into_iter().zip(matching).filter_map(|(image, fits)| fits.then_some(image)).collect();
     let mut output = None;
     if let Some((pipelines, id)) = &mut query.pipeline
         && !kept.is_empty()
@@ -196,7 +234,7 @@ fn parse_all(images: &[Vec<u8>]) -> Result<Vec<ImageRef<'_>>, ProgramError> {
 
 /// Whether two rows of a batch show the same in every column: NULL equals NULL, NaN equals NaN. Comparators are made at
 /// the first question, because most commits only insert or delete.
-struct RowEquality<'a> {
+pub(super) struct RowEquality<'a> {
     batch: &'a RecordBatch,
     columns: Option<Vec<SameInColumn<'a>>>,
 }
@@ -204,11 +242,11 @@ struct RowEquality<'a> {
 type SameInColumn<'a> = Box<dyn Fn(usize, usize) -> bool + 'a>;
 
 impl<'a> RowEquality<'a> {
-    fn new(batch: &'a RecordBatch) -> Self {
+    pub(super) fn new(batch: &'a RecordBatch) -> Self {
         RowEquality { batch, columns: None }
     }
 
-    fn rows(&mut self, one: usize, other: usize) -> Result<bool, ProgramError> {
+    pub(super) fn rows(&mut self, one: usize, other: usize) -> Result<bool, ProgramError> {
         let columns = match &mut self.columns {
             Some(columns) => columns,
             empty => {
