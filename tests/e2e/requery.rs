@@ -78,7 +78,10 @@ async fn any_select_is_live() {
             "SELECT o.id, c.id AS of, c.name, o.total FROM orders o JOIN customers c ON c.id = o.customer WHERE c.city = 'Bern'",
             &["id", "of"],
         ),
-        ("SELECT c.id, o.id AS number, c.name FROM customers c LEFT JOIN orders o ON o.customer = c.id", &["id", "number"]),
+        (
+            "SELECT c.id, o.id AS number, c.name FROM customers c LEFT JOIN orders o ON o.customer = c.id",
+            &["id", "number"],
+        ),
         ("SELECT DISTINCT city FROM customers", &["city"]),
         ("SELECT id FROM customers WHERE id NOT IN (SELECT customer FROM orders WHERE customer IS NOT NULL)", &["id"]),
         ("SELECT id, rank() OVER (PARTITION BY customer ORDER BY total DESC, id) AS place FROM orders", &["id"]),

@@ -151,7 +151,8 @@ async fn the_last_rows_alone() {
 
     // More than there are; and so many that they come in several pieces.
     for (last, found) in [("700", 600), ("599", 599)] {
-        let mut live = db.live(LiveQuery::new("SELECT id FROM m WHERE n < 2 AND id < 3000").option("last_rows", last)).await;
+        let mut live =
+            db.live(LiveQuery::new("SELECT id FROM m WHERE n < 2 AND id < 3000").option("last_rows", last)).await;
         live.until_uptodate().await;
         assert_eq!(live.fold.rows.len(), found, "{last}");
     }
@@ -339,17 +340,18 @@ async fn explain_live_says_how_a_query_is_kept() {
             "explain live select id from own where name like 'ab%' or id between -2 and 5",
             json!({"index": "name starts with \"ab\" or id from -2 to 5"}),
         ),
-        ("EXPLAIN LIVE SELECT id FROM own WHERE n % 2 = 0", json!({"index": "none: asked about every change of the table"})),
+        (
+            "EXPLAIN LIVE SELECT id FROM own WHERE n % 2 = 0",
+            json!({"index": "none: asked about every change of the table"}),
+        ),
         (
             "EXPLAIN LIVE SELECT x, count(*) AS c FROM b JOIN a ON a.id = b.id GROUP BY x",
             json!({"mode": "requery", "key": "x", "scope": "main.b (shared), main.a (shared)", "interval_ms": "250"}),
         ),
     ] {
         let rows = alice.objects(sql).await;
-        let said: serde_json::Map<String, Value> = rows
-            .into_iter()
-            .map(|row| (row["property"].as_str().unwrap().to_owned(), row["value"].clone()))
-            .collect();
+        let said: serde_json::Map<String, Value> =
+            rows.into_iter().map(|row| (row["property"].as_str().unwrap().to_owned(), row["value"].clone())).collect();
         for (property, value) in expected.as_object().unwrap() {
             assert_eq!(said.get(property), Some(value), "{property} of {sql}: {said:?}");
         }

@@ -50,7 +50,8 @@ fn constant(random: &mut StdRng, ty: Type) -> (String, Value) {
             (format!("{sign}{}.{:02}", digits / 100, digits % 100), Value::Decimal(value))
         }
         Type::Text => {
-            let value = *["", "a", "ab", "abc", "a%", "a_c", "A", "ä", "z\u{10ffff}"].choose(random).expect("there are some");
+            let value =
+                *["", "a", "ab", "abc", "a%", "a_c", "A", "ä", "z\u{10ffff}"].choose(random).expect("there are some");
             (format!("'{value}'"), Value::Text(value.to_owned()))
         }
         Type::Bytea => {
@@ -75,7 +76,11 @@ fn constant(random: &mut StdRng, ty: Type) -> (String, Value) {
             let last = random.random_range(0..3u8);
             let mut bytes = [0; 16];
             bytes[15] = last;
-            let case = if random.random() { "abcdef00-0000-0000-0000-00000000000" } else { "ABCDEF00-0000-0000-0000-00000000000" };
+            let case = if random.random() {
+                "abcdef00-0000-0000-0000-00000000000"
+            } else {
+                "ABCDEF00-0000-0000-0000-00000000000"
+            };
             bytes[..3].copy_from_slice(&[0xab, 0xcd, 0xef]);
             (format!("'{case}{last}'"), Value::Uuid(bytes))
         }
@@ -90,14 +95,17 @@ fn condition(random: &mut StdRng, table: &Table) -> String {
     if ty == Type::Json || random.random_bool(0.1) {
         return format!("{name} IS {}NULL", if random.random() { "" } else { "NOT " });
     }
-    let operator = *["=", "<>", "<", "<=", ">", ">=", "IS DISTINCT FROM", "IS NOT DISTINCT FROM"].choose(random).expect("some");
+    let operator =
+        *["=", "<>", "<", "<=", ">", ">=", "IS DISTINCT FROM", "IS NOT DISTINCT FROM"].choose(random).expect("some");
     match (random.random_range(0..8), ty) {
         (0, _) => format!("{name} IN ({one}, {two})"),
         (1, _) => format!("{name} NOT IN ({one}, NULL)"),
         (2, _) => format!("{name} BETWEEN {one} AND {two}"),
         (3, _) => format!("{one} {operator} {name}"),
         (4, Type::Boolean) => name.to_owned(),
-        (5, Type::Boolean) => format!("{name} IS {}", ["TRUE", "FALSE", "UNKNOWN", "NOT TRUE"].choose(random).expect("some")),
+        (5, Type::Boolean) => {
+            format!("{name} IS {}", ["TRUE", "FALSE", "UNKNOWN", "NOT TRUE"].choose(random).expect("some"))
+        }
         (4 | 5, Type::Text) => {
             let pattern = *["a%", "a_c", "%b", "ab%c%", "a\\%%", "abc", ""].choose(random).expect("some");
             let not = if random.random_bool(0.2) { "NOT " } else { "" };
@@ -134,7 +142,9 @@ fn row(random: &mut StdRng, table: &Table) -> Vec<u8> {
     for column in &table.columns {
         let value = match (random.random_range(0..10), column.ty) {
             (0, _) if column.nullable => Value::Null,
-            (1, Type::Real | Type::Double) => Value::Float([f64::NAN, -f64::NAN, f64::INFINITY][random.random_range(0..3)]),
+            (1, Type::Real | Type::Double) => {
+                Value::Float([f64::NAN, -f64::NAN, f64::INFINITY][random.random_range(0..3)])
+            }
             (_, ty) => constant(random, ty).1,
         };
         image.set(column.id, &value);

@@ -147,7 +147,8 @@ impl Db {
         runtime: Handle,
     ) -> Result<Compiled, DbError> {
         if !request.pipeline.is_empty() {
-            let hint = "plugins see the rows of one table: leave out joins, aggregates, DISTINCT, LIMIT and sub-queries";
+            let hint =
+                "plugins see the rows of one table: leave out joins, aggregates, DISTINCT, LIMIT and sub-queries";
             return Err(unsupported("a pipeline on a query that is run again as a whole", hint));
         }
         if request.last_rows.is_some() {

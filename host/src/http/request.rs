@@ -352,9 +352,9 @@ pub fn live_from_query(uri: &Uri) -> Result<LiveQuery, Problem> {
         last_rows: match last {
             None => None,
             Some(text) => {
-                let rows = text.parse().map_err(|_| {
-                    Problem::bad_request(format!("`last_rows` is a number of rows, not {text:?}"))
-                })?;
+                let rows = text
+                    .parse()
+                    .map_err(|_| Problem::bad_request(format!("`last_rows` is a number of rows, not {text:?}")))?;
                 last_rows(Some(rows), snapshot.map(|text| text == "true"))?
             }
         },

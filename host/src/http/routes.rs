@@ -16,11 +16,11 @@ use tokio_util::task::TaskTracker;
 use super::auth::{Auth, Caller};
 use super::body::{Budget, Received, lend, receive};
 use super::error::Problem;
-use super::results::{self, Format};
-use super::stall::paced;
 use super::limits::Limits;
 use super::request::Asked;
+use super::results::{self, Format};
 use super::several::Streams;
+use super::stall::paced;
 use super::stream::{self, Subscriber};
 use super::tickets::Tickets;
 use super::{plugins, request};
@@ -343,7 +343,9 @@ async fn open(app: &App, who: &Identity, asked: &Asked) -> Result<Streams, Probl
         streams.push((stream, position));
     }
     let names = asked.names.iter().flatten().cloned();
-    Ok(Streams::several(streams.into_iter().zip(names).map(|((stream, position), name)| (stream, name, position)).collect()))
+    Ok(Streams::several(
+        streams.into_iter().zip(names).map(|((stream, position), name)| (stream, name, position)).collect(),
+    ))
 }
 
 async fn ticket(

@@ -79,8 +79,7 @@ impl Streams {
         if let [query] = self.queries.as_mut_slice() {
             return if query.ended { None } else { Some((0, query.stream.next().await)) };
         }
-        let mut waiting: Vec<_> =
-            self.queries.iter_mut().enumerate().filter(|(_, query)| !query.ended).collect();
+        let mut waiting: Vec<_> = self.queries.iter_mut().enumerate().filter(|(_, query)| !query.ended).collect();
         if waiting.is_empty() {
             return None;
         }
@@ -140,8 +139,8 @@ mod tests {
 
     #[test]
     fn events_say_of_which_query_they_are_and_ids_carry_all() {
-        let mut marks = [("0", None), ("\"b\"", Some("e-7-f")), ("2", None)]
-            .map(|(name, position): (&str, Option<&str>)| Mark {
+        let mut marks =
+            [("0", None), ("\"b\"", Some("e-7-f")), ("2", None)].map(|(name, position): (&str, Option<&str>)| Mark {
                 name: name.to_owned(),
                 position: position.map(str::to_owned),
             });

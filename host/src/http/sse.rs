@@ -325,7 +325,13 @@ mod tests {
     fn control_events() {
         let text = |of: LiveOutput| String::from_utf8(output(of).to_vec()).unwrap();
         let columns = vec![OutputColumn { name: "id".to_owned(), ty: wire::Type::BigInt }];
-        let start = LiveOutput::Start { live_id: "l1".to_owned(), columns, key: vec!["id".to_owned()], requery: None, from: None };
+        let start = LiveOutput::Start {
+            live_id: "l1".to_owned(),
+            columns,
+            key: vec!["id".to_owned()],
+            requery: None,
+            from: None,
+        };
         assert_eq!(
             text(start),
             "event: start\ndata: {\"live_id\":\"l1\",\"columns\":[{\"name\":\"id\",\"type\":\"BIGINT\"}],\

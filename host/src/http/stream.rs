@@ -12,10 +12,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::error::Problem;
-use super::sse;
-use super::tickets::TicketUse;
 use super::limits::Counted;
 use super::several::Streams;
+use super::sse;
+use super::tickets::TicketUse;
 use crate::db::DbError;
 use crate::telemetry::Metrics;
 

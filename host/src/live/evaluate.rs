@@ -179,7 +179,8 @@ fn show(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result<Op
     if matching.len() != fit.len() {
         return Err(ProgramError("the predicate did not answer for every row".to_owned()).into());
     }
-    let mut kept: Vec<usize> = fit.into_iter().zip(matching).filter_map(|(image, fits)| fits.then_some(image)).collect();
+    let mut kept: Vec<usize> =
+        fit.into_iter().zip(matching).filter_map(|(image, fits)| fits.then_some(image)).collect();
     let mut output = None;
     if let Some((pipelines, id)) = &mut query.pipeline
         && !kept.is_empty()

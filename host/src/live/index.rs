@@ -250,9 +250,7 @@ pub fn admits(anchors: &Anchors, table: &Table, row: &ImageRef<'_>) -> bool {
             (Cell::Odd, place) => !matches!(place, Place::Null),
             (Cell::Value(_), Place::Null) => false,
             (Cell::Value(value), Place::Value(wanted)) => *value == *wanted,
-            (Cell::Value(value), Place::Range(low, high)) => {
-                *low <= *value && high.is_none_or(|high| *value <= *high)
-            }
+            (Cell::Value(value), Place::Range(low, high)) => *low <= *value && high.is_none_or(|high| *value <= *high),
         }
     })
 }

@@ -462,7 +462,9 @@ impl Worker {
         while let Some(&(due, id)) = self.due.first().filter(|(due, _)| *due <= now) {
             self.due.remove(&(due, id));
             let Some(member) = self.members.get_mut(&id) else { continue };
-            let (Some(runs), Some(Rerun { runner, .. })) = (&mut member.runs, &member.group.spec.requery) else { continue };
+            let (Some(runs), Some(Rerun { runner, .. })) = (&mut member.runs, &member.group.spec.requery) else {
+                continue;
+            };
             runs.start();
             self.shared.metrics.live_requeries.inc();
             let mailbox = Arc::clone(&self.mailbox);

@@ -197,10 +197,7 @@ impl Parts {
         let LogicalPlan::TableScan(_) = input.as_ref() else { return Ok(None) };
         let parts = Parts { predicate, projection: projection.expr.clone() };
         let whole_rows = |expr: &Expr| {
-            Ok(matches!(
-                expr,
-                Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_)
-            ))
+            Ok(matches!(expr, Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_)))
         };
         for expr in parts.predicate.iter().chain(&parts.projection) {
             if expr.exists(whole_rows)? {

@@ -47,14 +47,18 @@ fn value(ty: Type) -> BoxedStrategy<Value> {
     let ints = prop::sample::select(vec![i64::MIN, -1, 0, 1, 2, (1 << 53) - 1, 1 << 53, (1 << 53) + 1, i64::MAX]);
     match ty {
         Type::Boolean => any::<bool>().prop_map(Value::Bool).boxed(),
-        Type::Double => prop::sample::select(vec![-0.0, 0.0, 1.5, -1.5, f64::INFINITY, f64::NEG_INFINITY, f64::MIN, 5e-324])
-            .prop_map(Value::Float)
-            .boxed(),
-        Type::Decimal { .. } => ints.prop_map(|v| Value::Decimal(i128::from(v) * 3)).boxed(),
-        Type::Text => {
-            prop::sample::select(vec!["", "a", "ab", "abc", "b", "ä", "\u{10ffff}"]).prop_map(|v| Value::Text(v.into())).boxed()
+        Type::Double => {
+            prop::sample::select(vec![-0.0, 0.0, 1.5, -1.5, f64::INFINITY, f64::NEG_INFINITY, f64::MIN, 5e-324])
+                .prop_map(Value::Float)
+                .boxed()
         }
-        Type::Bytea => prop::collection::vec(prop::sample::select(vec![0u8, 1, 255]), 0..3).prop_map(Value::Bytes).boxed(),
+        Type::Decimal { .. } => ints.prop_map(|v| Value::Decimal(i128::from(v) * 3)).boxed(),
+        Type::Text => prop::sample::select(vec!["", "a", "ab", "abc", "b", "ä", "\u{10ffff}"])
+            .prop_map(|v| Value::Text(v.into()))
+            .boxed(),
+        Type::Bytea => {
+            prop::collection::vec(prop::sample::select(vec![0u8, 1, 255]), 0..3).prop_map(Value::Bytes).boxed()
+        }
         Type::Uuid => prop::sample::select(vec![0u8, 1, 255]).prop_map(|v| Value::Uuid([v; 16])).boxed(),
         _ => ints.prop_map(Value::Int).boxed(),
     }

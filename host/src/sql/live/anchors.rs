@@ -65,7 +65,8 @@ type Found = Option<Vec<Anchor>>;
 
 impl<'a> Finder<'a> {
     fn find(&self, predicate: &Expr) -> Found {
-        let parts: Vec<Vec<Anchor>> = split_conjunction(predicate).into_iter().filter_map(|part| self.part(part)).collect();
+        let parts: Vec<Vec<Anchor>> =
+            split_conjunction(predicate).into_iter().filter_map(|part| self.part(part)).collect();
         closed(parts).into_iter().min_by_key(|anchors| anchors.iter().map(weight).sum::<usize>())
     }
 

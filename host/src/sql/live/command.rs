@@ -67,10 +67,7 @@ mod tests {
         let show = |text: &str| command(text).map_err(|error| error.to_string());
         assert_eq!(show("KILL LIVE QUERY 'ab'"), kill("ab"));
         assert_eq!(show(" -- why\nkill live query 'a''b' ;"), kill("a'b"));
-        assert_eq!(
-            show("explain LIVE SELECT 1"),
-            Ok(Some(LiveCommand::Explain("             SELECT 1".to_owned())))
-        );
+        assert_eq!(show("explain LIVE SELECT 1"), Ok(Some(LiveCommand::Explain("             SELECT 1".to_owned()))));
         for other in ["SELECT 1", "EXPLAIN SELECT 1", "KILL 5", "", "EXPLAIN \"LIVE\"", "'"] {
             assert_eq!(show(other), Ok(None), "{other}");
         }

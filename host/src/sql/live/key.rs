@@ -94,8 +94,10 @@ impl<'a> Keys<'a> {
         let Some(places) = places else { return Ok(None) };
         let plan = LogicalPlan::SubqueryAlias(SubqueryAlias::try_new(Arc::new(input), alias.alias.clone())?);
         let of = Some(alias.alias.table().to_owned());
-        let part = |(part, at): (KeyColumn, usize)| {
-            KeyColumn { column: column_at(&plan, at), name: part.name, of: of.clone() }
+        let part = |(part, at): (KeyColumn, usize)| KeyColumn {
+            column: column_at(&plan, at),
+            name: part.name,
+            of: of.clone(),
         };
         let key = key.into_iter().zip(places).map(part).collect();
         Ok(Some((plan, key)))
