@@ -205,8 +205,8 @@ impl Listed {
             // What was told since the kill shall not be a way around it.
             let now = self.db.inner.store.applied();
             let mut kills = self.db.inner.streams.kills();
-            let later = kills.recent.iter_mut().filter(|kill| kill.number > self.since);
-            if let Some(kill) = { later }.find(|kill| kill.concerns(&self.spec.live_id, &self.user)) {
+            let mut later = kills.recent.iter_mut().filter(|kill| kill.number > self.since);
+            if let Some(kill) = later.find(|kill| kill.concerns(&self.spec.live_id, &self.user)) {
                 kill.seq = kill.seq.max(now);
                 return;
             }

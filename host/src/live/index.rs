@@ -115,8 +115,12 @@ impl Groups {
     fn insert(&mut self, id: u64, spec: &GroupSpec, table: &Table) {
         self.all.insert(id);
         match &spec.anchors {
-            _ if spec.requery.is_some() => drop(self.requery.insert(id)),
-            Anchors::Any => drop(self.any.insert(id)),
+            _ if spec.requery.is_some() => {
+                self.requery.insert(id);
+            }
+            Anchors::Any => {
+                self.any.insert(id);
+            }
             Anchors::OneOf(anchors) => {
                 for anchor in anchors {
                     // A column that is gone is NULL in every row to come; the kind does not matter then.
@@ -270,7 +274,9 @@ impl Ids {
             Ids::None => *self = Ids::One(id),
             Ids::One(one) if *one == id => {}
             Ids::One(one) => *self = Ids::Many(BTreeSet::from([*one, id])),
-            Ids::Many(many) => drop(many.insert(id)),
+            Ids::Many(many) => {
+                many.insert(id);
+            }
         }
     }
 

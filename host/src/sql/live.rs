@@ -145,7 +145,7 @@ pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<L
         unique(select.projection.iter().filter_map(item_name))?;
     }
     let in_text = |error| from_datafusion(error, text);
-    let sorted = sort_key(&query);
+    let sorted = is_sorted(&query);
     let plan = engine.logical(ast::Statement::Query(query), env).map_err(in_text)?;
     if let Some(function) = impure_function(&plan).map_err(in_text)? {
         let hint = "its rows must depend on the tables alone";
@@ -165,7 +165,7 @@ pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<L
 }
 
 /// Whether the query ends in an ORDER BY that chooses no rows.
-fn sort_key(query: &Query) -> bool {
+fn is_sorted(query: &Query) -> bool {
     query.order_by.is_some() && query.limit_clause.is_none()
 }
 
