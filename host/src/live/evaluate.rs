@@ -35,6 +35,10 @@ pub(super) struct Rows<'a> {
     changes: Vec<RowChange>,
 }
 
+/// Old and new image of a change, as bytes.
+#[cfg(test)]
+pub(super) type Pair = (Option<Vec<u8>>, Option<Vec<u8>>);
+
 /// One change: its images as indices of [`Rows::images`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RowChange {
@@ -71,7 +75,7 @@ impl<'a> Rows<'a> {
 
     /// Changes that lie nowhere, for tests of the index.
     #[cfg(test)]
-    pub(super) fn of_pairs(pairs: &'a [(Option<Vec<u8>>, Option<Vec<u8>>)]) -> Self {
+    pub(super) fn of_pairs(pairs: &'a [Pair]) -> Self {
         let mut rows = Rows::default();
         for (old, new) in pairs {
             let mut push = |image: &'a Option<Vec<u8>>| {

@@ -381,7 +381,7 @@ impl Client {
             From::After(seq) => (world.expected(seq, least, piped), Some(seq)),
             // No commit runs meanwhile in these tests.
             From::Now => (world.expected(world.store.applied(), least, piped), None),
-            From::Snapshot => (BTreeMap::new(), None),
+            From::Snapshot | From::Last(_) => (BTreeMap::new(), None),
         };
         Ok(Client { least, piped, subscription, held, position, newest_event: Seq(0) })
     }

@@ -123,8 +123,7 @@ proptest! {
         for (id, spec) in specs.iter().enumerate().filter(|(id, _)| gone[*id]) {
             groups.remove(id as u64, spec);
         }
-        let parse = |image: &Option<Vec<u8>>| image.as_ref().map(|image| ImageRef::parse(image).unwrap().0);
-        let refs: Vec<_> = changes.iter().map(|(old, new)| (parse(old), parse(new))).collect();
+        let refs: Vec<_> = changes.iter().map(|(old, new)| (parsed(old), parsed(new))).collect();
         let found = groups.candidates(&Rows::of_pairs(&changes));
         for (id, spec) in specs.iter().enumerate() {
             let fits = |row: &Option<ImageRef<'_>>| row.is_some_and(|row| spec.admits(&row));
@@ -173,6 +172,10 @@ proptest! {
         prop_assert_eq!(all.len(), (0..ranges.len()).filter(held).count());
         prop_assert_eq!(tree.is_empty(), all.is_empty());
     }
+}
+
+fn parsed(image: &Option<Vec<u8>>) -> Option<ImageRef<'_>> {
+    image.as_ref().map(|image| ImageRef::parse(image).unwrap().0)
 }
 
 fn spec(table: &Arc<Table>, anchors: Anchors) -> GroupSpec {
