@@ -621,7 +621,7 @@ async fn queries_that_are_run_again_have_keys() {
         ("SELECT count(*) AS n FROM a GROUP BY n % 20 ORDER BY n LIMIT 1", "a.n % Int64(20)=0 → n=1"),
         // Keys of tables, carried along.
         ("SELECT x FROM a ORDER BY n DESC NULLS LAST LIMIT 2", "id=1 → x=p; id=2 → x=p"),
-        ("SELECT id AS i, row_number() OVER (ORDER BY id DESC) AS r FROM a LIMIT 1", "i=1 → i=1,r=3"),
+        ("SELECT id AS i, row_number() OVER (ORDER BY id DESC) AS r FROM a ORDER BY i LIMIT 1", "i=1 → i=1,r=3"),
         ("SELECT x FROM a WHERE id IN (SELECT a FROM b)", "id=1 → x=p; id=3 → x=q"),
         ("SELECT x FROM (SELECT x, id FROM a WHERE n > 10) AS s WHERE x = 'p' LIMIT 9", "id=2 → x=p"),
         (

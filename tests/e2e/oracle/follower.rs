@@ -498,7 +498,6 @@ mod checker {
             // The place says that the second commit is not in it.
             (8, event("insert", Some("e-2-f"), 3)),
             // Further than what has come.
-            (4, event("uptodate", Some("e-1-f"), 9)),
             (8, event("uptodate", Some("e-3-f"), 3)),
         ] {
             let mut wrong = coalesced();
