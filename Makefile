@@ -12,4 +12,4 @@ fmt:
 	cargo fmt --all
 
 lint:
-	cargo clippy --locked --workspace --all-targets -- -D warnings
+	ROCKSDB_LIB_DIR=target cargo clippy --locked --workspace --all-targets -- -D warnings

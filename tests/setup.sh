@@ -31,6 +31,8 @@ have() { command -v "$1" >/dev/null 2>&1; }
 have_libclang() {
     for place in "${LIBCLANG_PATH:-}" /usr/lib/llvm-*/lib /usr/lib/*-linux-gnu /usr/lib64 /usr/lib /usr/local/lib; do
         for file in "$place"/libclang.so* "$place"/libclang-*.so*; do
+            # libclang-cpp, which comes with other packages, is another library of a name that fits.
+            case $file in */libclang-cpp*) continue ;; esac
             [ -e "$file" ] && return 0
         done
     done
@@ -88,9 +90,14 @@ install_packages() {
 
 # ---- Rust ----
 
-# Whether `$1 --version` is new enough.
+# The M of the 1.M that `$1 --version` says; nothing where there is no such program.
+minor_of() { "$1" --version 2>/dev/null | sed -n 's/^[a-z]* 1\.\([0-9]*\)\..*/\1/p'; }
+
+is_minor() { [ "$(minor_of "$1")" = "$2" ]; }
+
+# Whether `$1` is new enough.
 recent() {
-    minor=$("$1" --version 2>/dev/null | sed -n 's/^[a-z]* 1\.\([0-9]*\)\..*/\1/p')
+    minor=$(minor_of "$1")
     [ -n "$minor" ] && [ "$minor" -ge "$RUST_MINOR" ]
 }
 

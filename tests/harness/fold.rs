@@ -18,6 +18,8 @@ pub struct Fold {
     /// Whether an `uptodate` has closed the snapshot or the catch-up of this connection.
     pub up_to_date: bool,
     pub resyncs: usize,
+    /// What the rows touched since the last id were before, in order.
+    unsettled: Vec<(String, Option<Value>)>,
 }
 
 impl Fold {
@@ -37,8 +39,19 @@ impl Fold {
         }
         if let Some(id) = &event.id {
             self.last_id = Some(id.clone());
+            self.unsettled.clear();
         }
         Ok(())
+    }
+
+    /// The connection broke. What came after the last id is half a commit, and comes again as a whole.
+    pub fn lost(&mut self) {
+        while let Some((key, before)) = self.unsettled.pop() {
+            match before {
+                Some(row) => self.rows.insert(key, row),
+                None => self.rows.remove(&key),
+            };
+        }
     }
 
     fn start(&mut self, event: &Event) {
@@ -51,13 +64,15 @@ impl Fold {
     /// A snapshot follows. An id from before would resume into rows that are gone from here.
     fn void(&mut self) {
         self.rows.clear();
+        self.unsettled.clear();
         self.last_id = None;
         self.up_to_date = false;
     }
 
     fn insert(&mut self, event: &Event) -> Result<(), String> {
-        let row = event.data["row"].clone();
-        match self.rows.insert(key_of(event)?, row) {
+        let (key, row) = (key_of(event)?, event.data["row"].clone());
+        self.unsettled.push((key.clone(), None));
+        match self.rows.insert(key, row) {
             None => Ok(()),
             Some(before) => Err(format!("an insert of a key that is there, as {before}: {event:?}")),
         }
@@ -65,9 +80,11 @@ impl Fold {
 
     fn update(&mut self, event: &Event) -> Result<(), String> {
         let row = &event.data["row"];
-        let held = self.rows.get_mut(&key_of(event)?);
+        let key = key_of(event)?;
+        let held = self.rows.get_mut(&key);
         let held = held.ok_or_else(|| format!("an update of a key that is not there: {event:?}"))?;
         let before = std::mem::replace(held, row.clone());
+        self.unsettled.push((key, Some(before.clone())));
         // By their text: 0.0 and -0.0 are equal numbers, but another value was stored and is shown.
         let shown = [before.to_string(), row.to_string()];
         if shown[0] == shown[1] {
@@ -87,8 +104,12 @@ impl Fold {
         if reason != "deleted" && reason != "moved_out" {
             return Err(format!("a delete without its reason: {event:?}"));
         }
-        match self.rows.remove(&key_of(event)?) {
-            Some(_) => Ok(()),
+        let key = key_of(event)?;
+        match self.rows.remove(&key) {
+            Some(before) => {
+                self.unsettled.push((key, Some(before)));
+                Ok(())
+            }
             None => Err(format!("a delete of a key that is not there: {event:?}")),
         }
     }
@@ -143,6 +164,22 @@ mod tests {
         assert_eq!(fold.rows.len(), 1);
         fold.apply(&event("start", json!({"from": "snapshot"}))).unwrap();
         assert!(fold.rows.is_empty());
+    }
+
+    #[test]
+    fn half_a_commit_is_taken_back_when_the_connection_breaks() {
+        let insert = |k: i64| event("insert", json!({"key": {"k": k}, "row": {"a": k}}));
+        let mut fold = Fold::default();
+        fold.apply(&insert(1)).unwrap();
+        fold.apply(&Event { id: Some("one".to_owned()), ..insert(2) }).unwrap();
+        let settled = fold.rows.clone();
+        fold.apply(&event("delete", json!({"key": {"k": 1}, "old": {}, "reason": "deleted"}))).unwrap();
+        fold.apply(&insert(1)).unwrap();
+        fold.apply(&event("update", json!({"key": {"k": 2}, "row": {"a": 9}, "old": {"a": 2}}))).unwrap();
+        fold.apply(&insert(3)).unwrap();
+        assert_ne!(fold.rows, settled);
+        fold.lost();
+        assert_eq!((fold.rows, fold.last_id.as_deref()), (settled, Some("one")));
     }
 
     #[test]

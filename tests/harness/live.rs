@@ -121,6 +121,7 @@ impl Live {
     /// Connects (again) with the last id and returns the answer, whatever it is. See [`Live::attach`].
     pub async fn try_reconnect(&mut self) -> reqwest::Result<Response> {
         self.events = None;
+        self.fold.lost();
         let request = self.query.request(&self.client, self.fold.last_id.as_deref());
         // The bound is for the head only: the body has no end.
         match tokio::time::timeout(PATIENCE, request.send()).await {

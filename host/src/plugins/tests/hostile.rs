@@ -1,7 +1,5 @@
 //! Guests that mean harm, and guests that are just broken: each is cut at its limit, named, and nobody else notices.
 
-use std::time::Instant;
-
 use super::*;
 
 /// Opens a pipeline of one guest that passed the upload check.
@@ -75,11 +73,10 @@ fn endless_loops_end() {
     let fixture = Fixture::new(options());
     let mut worker = fixture.plugins.worker(0);
     let id = open(&fixture, &mut worker, "loop", &once("(loop $l (br $l))"));
-    let (started, cpu) = (Instant::now(), guest::thread_cpu());
+    let cpu = guest::thread_cpu();
     let (cause, index, message) = fault(run(&mut worker, id, None, &values(&[1, 2, 3])));
     assert_eq!((cause, index), (FaultCause::Deadline, Some(0)), "{message}");
     assert!(guest::thread_cpu() - cpu < Duration::from_millis(200), "the batch, then its first row: two limits");
-    assert!(started.elapsed() < Duration::from_secs(2));
 
     let forever = "(func $forever (loop $l (br $l))) (start $forever)";
     let initialize = "(func (export \"_initialize\") (loop $l (br $l)))";
@@ -110,10 +107,12 @@ fn a_busy_machine_is_not_the_guests_fault() {
                 }
             });
         }
-        for _ in 0..20 {
-            run(&mut worker, id, None, &values(&[1])).unwrap();
-        }
+        // Judged when the other threads have been told to end: a panic before would wait for them for ever.
+        let runs: Vec<_> = (0..20).map(|_| run(&mut worker, id, None, &values(&[1]))).collect();
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        for run in runs {
+            run.unwrap();
+        }
     });
 }
 

@@ -1,0 +1,237 @@
+//! How many events a second reach how many subscribers, how late, and at what cost; beside [`peer`], a minimal program
+//! that writes the same bytes to the same number of sockets. Both are read by the same [`reader`] in the same run, so
+//! the ratios hold on a noisy machine where the figures do not.
+//!
+//! ```text
+//! cargo build && target/debug/load              every size, some minutes
+//! target/debug/load 1000                        one size
+//! SECONDS=10 target/debug/load 100 1000         longer windows
+//! ```
+//!
+//! It needs 2 file descriptors a subscriber in two processes (`ulimit -n`). Nothing here is a test: `tests/run.sh` only
+//! compiles it.
+
+mod measure;
+mod peer;
+mod reader;
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tests::{Client, LiveQuery, Options, TestServer};
+
+use measure::{Latencies, cpu_seconds, memory_bytes};
+use peer::Peer;
+use reader::{Reader, stamp};
+
+/// Subscribers and changes a second: what is asked of every system of this kind, and the most that one address has ports
+/// for with room to spare.
+const SIZES: [(usize, u32); 4] = [(1, 50), (100, 50), (1_000, 50), (10_000, 5)];
+
+/// Text of a row, such that an event is some 256 bytes on the wire.
+const TEXT_BYTES: usize = 110;
+
+/// Commits that a subscriber may be behind while the highest rate is looked for: more would measure the server's
+/// memory, not its rate.
+const MOST_BEHIND: u64 = 32;
+
+/// Commits measured for the effect of idle subscribers on a write.
+const COMMITS: usize = 300;
+
+fn main() {
+    let mut arguments = std::env::args().skip(1).peekable();
+    if arguments.peek().is_some_and(|first| first == "peer") {
+        return peer::serve(arguments.skip(1));
+    }
+    let wanted: Vec<usize> =
+        arguments.map(|text| text.parse().expect("a number of subscribers, such as 1000")).collect();
+    let window = std::env::var("SECONDS").map_or(5, |text| text.parse().expect("SECONDS is a number"));
+    let window = Duration::from_secs(window);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = runtime.expect("a runtime");
+    for (subscribers, rate) in SIZES {
+        if wanted.is_empty() || wanted.contains(&subscribers) {
+            runtime.block_on(compare(subscribers, rate, window));
+        }
+    }
+}
+
+/// One size: Tidegate, then the peer with as many bytes an event.
+async fn compare(subscribers: usize, rate: u32, window: Duration) {
+    println!("\n{subscribers} subscribers, {rate} changes a second for {} s", window.as_secs());
+    let ours = tidegate(subscribers, rate, window).await;
+    let peer = minimal(subscribers, rate, window, ours.event_bytes).await;
+    println!("{:>26}{:>12}{:>12}{:>8}", "", "tidegate", "minimal", "ratio");
+    let row = |what: &str, ours: f64, peer: f64, digits: usize| {
+        println!("{what:>26}{ours:>12.digits$}{peer:>12.digits$}{:>8.2}", ours / peer);
+    };
+    row("p50 ms", ours.paced.ms(0.50), peer.paced.ms(0.50), 2);
+    row("p99 ms", ours.paced.ms(0.99), peer.paced.ms(0.99), 2);
+    row("CPU µs an event, paced", ours.paced_cpu * 1e6, peer.paced_cpu * 1e6, 2);
+    row("highest events/s", ours.rate, peer.rate, 0);
+    row("CPU µs an event, highest", ours.cpu * 1e6, peer.cpu * 1e6, 2);
+    println!("{:>26}{:>12}", "bytes an event", ours.event_bytes);
+    if let Some(idle) = ours.idle {
+        println!("{:>26}{:>12.0}", "bytes a subscriber, idle", idle.bytes);
+        let (none, all) = (idle.commit_ms.0, idle.commit_ms.1);
+        println!("{:>26}{all:>12.3}  (without subscribers {none:.3}, ratio {:.2})", "commit p50 ms", all / none);
+    }
+}
+
+struct Figures {
+    event_bytes: usize,
+    /// From the moment a change was made to its arrival, at the given rate.
+    paced: Latencies,
+    /// Seconds of the writing process's CPU for each event.
+    paced_cpu: f64,
+    /// Events a second at the highest rate.
+    rate: f64,
+    cpu: f64,
+    idle: Option<Idle>,
+}
+
+/// What subscribers cost while nothing happens.
+struct Idle {
+    bytes: f64,
+    /// Median of a commit without and with them.
+    commit_ms: (f64, f64),
+}
+
+async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
+    let config = format!("[server]\nmax_connections = {}\n", subscribers + 100);
+    let options = Options { heartbeat_ms: 15_000, config, ..Options::default() };
+    let server = TestServer::with(options).await;
+    let db = server.admin();
+    db.sql("CREATE TABLE ticker (id INT PRIMARY KEY, text TEXT)").await;
+    db.sql("CREATE TABLE other (id INT PRIMARY KEY, n INT)").await;
+    db.sql("INSERT INTO ticker VALUES (1, '')").await;
+    db.sql("INSERT INTO other VALUES (1, 0)").await;
+
+    let alone = commit_ms(&db).await;
+    let before = memory_bytes(server.pid());
+    let query = LiveQuery::new("SELECT id, text FROM ticker").option("old", "none").option("snapshot", "false");
+    let request = query.request(&db, None).build().expect("a request");
+    let mut reader = Reader::default();
+    reader.connect(subscribers, &request_bytes(&request)).await;
+    // Every subscriber is live when it has an event of its own; the first write also fills buffers that stay.
+    write(&db).await;
+    reader.until(subscribers as u64).await;
+    let idle = Idle {
+        bytes: memory_bytes(server.pid()).saturating_sub(before) as f64 / subscribers as f64,
+        commit_ms: (alone, commit_ms(&db).await),
+    };
+
+    let mut measured = Measured::start(&reader, cpu_seconds(server.pid()));
+    let mut changes = 0u64;
+    while measured.started.elapsed() < window {
+        write(&db).await;
+        changes += 1;
+        pause_until(measured.started + Duration::from_secs(changes) / rate).await;
+    }
+    reader.until(measured.events + changes * subscribers as u64).await;
+    let (paced, paced_cpu) = (reader.latencies(), measured.cpu_each(&reader, cpu_seconds(server.pid())));
+
+    measured = Measured::start(&reader, cpu_seconds(server.pid()));
+    let bytes = reader.bytes();
+    let mut changes = 0u64;
+    while measured.started.elapsed() < window {
+        write(&db).await;
+        changes += 1;
+        reader.until(measured.events + changes.saturating_sub(MOST_BEHIND) * subscribers as u64).await;
+    }
+    reader.until(measured.events + changes * subscribers as u64).await;
+    let events = reader.events() - measured.events;
+    Figures {
+        event_bytes: ((reader.bytes() - bytes) / events) as usize,
+        paced,
+        paced_cpu,
+        rate: measured.rate(&reader),
+        cpu: measured.cpu_each(&reader, cpu_seconds(server.pid())),
+        idle: Some(idle),
+    }
+}
+
+async fn minimal(subscribers: usize, rate: u32, window: Duration, event_bytes: usize) -> Figures {
+    let mut peer = Peer::start(event_bytes);
+    let mut reader = Reader::connect_to(peer.address());
+    reader.connect(subscribers, b"").await;
+    peer.accept(subscribers);
+
+    let mut measured = Measured::start(&reader, cpu_seconds(peer.pid()));
+    let mut changes = 0u64;
+    while measured.started.elapsed() < window {
+        peer.round();
+        changes += 1;
+        pause_until(measured.started + Duration::from_secs(changes) / rate).await;
+    }
+    reader.until(measured.events + changes * subscribers as u64).await;
+    let (paced, paced_cpu) = (reader.latencies(), measured.cpu_each(&reader, cpu_seconds(peer.pid())));
+
+    measured = Measured::start(&reader, cpu_seconds(peer.pid()));
+    let mut changes = 0u64;
+    while measured.started.elapsed() < window {
+        peer.round();
+        changes += 1;
+        reader.until(measured.events + changes.saturating_sub(MOST_BEHIND) * subscribers as u64).await;
+    }
+    reader.until(measured.events + changes * subscribers as u64).await;
+    let (rate, cpu) = (measured.rate(&reader), measured.cpu_each(&reader, cpu_seconds(peer.pid())));
+    Figures { event_bytes, paced, paced_cpu, rate, cpu, idle: None }
+}
+
+/// The start of a window.
+struct Measured {
+    started: Instant,
+    events: u64,
+    cpu: f64,
+}
+
+impl Measured {
+    fn start(reader: &Reader, cpu: f64) -> Measured {
+        reader.latencies();
+        Measured { started: Instant::now(), events: reader.events(), cpu }
+    }
+
+    fn rate(&self, reader: &Reader) -> f64 {
+        (reader.events() - self.events) as f64 / self.started.elapsed().as_secs_f64()
+    }
+
+    fn cpu_each(&self, reader: &Reader, cpu: f64) -> f64 {
+        (cpu - self.cpu) / (reader.events() - self.events) as f64
+    }
+}
+
+/// One change of the row that everybody follows, marked with the time.
+async fn write(db: &Client) {
+    let mut text = stamp();
+    text.push_str(&"x".repeat(TEXT_BYTES - text.len()));
+    db.sql_params("UPDATE ticker SET text = $1 WHERE id = 1", json!([text])).await;
+}
+
+/// Median of commits on a table that nobody follows.
+async fn commit_ms(db: &Client) -> f64 {
+    let mut all = Latencies::default();
+    for n in 0..COMMITS {
+        let started = Instant::now();
+        db.sql_params("UPDATE other SET n = $1 WHERE id = 1", json!([n + 1])).await;
+        all.add(started.elapsed());
+    }
+    all.ms(0.5)
+}
+
+async fn pause_until(due: Instant) {
+    tokio::time::sleep_until(due.into()).await;
+}
+
+/// The request as it goes over the wire, with the address to connect to in front.
+fn request_bytes(request: &reqwest::Request) -> Vec<u8> {
+    let url = request.url();
+    let query = url.query().map_or_else(String::new, |query| format!("?{query}"));
+    let host = format!("{}:{}", url.host_str().expect("a host"), url.port().expect("a port"));
+    let mut text = format!("GET {}{query} HTTP/1.1\r\nhost: {host}\r\n", url.path());
+    for (name, value) in request.headers() {
+        text.push_str(&format!("{name}: {}\r\n", value.to_str().expect("plain headers")));
+    }
+    text.push_str("\r\n");
+    text.into_bytes()
+}
