@@ -49,7 +49,8 @@ async fn until(live: &mut Live, folds: &mut Folds, names: &[&str], seq: u64) {
         let event = live.read(tests::PATIENCE).await.expect("an event in time").expect("the stream goes on");
         folds.apply(&event);
         if event.name == "uptodate" && event.data["seq"].as_u64().is_some_and(|reached| reached >= seq) {
-            waiting.retain(|name| *name != event.data["q"].to_string());
+            let past = event.data["q"].to_string();
+            waiting.retain(|name| *name != past);
         }
     }
 }
