@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use arrow::record_batch::RecordBatch;
 use host::catalog::Table;
-use host::config::Config;
+use host::config::{Config, Role};
 use host::live::{
     Delivery, From, GroupSpec, Live, OldMode, Piped, PipelineFault, Pipelines, Program, ProgramError, Subscription,
 };
@@ -109,7 +109,7 @@ impl World {
         let config = Config::new(dir.path());
         let store = Store::open(&config.store).unwrap();
         store.start(Box::new(|_| {}));
-        let sql = Sql::new(config.sql.clone()).unwrap();
+        let sql = Sql::new(config.sql.clone(), Vec::new()).unwrap();
         let world = World { runtime: Runtime::new().unwrap(), sql, store, config, _dir: dir };
         world.ddl("CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE)");
         world.ddl("CREATE TABLE u (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE) WITH (type = 'user')");
@@ -122,7 +122,7 @@ impl World {
             let env = self.env("admin");
             let plan = self.sql.ddl(&statement, &env).unwrap();
             let (namespace, base) = (plan.namespace.unwrap(), env.snapshot.seq());
-            let write = Transaction { namespace, base, rows: Vec::new(), catalog: plan.writes };
+            let write = Transaction { namespace, base, rows: Vec::new(), catalog: plan.writes, receipt: None };
             self.runtime.block_on(self.store.commit(write)).unwrap();
         }
     }
@@ -134,6 +134,7 @@ impl World {
             snapshot,
             namespace: "main".to_owned(),
             user: user.into(),
+            role: Role::User,
             params: Arc::default(),
             overlay: Arc::default(),
             now: 0,

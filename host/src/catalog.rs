@@ -37,6 +37,8 @@ pub enum TableKind {
     Shared,
     /// Each user has only their own rows.
     User,
+    /// One set of rows, each gone when its time to live has passed.
+    Stream,
 }
 
 impl TableKind {
@@ -44,6 +46,7 @@ impl TableKind {
         match self {
             TableKind::Shared => "shared",
             TableKind::User => "user",
+            TableKind::Stream => "stream",
         }
     }
 }
@@ -65,6 +68,8 @@ pub struct Column {
     pub ty: Type,
     pub nullable: bool,
     pub default: Option<DefaultValue>,
+    /// What rows have in this column that were stored before it was added; `None`: NULL.
+    pub fill: Option<Value>,
 }
 
 /// One table at one schema version.
@@ -82,6 +87,12 @@ pub struct Table {
     pub key: Vec<u16>,
     /// The key is the hidden-from-INSERT column `_id` (time-ordered UUID), because none was declared.
     pub generated_key: bool,
+    /// The id of the next column; kept so that a dropped one never comes back: old rows still hold its values.
+    pub next_column: u16,
+    /// Row images of this schema version and later ones have the present columns: what came after were new names.
+    pub images_since: u32,
+    /// How long a row of a stream table lives after its commit, in microseconds; `None` for other kinds.
+    pub ttl_micros: Option<i64>,
 }
 
 /// The name of the key column of a table without a declared primary key.
@@ -108,6 +119,11 @@ impl Table {
             kinds[usize::from(column.id)] = column.ty.kind();
         }
         kinds
+    }
+
+    /// When a row that is committed at this time stops showing (microseconds since 1970).
+    pub fn expires(&self, committed_at: i64) -> Option<i64> {
+        self.ttl_micros.map(|ttl| committed_at.saturating_add(ttl))
     }
 
     pub fn is_key(&self, id: u16) -> bool {
@@ -240,9 +256,13 @@ impl Catalog {
         }
     }
 
+    /// A new table, or another version of one, which may have another name.
     pub fn put_table(&mut self, table: Arc<Table>) {
         self.next_table = self.next_table.max(table.id.0 + 1);
         if let Some(namespace) = self.namespaces.get_mut(&table.namespace_name) {
+            if let Some(before) = self.tables.get(&table.id) {
+                namespace.tables.remove(&before.name);
+            }
             namespace.tables.insert(table.name.clone(), table.clone());
             self.tables.insert(table.id, table);
         }

@@ -6,19 +6,31 @@
 
 mod options;
 mod raw;
+mod show;
 
-pub use options::{LiveOptions, PluginOptions, SqlOptions, StoreOptions};
+pub use options::{Durability, LiveOptions, PluginOptions, SqlOptions, StoreOptions};
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// From the least to the most that one may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     User,
     Service,
     Admin,
+}
+
+impl Role {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::User => "user",
+            Role::Service => "service",
+            Role::Admin => "admin",
+        }
+    }
 }
 
 /// One bearer token of the configuration.

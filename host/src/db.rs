@@ -5,11 +5,13 @@
 //! [`subscribe`]; what an upload goes through in [`install`].
 
 mod adapters;
+mod idempotency;
 mod install;
 #[cfg(test)]
 mod matching;
 mod streams;
 mod subscribe;
+mod system;
 mod write;
 
 use std::collections::HashMap;
@@ -31,7 +33,7 @@ use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
-pub use streams::LiveQueryInfo;
+pub use idempotency::Idempotency;
 pub use subscribe::LiveStream;
 
 /// Who asks.
@@ -57,6 +59,8 @@ pub enum DbError {
     /// The plugin or version is in use or stands in the way: nothing was changed.
     #[error("{0}")]
     InUse(String),
+    #[error("this Idempotency-Key came with another request before; take a new key for each new write")]
+    KeyReused,
     #[error("{0}")]
     NotFound(String),
     #[error("{0}")]
@@ -81,6 +85,8 @@ pub struct SqlRequest {
     pub namespace: Option<String>,
     /// Refuse everything but queries (GET).
     pub read_only: bool,
+    /// A write that may be sent again. Queries may be anyway.
+    pub idempotency: Option<Idempotency>,
 }
 
 pub enum StatementResult {
@@ -92,6 +98,8 @@ pub struct SqlAnswer {
     pub results: Vec<StatementResult>,
     /// The commit of the writes, or the snapshot the queries saw.
     pub seq: Seq,
+    /// It was answered before, and nothing was done now.
+    pub replayed: bool,
 }
 
 /// One stage as asked for: `name`, `name@version` or `name@sha256:…`, and JSON object parameters.
@@ -185,13 +193,16 @@ struct Inner {
     sql: Arc<Sql>,
     plugins: Arc<Plugins>,
     live: Live,
-    streams: streams::Streams,
+    streams: Arc<streams::Streams>,
     metrics: Arc<Metrics>,
     live_options: crate::config::LiveOptions,
     /// Live queries that are run as a whole, at the same time.
     requeries: Arc<Semaphore>,
+    sources: system::Sources,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
+    /// Writes under way, from their planning to their acknowledgement: each holds its rows in memory.
+    writes: Semaphore,
     /// The catalog's version, sent after every catalog commit: wakes streams that wait for a plugin.
     catalog_version: watch::Sender<u64>,
     /// Live streams per plugin (namespace, name): a plugin in use is not deleted.
@@ -203,14 +214,22 @@ impl Db {
     /// Opens the store, recovers, starts the committer and the live workers. Blocks.
     pub fn open(config: &Config, encoder: Arc<dyn Encoder>, metrics: Arc<Metrics>) -> Result<Db, DbError> {
         let store = Store::open(&config.store)?;
-        let sql = Arc::new(Sql::new(config.sql.clone())?);
-        metrics.session_contexts.inc_by(sql.contexts_created());
         let source = Box::new(adapters::StoredModules(store.clone()));
         let plugins = Arc::new(Plugins::new(config.plugins.clone(), source, metrics.clone())?);
         let pipelines = (0..config.live.workers)
             .map(|index| Box::new(adapters::WorkerPipelines::new(plugins.worker(index))) as Box<dyn Pipelines>)
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
+        let streams = Arc::new(streams::Streams::new());
+        let sources = || system::Sources {
+            store: store.clone(),
+            live: live.clone(),
+            streams: streams.clone(),
+            metrics: metrics.clone(),
+        };
+        let sql = Arc::new(Sql::new(config.sql.clone(), system::tables(config, sources()))?);
+        metrics.session_contexts.inc_by(sql.contexts_created());
+        let sources = sources();
         let (catalog_version, _) = watch::channel(store.catalog().version);
 
         let inner = Arc::new(Inner {
@@ -218,11 +237,13 @@ impl Db {
             sql,
             plugins,
             live,
-            streams: streams::Streams::new(),
+            streams,
             metrics,
             live_options: config.live.clone(),
             requeries: Arc::new(Semaphore::new(config.live.requery_runs)),
+            sources,
             turn: RwLock::new(()),
+            writes: Semaphore::new(config.store.write_queue),
             catalog_version,
             plugin_uses: Mutex::default(),
             closing: AtomicBool::new(false),
@@ -266,13 +287,7 @@ impl Db {
 
     /// Brings gauges up to date before `/metrics` is printed.
     pub fn refresh_metrics(&self) {
-        let (subscriptions, groups) = self.inner.live.counts();
-        self.inner.metrics.subscriptions.set(subscriptions as i64);
-        self.inner.metrics.groups.set(groups as i64);
-        let (write_buffers, block_cache, table_readers) = self.inner.store.memory();
-        self.inner.metrics.store_write_buffer_bytes.set(write_buffers as i64);
-        self.inner.metrics.store_block_cache_bytes.set(block_cache as i64);
-        self.inner.metrics.store_table_reader_bytes.set(table_readers as i64);
+        system::refresh_gauges(&self.inner.sources);
     }
 
     /// From now on [`Db::ready`] is false, new requests are refused and live streams say why they end. Requests that
@@ -301,7 +316,7 @@ impl Db {
             self.inner.metrics.queries.inc();
             results.push(StatementResult::Rows(self.inner.sql.query(statement, env.clone()).await?));
         }
-        Ok(SqlAnswer { results, seq })
+        Ok(SqlAnswer { results, seq, replayed: false })
     }
 
     /// Parsing is bounded by the gate, but needs a large stack and some time: not on the async threads.
@@ -327,6 +342,7 @@ impl Db {
             snapshot,
             namespace,
             user: who.user.clone(),
+            role: who.role,
             params: Arc::new(params),
             overlay: Arc::new(Overlay::default()),
             now: now_micros(),

@@ -226,7 +226,7 @@ impl Live {
     ) -> Live {
         assert!(!pipelines.is_empty(), "live queries need a worker");
         let registry = Registry::new(options.group_tail_bytes, options.max_subscriptions, Arc::clone(&metrics));
-        let commits = CommitTail::new(options.commit_tail_bytes, store.applied());
+        let commits = CommitTail::new(options.commit_tail_bytes, store.durable());
         let shared = Arc::new(Shared { store, commits, registry: Arc::new(registry), encoder, options, metrics });
         let (mut mailboxes, mut threads) = (Vec::new(), Vec::new());
         for (index, pipelines) in pipelines.into_iter().enumerate() {
@@ -253,7 +253,8 @@ impl Live {
     /// afterwards: a change before the group joined does not end it.
     pub async fn subscribe(&self, spec: Arc<GroupSpec>, from: From) -> Result<Subscription, SubscribeError> {
         let shared = &self.workers.shared;
-        let now = shared.store.applied();
+        // What is not on disk yet is nobody's past: its events are still to come.
+        let now = shared.store.durable();
         let in_log = |seq| spec.requery.is_some() || seq >= shared.store.log_floor();
         if let From::After(seq) = from
             && (!in_log(seq) || seq > now)

@@ -15,6 +15,7 @@ pub mod provider;
 pub mod range;
 pub mod session;
 pub mod statement;
+pub mod system;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +29,7 @@ use futures::Stream;
 use wire::{Scope, Type, Value};
 
 use crate::catalog::{Catalog, TableId};
+use crate::config::Role;
 pub use crate::config::SqlOptions;
 use crate::store::snapshot::Snapshot;
 use crate::store::{CatalogWrite, RowWrite, StoreError};
@@ -48,6 +50,9 @@ pub enum SqlError {
     /// A limit was reached: which, and how to stay under it.
     #[error("{0}")]
     Limit(String),
+    /// Too much is under way already: to be tried again.
+    #[error("{0}")]
+    Busy(String),
     #[error("the query ran longer than {0:?} and was stopped")]
     Deadline(Duration),
     #[error(transparent)]
@@ -72,6 +77,7 @@ pub struct RequestEnv {
     /// Default namespace of unqualified names.
     pub namespace: String,
     pub user: Arc<str>,
+    pub role: Role,
     pub params: Arc<Vec<Param>>,
     /// Writes of earlier statements of the same transaction, seen by later ones.
     pub overlay: Arc<Overlay>,

@@ -4,6 +4,7 @@
 //! is read goes through a [`snapshot::Snapshot`]. The data directory holds `db`, the RocksDB database, and `high-water`
 //! (see [`high_water`]). What a row means, who may see it and who listens is for the layers above.
 
+mod clock;
 pub mod commit;
 mod ddl;
 #[cfg(test)]
@@ -12,15 +13,18 @@ mod high_water;
 pub mod keys;
 mod meta;
 mod open;
+pub mod receipts;
 mod recent;
+mod retention;
 pub mod rows;
 pub mod snapshot;
 #[cfg(test)]
 mod tests;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -29,7 +33,9 @@ use wire::Scope;
 
 use crate::catalog::{Catalog, NamespaceId, Plugin, Table, TableId, TableKind};
 pub use crate::catalog::{Epoch, Seq};
-pub use crate::config::StoreOptions;
+pub use crate::config::{Durability, StoreOptions};
+pub use receipts::{KeptReceipt, Receipt};
+use retention::{Retention, Signal};
 
 const USER_FAMILY: &str = "user_tables";
 const SHARED_FAMILY: &str = "shared_tables";
@@ -83,6 +89,8 @@ pub struct Transaction {
     pub base: Seq,
     pub rows: Vec<RowWrite>,
     pub catalog: Vec<CatalogWrite>,
+    /// Makes a commit also of what changes nothing.
+    pub receipt: Option<Receipt>,
 }
 
 /// A durable commit, as subscribers of the store see it.
@@ -140,6 +148,7 @@ pub type CommitHook = Box<dyn Fn(&Arc<Commit>) + Send + Sync>;
 pub struct Store {
     inner: Arc<Inner>,
     queue: Arc<commit::Queue>,
+    retention: Arc<Retention>,
 }
 
 /// What readers, the committer and the handle share.
@@ -150,13 +159,30 @@ struct Inner {
     epoch: Epoch,
     max_commit_bytes: usize,
     log_commits: u64,
+    log_bytes: u64,
+    log_age_micros: i64,
+    receipt_age_micros: i64,
+    durability: Durability,
+    sync_interval: Duration,
+    write_queue: usize,
     applied: AtomicU64,
+    /// The newest commit that is on disk whatever happens, and so may be told in events.
+    durable: AtomicU64,
+    /// Bytes of all frames ever logged.
+    logged: AtomicU64,
     log_floor: AtomicU64,
+    clock: Arc<clock::Clock>,
+    /// Of the newest commit.
+    committed_at: AtomicI64,
     /// As of the newest durable commit.
     catalog: ArcSwap<Catalog>,
     /// The two newest, in this order; the second may be that of a commit still being written. Snapshots find theirs here.
     catalogs: ArcSwap<[Arc<Catalog>; 2]>,
     failure: OnceLock<String>,
+    retention: Arc<Signal>,
+    trimming: Mutex<()>,
+    /// Held while receipts are written or swept.
+    receipts: Mutex<()>,
 }
 
 impl Store {
@@ -171,28 +197,60 @@ impl Store {
             epoch: opened.epoch,
             max_commit_bytes: options.max_commit_bytes,
             log_commits: options.log_commits,
+            log_bytes: options.log_bytes,
+            log_age_micros: i64::try_from(options.log_age.as_micros()).unwrap_or(i64::MAX),
+            receipt_age_micros: i64::try_from(options.idempotency_age.as_micros()).unwrap_or(i64::MAX),
+            durability: options.durability,
+            sync_interval: options.sync_interval,
+            write_queue: options.write_queue,
+            durable: AtomicU64::new(opened.state.applied.0),
+            logged: AtomicU64::new(opened.state.logged),
             applied: AtomicU64::new(opened.state.applied.0),
             log_floor: AtomicU64::new(opened.state.log_floor.0),
+            clock: opened.clock,
+            committed_at: AtomicI64::new(opened.state.committed_at),
             catalogs: ArcSwap::from_pointee([catalog.clone(), catalog.clone()]),
             catalog: ArcSwap::new(catalog),
             failure: OnceLock::new(),
+            retention: Arc::default(),
+            trimming: Mutex::new(()),
+            receipts: Mutex::new(()),
         });
-        let queue = Arc::new(commit::Queue::new(inner.clone(), opened.logs));
-        Ok(Store { inner, queue })
+        let queue = Arc::new(commit::Queue::new(inner.clone()));
+        let retention = Arc::new(Retention::new(&inner));
+        Ok(Store { inner, queue, retention })
     }
 
     /// Starts the committer thread; `hook` sees every commit. Called once; transactions handed over before wait.
     pub fn start(&self, hook: CommitHook) {
         self.queue.start(hook);
+        self.retention.start(self.inner.clone());
     }
 
     pub fn epoch(&self) -> Epoch {
         self.inner.epoch
     }
 
-    /// The newest durable commit.
+    /// The newest commit: what a query sees.
     pub fn applied(&self) -> Seq {
         self.inner.applied()
+    }
+
+    /// The newest commit that is on disk, whatever happens. Behind [`Store::applied`] only where `durability` is not
+    /// `sync`. Nothing after it may be told to a subscriber.
+    pub fn durable(&self) -> Seq {
+        Seq(self.inner.durable.load(Ordering::Acquire))
+    }
+
+    /// Waits until everything the snapshot shows is on disk. Blocks.
+    pub fn make_durable(&self, snapshot: &snapshot::Snapshot) -> Result<(), StoreError> {
+        if snapshot.seq() <= self.durable() { Ok(()) } else { self.inner.sync() }
+    }
+
+    /// For tests: trims the change log now, instead of within a second.
+    #[cfg(test)]
+    pub fn trim_log(&self) {
+        retention::trim(&self.inner).unwrap();
     }
 
     /// The catalog as of the newest durable commit.
@@ -261,6 +319,7 @@ impl Store {
     /// directory is released when the last handle and snapshot are gone.
     pub fn close(&self) {
         self.queue.close();
+        self.retention.stop();
         if self.failed() {
             return;
         }
@@ -279,10 +338,19 @@ impl Inner {
         Seq(self.log_floor.load(Ordering::Acquire))
     }
 
+    /// Everything written so far is on disk when this returns. After a failure nothing is: see [`commit`].
+    fn sync(&self) -> Result<(), StoreError> {
+        self.db.flush_wal(true).map_err(read_error).inspect_err(|error| {
+            self.fail(format!("the write-ahead log could not be synced: {error}"));
+        })
+    }
+
     /// As in memory; for what is on disk at one point, see [`snapshot::Snapshot`].
     fn state(&self) -> meta::State {
         let catalog_version = self.catalog.load().version;
-        meta::State { applied: self.applied(), catalog_version, log_floor: self.log_floor() }
+        let committed_at = self.committed_at.load(Ordering::Acquire);
+        let (applied, log_floor) = (self.applied(), self.log_floor());
+        meta::State { applied, catalog_version, log_floor, committed_at, logged: self.logged.load(Ordering::Acquire) }
     }
 
     fn read(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
@@ -300,6 +368,9 @@ impl Inner {
     }
 
     fn flush(&self) -> Result<(), StoreError> {
+        // Exact: no row expires early after an orderly end.
+        let mark = self.clock.now().to_be_bytes();
+        self.db.put_opt(meta::CLOCK_KEY, mark, &synced()).map_err(read_error)?;
         for name in FAMILIES {
             self.db.flush_cf(family(&self.db, name)).map_err(read_error)?;
         }
@@ -316,6 +387,7 @@ fn row_family(db: &DB, kind: TableKind) -> &ColumnFamily {
     match kind {
         TableKind::Shared => family(db, SHARED_FAMILY),
         TableKind::User => family(db, USER_FAMILY),
+        TableKind::Stream => family(db, STREAM_FAMILY),
     }
 }
 

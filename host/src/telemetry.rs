@@ -61,15 +61,27 @@ impl Metrics {
     pub fn new() -> (Arc<Metrics>, Exposition) {
         let metrics = Arc::new(Metrics::default());
         let mut registry = Registry::with_prefix("tidegate");
-        metrics.register_counters(&mut registry);
-        metrics.register_gauges(&mut registry);
+        for (name, help, counter) in metrics.counters() {
+            registry.register(name, help, counter.clone());
+        }
+        for (name, help, gauge) in metrics.gauges() {
+            registry.register(name, help, gauge.clone());
+        }
         registry.register("plugin_metric", "Counters that plugins keep themselves", metrics.plugin_metrics.clone());
         registry.register_collector(Box::new(PluginSeconds(metrics.plugin_nanos.clone())));
         (metrics, Exposition(registry))
     }
 
-    fn register_counters(&self, registry: &mut Registry) {
-        for (name, help, counter) in [
+    /// Name, help and value of every counter and gauge that has no labels.
+    pub fn values(&self) -> Vec<(&'static str, &'static str, f64)> {
+        let counters = self.counters().into_iter().map(|(name, help, counter)| (name, help, counter.get() as f64));
+        let gauges = self.gauges().into_iter().map(|(name, help, gauge)| (name, help, gauge.get() as f64));
+        let seconds = ("plugin_cpu_seconds", PLUGIN_SECONDS, self.plugin_nanos.get() as f64 / 1e9);
+        counters.chain(gauges).chain([seconds]).collect()
+    }
+
+    fn counters(&self) -> Vec<(&'static str, &'static str, &Counter)> {
+        vec![
             ("commits", "Durable commits", &self.commits),
             ("commit_bytes", "Bytes of the frames of durable commits", &self.commit_bytes),
             ("events", "Live events encoded, once per group", &self.events),
@@ -87,13 +99,11 @@ impl Metrics {
             ("http_requests", "HTTP requests", &self.http_requests),
             ("http_refused", "Connections turned away at the connection limit", &self.http_refused),
             ("http_stalled", "Connections cut because the client stopped reading", &self.http_stalled),
-        ] {
-            registry.register(name, help, counter.clone());
-        }
+        ]
     }
 
-    fn register_gauges(&self, registry: &mut Registry) {
-        for (name, help, gauge) in [
+    fn gauges(&self) -> Vec<(&'static str, &'static str, &Gauge)> {
+        vec![
             ("plugin_instances", "Plugin instances alive", &self.plugin_instances),
             ("subscriptions", "Open live subscriptions", &self.subscriptions),
             ("groups", "Groups of equal live queries", &self.groups),
@@ -102,11 +112,11 @@ impl Metrics {
             ("store_write_buffer_bytes", "Bytes in RocksDB's write buffers", &self.store_write_buffer_bytes),
             ("store_block_cache_bytes", "Bytes in RocksDB's block cache", &self.store_block_cache_bytes),
             ("store_table_reader_bytes", "Bytes in RocksDB's table readers", &self.store_table_reader_bytes),
-        ] {
-            registry.register(name, help, gauge.clone());
-        }
+        ]
     }
 }
+
+const PLUGIN_SECONDS: &str = "CPU seconds spent in plugins";
 
 /// Counted in nanoseconds (an integer add on the hot path), shown in seconds.
 #[derive(Debug)]
@@ -115,8 +125,7 @@ struct PluginSeconds(Counter);
 impl Collector for PluginSeconds {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let seconds = ConstCounter::new(self.0.get() as f64 / 1e9);
-        let help = "CPU seconds spent in plugins";
-        let metric = encoder.encode_descriptor("plugin_cpu_seconds", help, None, seconds.metric_type())?;
+        let metric = encoder.encode_descriptor("plugin_cpu_seconds", PLUGIN_SECONDS, None, seconds.metric_type())?;
         seconds.encode(metric)
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tests::live::seq;
-use tests::{Client, Live, TestServer};
+use tests::{Client, Live, Options, TestServer};
 use tokio::sync::watch;
 
 const WRITERS: i64 = 8;
@@ -53,7 +53,17 @@ struct Log {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kill_nine_loses_nothing_and_invents_nothing() {
-    let mut server = TestServer::start().await;
+    kill_nine(Options::default(), KILLS).await;
+}
+
+/// What the operating system has been given survives the death of a process, if not a power cut.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kill_nine_loses_nothing_that_waits_for_its_sync_either() {
+    kill_nine(Options { config: "[storage]\ndurability = \"interval\"\n".to_owned(), ..Options::default() }, 1).await;
+}
+
+async fn kill_nine(options: Options, kills: usize) {
+    let mut server = TestServer::with(options).await;
     let db = server.admin();
     db.sql("CREATE TABLE log (id BIGINT PRIMARY KEY, writer INT, n INT, part INT)").await;
     db.sql("CREATE TABLE counters (writer INT PRIMARY KEY, n INT)").await;
@@ -73,7 +83,7 @@ async fn kill_nine_loses_nothing_and_invents_nothing() {
     let writers: Vec<_> =
         (0..WRITERS).map(|writer| tokio::spawn(write(db.clone(), writer, Arc::clone(&log), stopped.clone()))).collect();
 
-    for _ in 0..KILLS {
+    for _ in 0..kills {
         until_acks(&log, WRITES_PER_LIFE).await;
         server.kill9();
         server.restart().await;

@@ -2,11 +2,14 @@
 
 mod auth;
 mod durability;
+mod idempotency;
 mod live;
 mod ops;
 mod oracle;
 mod plugins;
 mod requery;
+mod schema;
 mod sql;
+mod stream;
 mod streams;
 mod tidy;

@@ -2,6 +2,8 @@
 
 use std::process::Command;
 
+use reqwest::Method;
+use serde_json::{Value, json};
 use tests::server::{command, run_to_end};
 use tests::{Options, TestServer};
 
@@ -151,4 +153,46 @@ async fn bodies_are_bounded() {
         assert_eq!(response.status(), 413);
     }
     assert_eq!(db.get("/healthz").send().await.unwrap().status(), 200);
+}
+
+/// Far more writers than may be under way: those turned away are told when to come back, and whoever was told that it is
+/// written is right.
+#[tokio::test]
+async fn writes_beyond_capacity_are_turned_away_and_none_is_lost() {
+    let server =
+        TestServer::with(Options { config: "[storage]\nwrite_queue = 2\n".to_owned(), ..Options::default() }).await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    let mut live = db.live("SELECT id FROM t").await;
+    live.until_uptodate().await;
+    let (mut acknowledged, mut turned_away) = (Vec::new(), 0);
+    let mut next = 0;
+    while turned_away == 0 || acknowledged.len() < 50 {
+        assert!(next < 20_000, "{turned_away} of {next} writes were turned away");
+        let writes = (next..next + 40).map(|id| {
+            let db = db.clone();
+            async move {
+                let body = json!({"sql": format!("INSERT INTO t VALUES ({id})")});
+                let answer = db.request(Method::POST, "/v1/sql").json(&body).send().await.expect("an answer");
+                (id, answer)
+            }
+        });
+        next += 40;
+        for (id, answer) in futures::future::join_all(writes).await {
+            if answer.status() == 200 {
+                acknowledged.push(id);
+                continue;
+            }
+            assert_eq!(answer.status(), 503);
+            assert_eq!(answer.headers()["retry-after"], "1");
+            assert_eq!(answer.json::<Value>().await.unwrap()["code"], "busy");
+            turned_away += 1;
+        }
+    }
+    let answer = db.sql("SELECT id FROM t ORDER BY id").await;
+    acknowledged.sort();
+    let due: Vec<Value> = acknowledged.iter().map(|id| json!([id])).collect();
+    assert_eq!(answer["results"][0]["rows"], json!(due), "exactly what was acknowledged");
+    live.until_seq(tests::live::seq(&answer)).await;
+    assert_eq!(live.fold.rows.len(), acknowledged.len());
 }

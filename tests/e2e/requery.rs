@@ -252,7 +252,9 @@ async fn what_ends_it() {
 #[tokio::test]
 async fn what_does_not_fit_is_refused_by_name() {
     let (_server, db) = shop().await;
+    db.sql("CREATE TABLE ticks (id INT PRIMARY KEY) WITH (type = 'stream', ttl = '1h')").await;
     for (query, named) in [
+        (LiveQuery::new("SELECT count(*) AS n FROM ticks"), "the stream table ticks"),
         (LiveQuery::new("SELECT count(*) AS n FROM orders").option("last_rows", "3"), "last_rows"),
         (LiveQuery::new("SELECT count(*) AS n FROM orders").plugin("late"), "a pipeline"),
         (LiveQuery::new("SELECT count(*) AS n FROM orders WHERE total > random()"), "random()"),

@@ -230,7 +230,7 @@ async fn positions_of_all_kinds() {
     let query = LiveQuery::new(A);
     let mut refused: Vec<String> = ["garbage", "1-2", "é", "-1-2-3", "0x1-2-3"].map(str::to_owned).to_vec();
     refused.push(format!("{id}~{id}"));
-    refused.push(format!("{epoch}-{seq}-00000000.{}.{}", parts[1], parts[2]));
+    refused.push(format!("{epoch}-{seq}-00000000.{}.{}.{}", parts[1], parts[2], parts[3]));
     refused.push(format!("{epoch}-99999999999999999999999-{fingerprint}"));
     for position in &refused {
         // A header cannot hold everything; the query string can.
@@ -246,12 +246,12 @@ async fn positions_of_all_kinds() {
     assert_eq!(response.status(), 400);
 
     // Of another history, of the future, of another schema: what the client holds is void, and it is told why.
-    let schema = format!("{epoch}-{seq}-{}.00000000.{}", parts[0], parts[2]);
+    let schema = format!("{epoch}-{seq}-{}.{}.ffff.{}", parts[0], parts[1], parts[3]);
     for (position, reason) in [
         (format!("dead-{seq}-{fingerprint}"), "epoch"),
         (format!("{epoch}-{}-{fingerprint}", u64::MAX), "epoch"),
         (schema, "schema"),
-        (format!("{epoch}-{seq}-{}.{}.00000000", parts[0], parts[1]), "plugin"),
+        (format!("{epoch}-{seq}-{}.{}.{}.00000000", parts[0], parts[1], parts[2]), "plugin"),
     ] {
         live.fold.last_id = Some(position.clone());
         live.reconnect().await;
@@ -324,6 +324,31 @@ async fn a_killed_query_ends_and_stays_away() {
     db.expect_error(&kill, 404, "not_found").await;
     bob.expect_error("KILL LIVE QUERY 'nothing'", 404, "not_found").await;
     db.expect_error("KILL LIVE QUERY nothing", 400, "syntax").await;
+}
+
+#[tokio::test]
+async fn open_live_queries_are_listed_with_what_they_have_told() {
+    let server = TestServer::start().await;
+    let db = tables(&server).await;
+    let (alice, bob) = (server.client("alice"), server.client("bob"));
+    let mut streams = vec![alice.live(A).await, alice.live(A).await, bob.live(A).await, bob.live(SUM).await];
+    for live in &mut streams {
+        live.until_uptodate().await;
+    }
+    let answer = seq(&db.sql("INSERT INTO a VALUES (3, 30), (4, 40)").await);
+    for live in &mut streams {
+        live.until_seq(answer).await;
+    }
+    const LISTED: &str =
+        "SELECT sql, mode, users, subscribers, events, bytes > 0 AS told, lag FROM system.live_queries ORDER BY mode";
+    let incremental = |users: &str, subscribers: i64| json!([A, "incremental", users, subscribers, 2, true, 0]);
+    assert_eq!(alice.rows(LISTED).await, json!([incremental("alice", 2)]));
+    let requery = |users: &str| json!([SUM, "requery", users, 1, 2, true, 0]);
+    assert_eq!(bob.rows(LISTED).await, json!([incremental("bob", 1), requery("bob")]));
+    assert_eq!(db.rows(LISTED).await, json!([incremental("alice, bob", 3), requery("bob")]));
+    // What it lists can be ended.
+    let id = alice.rows("SELECT live_id FROM system.live_queries").await[0][0].as_str().unwrap().to_owned();
+    assert_eq!(alice.sql(&format!("KILL LIVE QUERY '{id}'")).await["results"][0]["affected"], 2);
 }
 
 #[tokio::test]

@@ -34,11 +34,20 @@ pub struct Options {
     pub live: String,
     pub env: Vec<(String, String)>,
     pub args: Vec<String>,
+    /// A data directory to begin with, which stays as it is: a copy is used.
+    pub data: Option<PathBuf>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { heartbeat_ms: 300, config: String::new(), live: String::new(), env: Vec::new(), args: Vec::new() }
+        Options {
+            heartbeat_ms: 300,
+            config: String::new(),
+            live: String::new(),
+            env: Vec::new(),
+            args: Vec::new(),
+            data: None,
+        }
     }
 }
 
@@ -72,6 +81,9 @@ impl TestServer {
     pub async fn with(options: Options) -> Self {
         let dir = tempfile::Builder::new().prefix("tidegate-test-").tempdir().expect("a temporary directory");
         std::fs::write(dir.path().join("tidegate.toml"), config(&options)).expect("the configuration file is written");
+        if let Some(data) = &options.data {
+            copy(data, &dir.path().join("data"));
+        }
         // Environment proxies are for the outside; no time limit here, because streams have none.
         let http = reqwest::Client::builder().no_proxy().build().expect("an HTTP client");
         let mut server = TestServer { dir, options, process: None, url: Arc::default(), http };
@@ -159,6 +171,19 @@ impl Drop for TestServer {
             eprintln!("---- the server, data in {} ----\n{}", self.data_dir().display(), process.output.text());
             // Kept to be looked at.
             self.dir.disable_cleanup(true);
+        }
+    }
+}
+
+/// Copies a folder with all that is in it.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap_or_else(|error| panic!("{}: {error}", to.display()));
+    for entry in std::fs::read_dir(from).unwrap_or_else(|error| panic!("{}: {error}", from.display())) {
+        let (path, name) = entry.map(|entry| (entry.path(), entry.file_name())).expect("an entry of a folder");
+        if path.is_dir() {
+            copy(&path, &to.join(name));
+        } else {
+            std::fs::copy(&path, to.join(name)).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         }
     }
 }

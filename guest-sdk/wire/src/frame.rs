@@ -53,10 +53,24 @@ pub enum Scope {
 /// A catalog change that happened at this commit's place in the order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CatalogEvent {
-    TableCreated { table: u32 },
-    TableDropped { table: u32 },
-    PluginActivated { name: String, version: u32 },
-    PluginDropped { name: String },
+    TableCreated {
+        table: u32,
+    },
+    TableDropped {
+        table: u32,
+    },
+    PluginActivated {
+        name: String,
+        version: u32,
+    },
+    PluginDropped {
+        name: String,
+    },
+    /// From here on the table's rows are at this schema version, and its name may be another.
+    TableAltered {
+        table: u32,
+        schema_version: u32,
+    },
 }
 
 /// The frame as postcard sees it: `postcard::from_bytes::<Frame>` decodes any frame. The host and plugins read frames

@@ -1,7 +1,28 @@
 //! Checked settings of each module, made by [`super::Config`] and handed down by value.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+/// When a write is acknowledged. Events wait for the sync whatever it says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// When it is on disk: it survives a power cut.
+    Sync,
+    /// When the operating system has it: it survives a crash of the server. On disk within the sync interval.
+    Interval,
+    /// The same, but on disk only about once a second: for disks that wear out by syncing.
+    Os,
+}
+
+impl Durability {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Durability::Sync => "sync",
+            Durability::Interval => "interval",
+            Durability::Os => "os",
+        }
+    }
+}
 
 /// Checked settings of the store.
 #[derive(Clone, Debug)]
@@ -13,8 +34,24 @@ pub struct StoreOptions {
     pub max_background_jobs: i32,
     pub max_open_files: i32,
     pub max_commit_bytes: usize,
-    /// Commits kept in the change log for resume; older ones answer `resync`.
+    /// Commits, bytes and time kept in the change log for resume; positions before that answer `resync`.
     pub log_commits: u64,
+    pub log_bytes: u64,
+    pub log_age: Duration,
+    /// How long a write's answer is kept for the case that it is sent again.
+    pub idempotency_age: Duration,
+    pub durability: Durability,
+    /// How long a write may be acknowledged and not on disk, where `durability` is not `sync`.
+    pub sync_interval: Duration,
+    /// Writes that may be under way or wait; more are told to come back.
+    pub write_queue: usize,
+}
+
+impl StoreOptions {
+    /// The defaults.
+    pub fn new(path: &Path) -> StoreOptions {
+        super::Config::new(path).store
+    }
 }
 
 /// Checked limits of the SQL engine.

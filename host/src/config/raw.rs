@@ -12,8 +12,8 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
 use super::{
-    Config, ConfigError, HttpOptions, LiveOptions, LogFormat, PluginOptions, Role, SqlOptions, StoreOptions, Token,
-    check_tokens, invalid,
+    Config, ConfigError, Durability, HttpOptions, LiveOptions, LogFormat, PluginOptions, Role, SqlOptions,
+    StoreOptions, Token, check_tokens, invalid,
 };
 
 /// Declares a section: all keys optional, and their names as a list, so that an unknown key is answered by full name.
@@ -48,7 +48,16 @@ section!(RawServer {
     body_total_bytes: Size,
     ticket_ttl_ms: u64,
 });
-section!(RawStorage { max_commit_bytes: Size, log_commits: u64 } sections { rocksdb: RawRocksdb });
+section!(RawStorage {
+    durability: String,
+    sync_interval_ms: u64,
+    max_commit_bytes: Size,
+    write_queue: usize,
+    log_commits: u64,
+    log_bytes: Size,
+    log_age_ms: u64,
+    idempotency_age_ms: u64,
+} sections { rocksdb: RawRocksdb });
 section!(RawRocksdb {
     write_buffer_size: Size,
     max_write_buffers: i32,
@@ -204,10 +213,16 @@ fn ours(environment: impl Iterator<Item = (OsString, OsString)>) -> Result<HashM
     Ok(variables)
 }
 
+/// The full names of all settings.
+pub fn all_keys() -> Vec<String> {
+    let mut keys = Vec::new();
+    Raw::keys("", &mut keys);
+    keys
+}
+
 /// Refuses the first unknown key, by its full name, with the closest known one.
 fn check_keys(table: HashMap<String, Value>, origin: &str) -> Result<(), ConfigError> {
-    let mut known = Vec::new();
-    Raw::keys("", &mut known);
+    let known = all_keys();
     let mut found = Vec::new();
     for (key, value) in table {
         flatten(key, value, &mut found);
@@ -279,6 +294,7 @@ fn millis(key: &str, given: Option<u64>, default: u64, min: u64, max: u64) -> Re
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+const DAY_MILLIS: u64 = 86_400_000;
 
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
@@ -356,6 +372,17 @@ impl RawServer {
 
 impl RawStorage {
     fn check(self, data_dir: &Path) -> Result<StoreOptions, ConfigError> {
+        let durability = match self.durability.as_deref() {
+            None | Some("sync") => Durability::Sync,
+            Some("interval") => Durability::Interval,
+            Some("os") => Durability::Os,
+            Some(other) => {
+                let message = format!("is `sync`, `interval` or `os`, not {other:?}");
+                return Err(invalid("storage.durability", message));
+            }
+        };
+        let interval = if durability == Durability::Os { 1_000 } else { 50 };
+        let sync_interval = millis("storage.sync_interval_ms", self.sync_interval_ms, interval, 1, 10_000)?;
         let rocks = self.rocksdb;
         let at = |key: &str| format!("storage.rocksdb.{key}");
         Ok(StoreOptions {
@@ -367,6 +394,18 @@ impl RawStorage {
             max_open_files: bounded(&at("max_open_files"), rocks.max_open_files, 256, 16, 1_000_000)?,
             max_commit_bytes: bytes("storage.max_commit_bytes", self.max_commit_bytes, 16 * MIB, 4 * KIB, 256 * MIB)?,
             log_commits: bounded("storage.log_commits", self.log_commits, 1_000_000, 1, u64::MAX)?,
+            log_bytes: bytes("storage.log_bytes", self.log_bytes, 4 * GIB, 64 * KIB, 1 << 50)? as u64,
+            log_age: millis("storage.log_age_ms", self.log_age_ms, 7 * DAY_MILLIS, 1_000, 3_650 * DAY_MILLIS)?,
+            idempotency_age: millis(
+                "storage.idempotency_age_ms",
+                self.idempotency_age_ms,
+                DAY_MILLIS,
+                1_000,
+                30 * DAY_MILLIS,
+            )?,
+            durability,
+            sync_interval,
+            write_queue: bounded("storage.write_queue", self.write_queue, 1_024, 1, 1_000_000)?,
         })
     }
 }

@@ -105,3 +105,16 @@ fn defaults_are_valid() {
     assert_eq!(config.http.bind.to_string(), "127.0.0.1:8433");
     assert_eq!(config.live.workers, config.plugins.workers);
 }
+
+#[test]
+fn every_setting_is_shown_and_no_secret_is() {
+    let secret = "a-secret-that-nobody-may-see-0123456789";
+    let toml = format!("admin_token = '{secret}-admin'\n[[tokens]]\ntoken = '{secret}'\nuser = 'a'\nrole = 'user'");
+    let settings = load(&toml, &[], Flags::default()).unwrap().settings();
+    let shown: Vec<&String> = settings.iter().map(|(name, _)| name).collect();
+    for key in raw::all_keys() {
+        assert!(shown.contains(&&key), "{key} is missing in config/show.rs");
+    }
+    assert_eq!(shown.len(), raw::all_keys().len());
+    assert!(!format!("{settings:?}").contains(secret));
+}

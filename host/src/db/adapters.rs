@@ -10,8 +10,9 @@ use tokio::sync::Semaphore;
 use wire::image::ImageAt;
 use wire::{FrameView, ImageRef, Schema, Scope};
 
-use super::now_micros;
+use super::{blocking, now_micros};
 use crate::catalog::Table;
+use crate::config::Role;
 use crate::live::requery::Done;
 use crate::live::{Answer, Requery, RequeryError};
 use crate::live::{GroupSpec, Piped, PipelineFault, Pipelines, Program, ProgramError};
@@ -78,6 +79,7 @@ pub(super) struct QueryRunner {
     /// Namespace and user of whoever asked; all of a group see the same rows.
     pub namespace: String,
     pub user: Arc<str>,
+    pub role: Role,
     pub limit: usize,
     /// How many may run at the same time, in the whole server.
     pub permits: Arc<Semaphore>,
@@ -88,11 +90,21 @@ impl Requery for QueryRunner {
     fn run(&self, done: Done) {
         let (store, sql, plan, limit) = (self.store.clone(), self.sql.clone(), self.plan.clone(), self.limit);
         let (namespace, user, permits) = (self.namespace.clone(), self.user.clone(), self.permits.clone());
+        let role = self.role;
         self.runtime.spawn(async move {
             // Never closed.
             let _permit = permits.acquire_owned().await;
-            // Taken only now, so that a run that waited sees what was written meanwhile.
-            let snapshot = store.snapshot();
+            // Taken only now, so that a run that waited sees what was written meanwhile; and nothing is told of it that a
+            // power cut could take back.
+            let durable = blocking(move || {
+                let snapshot = store.snapshot();
+                store.make_durable(&snapshot).map(|()| snapshot)
+            });
+            let snapshot = match durable.await {
+                Ok(Ok(snapshot)) => snapshot,
+                Ok(Err(error)) => return done(Err(RequeryError::Failed(error.to_string()))),
+                Err(error) => return done(Err(RequeryError::Failed(error.to_string()))),
+            };
             let seq = snapshot.seq();
             let catalog = snapshot.catalog().clone();
             let same = |table: &Table| {
@@ -106,6 +118,7 @@ impl Requery for QueryRunner {
                 snapshot,
                 namespace,
                 user,
+                role,
                 params: Arc::default(),
                 overlay: Arc::default(),
                 now: now_micros(),

@@ -92,7 +92,7 @@ impl Db {
         base: Seq,
         write: CatalogWrite,
     ) -> Result<Option<Seq>, DbError> {
-        let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: vec![write] };
+        let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: vec![write], receipt: None };
         match self.inner.store.commit(transaction).await {
             Ok(seq) => Ok(Some(seq)),
             Err(CommitError::Stale) => Ok(None),

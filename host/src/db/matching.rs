@@ -159,7 +159,10 @@ async fn table_of(sql: &Sql, store: &Store) -> Arc<Table> {
         let env = env(store);
         let plan = sql.ddl(&statement, &env).unwrap();
         let (namespace, base) = (plan.namespace.unwrap(), env.snapshot.seq());
-        store.commit(Transaction { namespace, base, rows: Vec::new(), catalog: plan.writes }).await.unwrap();
+        store
+            .commit(Transaction { namespace, base, rows: Vec::new(), catalog: plan.writes, receipt: None })
+            .await
+            .unwrap();
     }
     store.catalog().table("main", "t").unwrap().clone()
 }
@@ -171,6 +174,7 @@ fn env(store: &Store) -> RequestEnv {
         snapshot,
         namespace: "main".to_owned(),
         user: "alice".into(),
+        role: crate::config::Role::User,
         params: Arc::default(),
         overlay: Arc::<Overlay>::default(),
         now: 0,
@@ -183,7 +187,7 @@ async fn what_matches_is_never_ruled_out() {
     let config = crate::config::Config::new(dir.path());
     let store = Store::open(&StoreOptions { block_cache_size: 1 << 20, ..config.store }).unwrap();
     store.start(Box::new(|_| {}));
-    let sql = Sql::new(SqlOptions { deadline: Duration::from_secs(30), ..config.sql }).unwrap();
+    let sql = Sql::new(SqlOptions { deadline: Duration::from_secs(30), ..config.sql }, Vec::new()).unwrap();
     let table = table_of(&sql, &store).await;
     let seed = std::env::var("SEED").ok().map_or(1, |seed| seed.parse().unwrap());
     eprintln!("SEED={seed}");

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::{Db, DbError, Identity};
 use crate::config::Role;
-use crate::live::GroupSpec;
+use crate::live::{GroupSpec, Live};
 use crate::store::Seq;
 
 /// Kills that are remembered, so that a client that comes back by itself is told to stop. Clients come back within
@@ -54,7 +54,7 @@ impl Kill {
 
 /// An open live query as it is shown.
 #[derive(Clone, Debug)]
-pub struct LiveQueryInfo {
+pub(super) struct LiveQueryInfo {
     pub live_id: String,
     pub namespace: String,
     pub sql: String,
@@ -96,6 +96,36 @@ impl Streams {
         }
     }
 
+    /// The open live queries that this user may see: an administrator all, others their own.
+    pub(super) fn visible(&self, live: &Live, user: &Arc<str>, role: Role) -> Vec<LiveQueryInfo> {
+        let all = role == Role::Admin;
+        let open = self.open();
+        let mut found: Vec<LiveQueryInfo> = open
+            .iter()
+            .filter(|(_, open)| all || open.users.contains_key(user))
+            .map(|(live_id, open)| {
+                let counters = live.counters(&open.spec);
+                let mine = |(of, count): (&Arc<str>, &usize)| (all || of == user).then(|| (of.to_string(), *count));
+                let (mut users, counts): (Vec<String>, Vec<usize>) = open.users.iter().filter_map(mine).unzip();
+                users.sort();
+                LiveQueryInfo {
+                    live_id: live_id.clone(),
+                    namespace: open.spec.table.namespace_name.clone(),
+                    sql: open.sql.to_string(),
+                    mode: mode(&open.spec),
+                    index: open.spec.index.clone(),
+                    users,
+                    subscribers: counts.iter().sum::<usize>() as u64,
+                    events: counters.events,
+                    bytes: counters.bytes,
+                    lag: counters.lag,
+                }
+            })
+            .collect();
+        found.sort_by(|one, other| one.live_id.cmp(&other.live_id));
+        found
+    }
+
     fn note(&self, live_id: &str, user: Option<Arc<str>>, seq: Seq) {
         let mut kills = self.kills();
         kills.count += 1;
@@ -131,37 +161,6 @@ impl Db {
         streams.note(live_id, (!all).then(|| who.user.clone()), self.inner.store.applied());
         tracing::info!(live_id, by = %who.user, streams = count, "live query killed");
         Ok(count as u64)
-    }
-
-    /// The open live queries that this user may see: an administrator all, others their own.
-    pub fn live_queries(&self, who: &Identity) -> Vec<LiveQueryInfo> {
-        let all = who.role == Role::Admin;
-        let open = self.inner.streams.open();
-        let mut found: Vec<LiveQueryInfo> = open
-            .iter()
-            .filter(|(_, open)| all || open.users.contains_key(&who.user))
-            .map(|(live_id, open)| {
-                let counters = self.inner.live.counters(&open.spec);
-                let mine = |(user, count): (&Arc<str>, &usize)| (all || *user == who.user).then_some(*count as u64);
-                let mut users: Vec<String> = open.users.keys().map(|user| user.to_string()).collect();
-                users.retain(|user| all || **user == *who.user);
-                users.sort();
-                LiveQueryInfo {
-                    live_id: live_id.clone(),
-                    namespace: open.spec.table.namespace_name.clone(),
-                    sql: open.sql.to_string(),
-                    mode: mode(&open.spec),
-                    index: open.spec.index.clone(),
-                    subscribers: open.users.iter().filter_map(mine).sum(),
-                    events: counters.events,
-                    bytes: counters.bytes,
-                    lag: counters.lag,
-                    users,
-                }
-            })
-            .collect();
-        found.sort_by(|one, other| one.live_id.cmp(&other.live_id));
-        found
     }
 }
 

@@ -167,6 +167,7 @@ impl Db {
             plan: plan.clone(),
             namespace: env.namespace.clone(),
             user: env.user.clone(),
+            role: env.role,
             limit: self.inner.live_options.requery_bytes,
             permits: self.inner.requeries.clone(),
             runtime,
@@ -216,20 +217,15 @@ impl Db {
         if position.epoch != spec.epoch.0 {
             return resync(ResyncReason::Epoch);
         }
-        let mut theirs = position.fingerprint.split('.');
-        let mut ours = spec.fingerprint.split('.');
-        let same: Vec<bool> = (0..3).map(|_| theirs.next() == ours.next()).collect();
-        // Looked at first: another schema may well make another plan of the same text.
-        if !same[1] {
-            return resync(ResyncReason::Schema);
-        }
-        if !same[0] {
-            return Err(DbError::BadRequest(
-                "the position (Last-Event-ID) belongs to another live query; start this one without it".into(),
-            ));
-        }
-        if !same[2] {
-            return resync(ResyncReason::Plugin);
+        match Fingerprint::compare(&position.fingerprint, &spec.fingerprint) {
+            Same::All => {}
+            Same::OtherQuery => {
+                return Err(DbError::BadRequest(
+                    "the position (Last-Event-ID) belongs to another live query; start this one without it".into(),
+                ));
+            }
+            Same::OtherSchema => return resync(ResyncReason::Schema),
+            Same::OtherPipeline => return resync(ResyncReason::Plugin),
         }
         let seq = Seq(position.seq);
         if seq > self.inner.store.applied() {
@@ -271,7 +267,7 @@ impl Db {
                 StatementResult::Rows(self.explain_live(who, &live).await?)
             }
         };
-        Ok(SqlAnswer { results: vec![result], seq })
+        Ok(SqlAnswer { results: vec![result], seq, replayed: false })
     }
 
     async fn explain_live(&self, who: &Identity, request: &LiveRequest) -> Result<RowStream, DbError> {
@@ -325,7 +321,12 @@ impl LiveStream {
                 State::Rejoin(rejoin) => {
                     let rejoin = *rejoin;
                     if let Err(error) = self.rejoin(rejoin).await {
-                        self.end(closed_by(&error));
+                        self.end(match rejoin {
+                            Rejoin::Resync(ResyncReason::Schema) if !matches!(error, DbError::Closed) => {
+                                self.closed_by_schema(&error)
+                            }
+                            _ => closed_by(&error),
+                        });
                     }
                 }
                 State::AwaitPlugin(catalog) => {
@@ -475,6 +476,7 @@ impl LiveStream {
                 code: "table_dropped",
                 message: format!("table \"{}\" was dropped", self.compiled.spec.table.name),
             }),
+            EndReason::TableAltered => self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Schema)),
             EndReason::PluginDropped { name } => self
                 .end(LiveOutput::Closed { code: "plugin_dropped", message: format!("plugin \"{name}\" was deleted") }),
             EndReason::Store { message } => self.end(LiveOutput::Failed { message }),
@@ -483,6 +485,13 @@ impl LiveStream {
                 message: "the server is shutting down; connect again with the last id".into(),
             }),
         }
+    }
+
+    /// The altered table and the query no longer fit together.
+    fn closed_by_schema(&self, error: &DbError) -> LiveOutput {
+        let table = &self.compiled.spec.table.name;
+        let message = format!("table \"{table}\" was altered, and the live query no longer fits it: {error}");
+        LiveOutput::Closed { code: "schema", message }
     }
 
     fn end(&mut self, last: LiveOutput) {
@@ -578,10 +587,13 @@ fn resolve_stage(catalog: &Catalog, namespace: &str, stage: &StageRequest) -> Re
     })
 }
 
-/// The three parts of a position that must agree before a stream is resumed, each 32 bits of SHA-256.
+/// What must agree before a stream is resumed. In a position: 32 bits of the plan's SHA-256, the table's id, its schema
+/// version, 32 bits of the pipeline's SHA-256.
 struct Fingerprint {
     plan: [u8; 32],
     schema: [u8; 32],
+    table: u32,
+    schema_version: u32,
     pipeline: [u8; 32],
 }
 
@@ -595,10 +607,14 @@ impl Fingerprint {
         let (mut query, mut schema) = (Sha256::new(), Sha256::new());
         query.update(plan.to_le_bytes());
         query.update(format!("{old:?}"));
-        for (table, scope) in sources {
+        let (mut table, mut schema_version) = (0_u32, 0_u32);
+        for (source, scope) in sources {
             query.update(format!(" {scope:?}"));
-            schema.update(table.id.0.to_le_bytes());
-            schema.update(table.schema_version.to_le_bytes());
+            schema.update(source.id.0.to_le_bytes());
+            schema.update(source.schema_version.to_le_bytes());
+            // Of one table its own numbers; of several something that differs when one of theirs does.
+            table = table.wrapping_mul(0x9e37_79b9).wrapping_add(source.id.0);
+            schema_version = schema_version.wrapping_mul(0x9e37_79b9).wrapping_add(source.schema_version);
         }
         let mut pipeline = Sha256::new();
         for stage in stages {
@@ -611,12 +627,30 @@ impl Fingerprint {
         Fingerprint {
             plan: query.finalize().into(),
             schema: schema.finalize().into(),
+            table,
+            schema_version,
             pipeline: pipeline.finalize().into(),
         }
     }
 
     fn text(&self) -> String {
-        format!("{}.{}.{}", hex(&self.plan[..4]), hex(&self.schema[..4]), hex(&self.pipeline[..4]))
+        let Fingerprint { table, schema_version, .. } = self;
+        format!("{}.{table:x}.{schema_version:x}.{}", hex(&self.plan[..4]), hex(&self.pipeline[..4]))
+    }
+
+    /// What two texts have in common. The table comes before the plan: after an ALTER the same `SELECT *` is another
+    /// plan, and that is no mistake of the client. Texts of other builds have another number of parts: what they mean
+    /// is not known, and a new snapshot is right in any case.
+    fn compare(theirs: &str, ours: &str) -> Same {
+        let parts = |text: &str| <[String; 4]>::try_from(text.split('.').map(str::to_owned).collect::<Vec<_>>());
+        let (Ok(theirs), Ok(ours)) = (parts(theirs), parts(ours)) else { return Same::OtherSchema };
+        match [0, 1, 2, 3].map(|part| theirs[part] == ours[part]) {
+            [_, false, ..] => Same::OtherQuery,
+            [_, _, false, _] => Same::OtherSchema,
+            [false, ..] => Same::OtherQuery,
+            [.., false] => Same::OtherPipeline,
+            [true, true, true, true] => Same::All,
+        }
     }
 
     /// Equal only for equal groups: all bits of all parts.
@@ -627,6 +661,15 @@ impl Fingerprint {
     fn live_id(&self) -> String {
         hex(&Sha256::digest(self.key())[..8])
     }
+}
+
+/// How far two fingerprints agree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Same {
+    All,
+    OtherQuery,
+    OtherSchema,
+    OtherPipeline,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -662,6 +705,26 @@ impl Drop for PluginUses {
                     uses.remove(name);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_told_apart() {
+        for (theirs, same) in [
+            ("aa.1.2.cc", Same::All),
+            ("ab.1.2.cc", Same::OtherQuery),
+            ("aa.2.2.cc", Same::OtherQuery),
+            ("aa.1.1.cc", Same::OtherSchema),
+            ("ab.1.1.cd", Same::OtherSchema),
+            ("aa.1.2.cd", Same::OtherPipeline),
+            ("aa.12.cc", Same::OtherSchema),
+        ] {
+            assert_eq!(Fingerprint::compare(theirs, "aa.1.2.cc"), same, "{theirs}");
         }
     }
 }

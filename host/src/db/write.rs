@@ -6,10 +6,11 @@ use std::sync::Arc;
 use wire::Scope;
 
 use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult};
-use crate::catalog::{Catalog, TableId, TableKind};
+use crate::catalog::{Catalog, NamespaceId, TableId, TableKind};
 use crate::config::Role;
 use crate::sql::{Overlay, RequestEnv, SqlError, Statement, StatementKind};
-use crate::store::{CommitError, RowWrite, Seq, Transaction};
+use crate::store::snapshot::Snapshot;
+use crate::store::{CommitError, Receipt, RowWrite, Seq, Transaction};
 
 /// A writer that lost this often takes its turn alone, and then cannot lose.
 const SHARED_TRIES: u32 = 3;
@@ -39,6 +40,8 @@ pub(super) async fn dml(
     statements: &[Statement],
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
+    // Refused at once rather than queued without end: the client knows best how long it wants to wait.
+    let _under_way = db.inner.writes.try_acquire().map_err(|_| DbError::Commit(CommitError::Busy))?;
     for attempt in 0..TRIES {
         // Held from the snapshot to the commit. Alone, no other transaction is in flight and this one must win.
         let (_shared, _alone);
@@ -49,14 +52,19 @@ pub(super) async fn dml(
         }
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
+        if let Some(answer) = answered(who, &request, &snapshot)? {
+            return Ok(answer);
+        }
         let env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
+        let default = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
 
         let planned = plan(db, who, statements, env).await?;
-        if planned.rows.is_empty() {
+        let receipt = receipt(who, &request, &planned.affected)?;
+        if planned.rows.is_empty() && receipt.is_none() {
             return Ok(planned.answer(base));
         }
-        let namespace = planned.namespace()?;
-        let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new() };
+        let namespace = planned.namespace(default)?;
+        let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new(), receipt };
         // Validated, written, synced, visible, published to live queries, and only then acknowledged.
         match db.inner.store.commit(transaction).await {
             Ok(seq) => return Ok(planned.answer(seq)),
@@ -67,7 +75,7 @@ pub(super) async fn dml(
     Err(DbError::Conflict)
 }
 
-/// CREATE and DROP: all statements of the request are one commit.
+/// CREATE, ALTER and DROP: all statements of the request are one commit.
 pub(super) async fn ddl(
     db: &Db,
     who: &Identity,
@@ -75,12 +83,15 @@ pub(super) async fn ddl(
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
     if who.role != Role::Admin {
-        return Err(DbError::Forbidden("CREATE and DROP need the role admin".into()));
+        return Err(DbError::Forbidden("CREATE, ALTER and DROP need the role admin".into()));
     }
     for _ in 0..TRIES {
         let _alone = db.inner.turn.write().await;
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
+        if let Some(answer) = answered(who, &request, &snapshot)? {
+            return Ok(answer);
+        }
         let mut env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
         let (mut writes, mut namespace) = (Vec::new(), None);
         for statement in statements {
@@ -99,17 +110,30 @@ pub(super) async fn ddl(
             writes.extend(plan.writes);
         }
         let results = || statements.iter().map(|_| StatementResult::Affected { affected: 0 }).collect();
+        let receipt = receipt(who, &request, &vec![0; statements.len()])?;
+        if namespace.is_none() && receipt.is_some() {
+            namespace = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
+        }
         let Some(namespace) = namespace else {
-            return Ok(SqlAnswer { results: results(), seq: base });
+            return Ok(SqlAnswer { results: results(), seq: base, replayed: false });
         };
-        let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes };
+        let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes, receipt };
         match db.inner.store.commit(transaction).await {
-            Ok(seq) => return Ok(SqlAnswer { results: results(), seq }),
+            Ok(seq) => return Ok(SqlAnswer { results: results(), seq, replayed: false }),
             Err(CommitError::Stale) => continue,
             Err(error) => return Err(DbError::Commit(error)),
         }
     }
     Err(DbError::Conflict)
+}
+
+/// What the same request was answered before, if it says that it may be sent twice.
+fn answered(who: &Identity, request: &SqlRequest, snapshot: &Snapshot) -> Result<Option<SqlAnswer>, DbError> {
+    request.idempotency.as_ref().map_or(Ok(None), |idempotency| idempotency.answered(who, snapshot))
+}
+
+fn receipt(who: &Identity, request: &SqlRequest, affected: &[u64]) -> Result<Option<Receipt>, DbError> {
+    request.idempotency.as_ref().map(|idempotency| idempotency.receipt(who, affected)).transpose()
 }
 
 /// What a transaction does: its net effect by key, in the order the keys were first touched.
@@ -122,11 +146,13 @@ struct Planned {
 impl Planned {
     fn answer(&self, seq: Seq) -> SqlAnswer {
         let results = self.affected.iter().map(|&affected| StatementResult::Affected { affected }).collect();
-        SqlAnswer { results, seq }
+        SqlAnswer { results, seq, replayed: false }
     }
 
-    fn namespace(&self) -> Result<crate::catalog::NamespaceId, DbError> {
-        let first = self.rows[0].table.namespace;
+    /// `default` where nothing is written.
+    fn namespace(&self, default: Option<NamespaceId>) -> Result<NamespaceId, DbError> {
+        let first = self.rows.first().map(|row| row.table.namespace).or(default);
+        let first = first.ok_or_else(|| DbError::Internal("a write in no namespace".into()))?;
         if self.rows.iter().all(|row| row.table.namespace == first) { Ok(first) } else { Err(two_namespaces()) }
     }
 }
@@ -156,13 +182,14 @@ async fn plan(db: &Db, who: &Identity, statements: &[Statement], mut env: Reques
     Ok(planned)
 }
 
-/// Own rows of user tables belong to everybody; shared tables are written by services and admins.
+/// Own rows of user tables belong to everybody; shared and stream tables are written by services and admins.
 fn may_write(who: &Identity, write: &RowWrite) -> Result<(), DbError> {
     if write.table.kind == TableKind::User || who.role != Role::User {
         return Ok(());
     }
     Err(DbError::Forbidden(format!(
-        "the role user may not write the shared table \"{}\"; use a token of role service or admin",
+        "the role user may not write the {} table \"{}\"; use a token of role service or admin",
+        write.table.kind.as_str(),
         write.table.name
     )))
 }

@@ -115,6 +115,7 @@ impl From<DbError> for Problem {
             DbError::Forbidden(detail) => Problem::new(403, "forbidden", detail),
             DbError::Gone(detail) => Problem::new(410, "killed", detail),
             DbError::TooMany(detail) => Problem::new(429, "too_many", detail).retry_after(5),
+            DbError::KeyReused => Problem::new(422, "idempotency_key_reused", error.to_string()),
             DbError::InUse(detail) => Problem::new(409, "in_use", detail),
             DbError::Internal(_) => server_fault(&error.to_string()),
             DbError::Closed => Problem::new(503, "closing", error.to_string()).retry_after(2),
@@ -132,6 +133,7 @@ impl From<SqlError> for Problem {
             SqlError::Constraint { code, .. } => Problem::new(400, code, detail),
             SqlError::Forbidden(_) => Problem::new(403, "forbidden", detail),
             SqlError::Limit(_) => Problem::new(400, "limit", detail),
+            SqlError::Busy(_) => Problem::new(503, "busy", detail).retry_after(1),
             SqlError::Deadline(_) => Problem::new(504, "deadline", detail),
             SqlError::Store(error) => error.into(),
             SqlError::Internal(_) => server_fault(&detail),
@@ -221,6 +223,7 @@ mod tests {
         check(SqlError::Deadline(std::time::Duration::from_secs(5)).into(), 504, "deadline");
         check(DbError::Commit(CommitError::TooLarge { size: 2, limit: 1 }), 413, "commit_too_large");
         check(DbError::Commit(CommitError::Busy), 503, "busy");
+        check(SqlError::Busy("too much".to_owned()).into(), 503, "busy");
         check(DbError::Conflict, 409, "conflict");
         check(StoreError::DiskFull.into(), 507, "disk_full");
         check(PluginError::Refused("too large".to_owned()).into(), 422, "plugin_refused");

@@ -2,15 +2,16 @@
 //! refused by name.
 
 use axum::extract::Query;
-use axum::http::Uri;
+use axum::http::{HeaderMap, Uri};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::error::Problem;
 use super::several::split;
-use crate::db::{LiveRequest, SqlRequest, StageRequest};
+use crate::db::{Idempotency, LiveRequest, SqlRequest, StageRequest};
 use crate::live::OldMode;
 use crate::sql::Param;
 
@@ -73,14 +74,14 @@ fn offset(text: &str, line: usize, column: usize) -> usize {
 pub fn sql_from_json(body: &[u8]) -> Result<SqlRequest, Problem> {
     let raw: RawSql<'_> = parse("the request body", body)?;
     let params = params(raw.params.as_deref().unwrap_or_default())?;
-    Ok(SqlRequest { sql: raw.sql, params, namespace: raw.namespace, read_only: false })
+    Ok(SqlRequest { sql: raw.sql, params, namespace: raw.namespace, read_only: false, idempotency: None })
 }
 
 /// `POST /v1/sql` as raw SQL.
 pub fn sql_from_text(body: &[u8]) -> Result<SqlRequest, Problem> {
     let sql = std::str::from_utf8(body)
         .map_err(|e| Problem::bad_request("the SQL text is not UTF-8").with("position", json!(e.valid_up_to())))?;
-    Ok(SqlRequest { sql: sql.to_owned(), params: Vec::new(), namespace: None, read_only: false })
+    Ok(SqlRequest { sql: sql.to_owned(), params: Vec::new(), namespace: None, read_only: false, idempotency: None })
 }
 
 /// `GET /v1/sql?sql=…`
@@ -97,7 +98,33 @@ pub fn sql_from_query(uri: &Uri) -> Result<SqlRequest, Problem> {
         }
     }
     let sql = sql.ok_or_else(|| Problem::bad_request("the query parameter `sql` is missing"))?;
-    Ok(SqlRequest { sql, params, namespace, read_only: true })
+    Ok(SqlRequest { sql, params, namespace, read_only: true, idempotency: None })
+}
+
+/// The longest key; a UUID has 36 characters.
+const IDEMPOTENCY_KEY_BYTES: usize = 255;
+
+/// The header `Idempotency-Key`, where there is one.
+pub fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    let mut keys = headers.get_all("idempotency-key").iter();
+    let Some(key) = keys.next() else { return Ok(None) };
+    let bad = |why: &str| Err(Problem::bad_request(format!("the header Idempotency-Key {why}")));
+    if keys.next().is_some() {
+        return bad("is there twice");
+    }
+    match key.to_str().ok().filter(|key| key.bytes().all(|byte| byte.is_ascii_graphic())) {
+        Some(key) if (1..=IDEMPOTENCY_KEY_BYTES).contains(&key.len()) => Ok(Some(key.to_owned())),
+        _ => bad("has 1 to 255 visible ASCII characters; a random UUID is a good one"),
+    }
+}
+
+/// The key with what it stands for: the same bytes of the same kind are the same request.
+pub fn idempotency(key: String, media_type: &str, body: &[u8]) -> Idempotency {
+    let mut hash = Sha256::new();
+    hash.update((media_type.len() as u64).to_le_bytes());
+    hash.update(media_type);
+    hash.update(body);
+    Idempotency { key, request: hash.finalize().into() }
 }
 
 /// The query string, decoded strictly.

@@ -147,7 +147,7 @@ struct Running {
 
 impl Writer {
     fn new(answer: SqlAnswer, format: Format, started: Instant) -> Writer {
-        let SqlAnswer { results, seq } = answer;
+        let SqlAnswer { results, seq, .. } = answer;
         Writer { format, results: results.into_iter(), running: None, begun: 0, seq, started }
     }
 
@@ -301,7 +301,7 @@ mod tests {
     }
 
     async fn answer(results: Vec<StatementResult>, format: Format) -> (StatusCode, Option<String>) {
-        let response = respond(SqlAnswer { results, seq: Seq(7) }, format, Instant::now()).await;
+        let response = respond(SqlAnswer { results, seq: Seq(7), replayed: false }, format, Instant::now()).await;
         let status = response.status();
         let body = response.into_body().collect().await.ok();
         (status, body.map(|body| String::from_utf8(body.to_bytes().to_vec()).unwrap()))

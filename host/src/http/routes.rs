@@ -213,17 +213,16 @@ async fn sql_post(
 ) -> Result<Response, Problem> {
     request::no_parameters(&uri)?;
     let format = Format::accepted(&headers)?;
-    if headers.contains_key("idempotency-key") {
-        // Taking it and doing nothing would make a retry write twice.
-        return Err(Problem::not_implemented("the Idempotency-Key header"));
-    }
-    let parse = match media_type(&headers).as_str() {
+    let key = request::idempotency_key(&headers)?;
+    let media_type = media_type(&headers);
+    let parse = match media_type.as_str() {
         "application/json" => request::sql_from_json,
         "application/sql" => request::sql_from_text,
         other => return Err(wrong_type(other, "application/json, or application/sql for raw SQL")),
     };
     let received = app.body(&headers, body).await?;
-    let request = parse(&received.bytes)?;
+    let mut request = parse(&received.bytes)?;
+    request.idempotency = key.map(|key| request::idempotency(key, &media_type, &received.bytes));
     drop(received);
     execute(&app, &who, request, format).await
 }
@@ -231,7 +230,12 @@ async fn sql_post(
 async fn execute(app: &App, who: &Identity, request: SqlRequest, format: Format) -> Result<Response, Problem> {
     let started = Instant::now();
     let answer = app.db.execute(who, request).await?;
-    Ok(results::respond(answer, format, started).await)
+    let replayed = answer.replayed;
+    let mut response = results::respond(answer, format, started).await;
+    if replayed {
+        response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
+    }
+    Ok(response)
 }
 
 /// Type and subtype in lower case, without parameters; empty when there is none.

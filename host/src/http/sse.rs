@@ -15,7 +15,7 @@ use rand::Rng;
 use serde_json::{Value, json};
 
 use super::error::Problem;
-use super::json::Rows;
+use super::json::{Rows, time};
 use crate::db::{LiveOutput, ResyncReason};
 use crate::live::event::{CommitEvents, EventOp, EventRow};
 use crate::live::position::Position;
@@ -87,15 +87,18 @@ impl Batches<'_> {
                 if snapshot {
                     out.extend_from_slice(b",\"snapshot\":true");
                 }
+                expires(event, out);
             }
             (EventOp::Update, Some(new), Some(old)) => {
                 out.extend_from_slice(b",\"row\":");
                 self.row(new, out);
                 self.changed(old, out);
+                expires(event, out);
             }
             (EventOp::Update, Some(new), None) => {
                 out.extend_from_slice(b",\"row\":");
                 self.new.object(new, out);
+                expires(event, out);
             }
             (op, _, old) => {
                 self.whole(old, out);
@@ -186,6 +189,14 @@ pub fn closed(problem: &Problem) -> Bytes {
     Bytes::from(out)
 }
 
+/// `,"expires":"…"` where the row does.
+fn expires(event: &EventRow, out: &mut Vec<u8>) {
+    if let Some(micros) = event.expires {
+        out.extend_from_slice(b",\"expires\":");
+        time::timestamp(micros.div_euclid(1_000_000), micros.rem_euclid(1_000_000) * 1_000, out);
+    }
+}
+
 /// One output of a live stream as SSE text.
 pub fn output(output: LiveOutput) -> Bytes {
     let mut out = Vec::new();
@@ -260,7 +271,7 @@ mod tests {
     }
 
     fn event(op: EventOp, key: usize, new: Option<usize>, old: Option<usize>) -> EventRow {
-        EventRow { op, key, new, old }
+        EventRow { op, key, new, old, expires: None }
     }
 
     fn commit(snapshot: bool, events: Vec<EventRow>) -> CommitEvents {
@@ -319,6 +330,22 @@ mod tests {
         let events = commit(true, vec![event(EventOp::Insert, 1, Some(1), None)]);
         let expect = "event: insert\ndata: {\"key\":{\"id\":2},\"row\":{\"id\":2,\"name\":null},\"snapshot\":true}\n\n";
         assert_eq!(encoded(OldMode::Changed, &events), expect);
+    }
+
+    #[test]
+    fn rows_of_stream_tables_say_when_they_expire() {
+        let expires = Some(1_767_323_045_000_001);
+        let insert = EventRow { expires, ..event(EventOp::Insert, 1, Some(1), None) };
+        let update = EventRow { expires, ..event(EventOp::Update, 0, Some(0), Some(0)) };
+        let said = ",\"expires\":\"2026-01-02T03:04:05.000001Z\"}\n";
+        for (snapshot, row, before) in [
+            (true, insert, "\"snapshot\":true"),
+            (false, insert, "\"name\":null}"),
+            (false, update, "\"old\":{\"name\":\"a\"}"),
+        ] {
+            let text = encoded(OldMode::Changed, &commit(snapshot, vec![row]));
+            assert!(text.contains(&format!("{before}{said}")), "{text}");
+        }
     }
 
     #[test]

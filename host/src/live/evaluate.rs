@@ -33,6 +33,8 @@ pub(super) struct Rows<'a> {
     /// Where the images lie, counted from the section's (the piece's) first byte.
     places: Vec<ImageAt>,
     changes: Vec<RowChange>,
+    committed_at: i64,
+    schema_version: Option<u32>,
 }
 
 /// Old and new image of a change, as bytes.
@@ -44,25 +46,33 @@ pub(super) type Pair = (Option<Vec<u8>>, Option<Vec<u8>>);
 struct RowChange {
     old: Option<usize>,
     new: Option<usize>,
+    /// Of a row of a snapshot; those of a commit expire with the commit.
+    expires: Option<i64>,
 }
 
 impl<'a> Rows<'a> {
-    pub(super) fn of_section(section: &SectionView<'a>, table: TableId) -> Self {
-        let mut rows = Rows::default();
+    pub(super) fn of_section(section: &SectionView<'a>, table: TableId, committed_at: i64) -> Self {
+        let mut rows = Rows { committed_at, ..Rows::default() };
         for change in section.changes.iter().filter(|change| change.header.table == table.0) {
             let old = change.old.map(|(image, at)| rows.push(image, at));
             let new = change.new.map(|(image, at)| rows.push(image, at));
-            rows.changes.push(RowChange { old, new });
+            rows.changes.push(RowChange { old, new, expires: None });
+            rows.schema_version = Some(change.header.schema_version);
         }
         rows
     }
 
+    /// Of the changes of a section: one commit knows one version of a table. `None` where there are none.
+    pub(super) fn schema_version(&self) -> Option<u32> {
+        self.schema_version
+    }
+
     /// Present rows: as if each had just been inserted.
-    pub(super) fn present(images: impl IntoIterator<Item = (ImageRef<'a>, ImageAt)>) -> Self {
+    pub(super) fn present(images: impl IntoIterator<Item = (ImageRef<'a>, ImageAt, Option<i64>)>) -> Self {
         let mut rows = Rows::default();
-        for (image, at) in images {
+        for (image, at, expires) in images {
             let new = Some(rows.push(image, at));
-            rows.changes.push(RowChange { old: None, new });
+            rows.changes.push(RowChange { old: None, new, expires });
         }
         rows
     }
@@ -83,18 +93,18 @@ impl<'a> Rows<'a> {
                 Some(rows.push(image, at))
             };
             let (old, new) = (push(old), push(new));
-            rows.changes.push(RowChange { old, new });
+            rows.changes.push(RowChange { old, new, expires: None });
         }
         rows
     }
 
     /// Some of the changes, by their numbers.
     pub(super) fn some(&self, changes: &[usize]) -> Self {
-        let mut rows = Rows::default();
+        let mut rows = Rows { committed_at: self.committed_at, schema_version: self.schema_version, ..Rows::default() };
         for change in changes.iter().map(|at| self.changes[*at]) {
             let mut copy = |at: Option<usize>| at.map(|at| rows.push(self.images[at], self.places[at]));
             let (old, new) = (copy(change.old), copy(change.new));
-            rows.changes.push(RowChange { old, new });
+            rows.changes.push(RowChange { old, new, expires: change.expires });
         }
         rows
     }
@@ -130,12 +140,14 @@ pub(super) fn evaluate(
     rows: &Rows<'_>,
 ) -> Result<Option<CommitEvents>, Fault> {
     let Some(shown) = show(query, source, rows)? else { return Ok(None) };
+    let expire = query.spec.table.expires(rows.committed_at);
     let mut same = RowEquality::new(&shown.batch);
     let (mut events, mut key_images) = (Vec::new(), Vec::new());
     for change in &rows.changes {
         let row = |image: Option<usize>| image.and_then(|image| shown.rows[image]);
         let Some(op) = decide(row(change.old), row(change.new), change.new.is_some(), &mut same)? else { continue };
-        events.push(EventRow { op, key: key_images.len(), new: row(change.new), old: row(change.old) });
+        let expires = row(change.new).and(if source.snapshot { change.expires } else { expire });
+        events.push(EventRow { op, key: key_images.len(), new: row(change.new), old: row(change.old), expires });
         key_images.extend(change.new.or(change.old).map(|image| rows.images[image]));
     }
     if events.is_empty() {

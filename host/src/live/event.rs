@@ -23,6 +23,8 @@ pub struct EventRow {
     pub new: Option<usize>,
     /// Row of `old` (update, delete).
     pub old: Option<usize>,
+    /// When the new row of a stream table stops showing, microseconds since 1970: no event will say so.
+    pub expires: Option<i64>,
 }
 
 /// All events of one commit for one group, or a piece of a snapshot.

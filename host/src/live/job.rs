@@ -13,7 +13,7 @@ use super::event::CommitEvents;
 use super::log::{LogError, read_piece};
 use super::requery::Held;
 use super::subscription::EndReason;
-use super::worker::Shared;
+use super::worker::{Shared, outdated};
 use super::{Encoder, GroupSpec};
 use crate::store::snapshot::RowScan;
 use crate::store::{Seq, Store, StoreError};
@@ -53,6 +53,9 @@ pub(super) enum JobError {
     Fault(#[from] Fault),
     #[error("the position is no longer in the change log")]
     Expired,
+    /// The table is another one by now, and the group will hear of it.
+    #[error("the table was altered or dropped")]
+    Outdated(EndReason),
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -65,6 +68,9 @@ impl From<LogError> for JobError {
         }
     }
 }
+
+/// Where a row starts in the buffer of its piece, and when it expires.
+type RowStart = (usize, Option<i64>);
 
 /// A snapshot half sent: its position and the rows to come.
 pub(super) struct SnapshotScan {
@@ -81,13 +87,18 @@ enum Present {
 }
 
 impl SnapshotScan {
-    pub(super) fn start(store: &Store, spec: &GroupSpec, last: Option<u64>) -> Self {
+    pub(super) fn start(store: &Store, spec: &GroupSpec, last: Option<u64>) -> Result<Self, JobError> {
         let snapshot = store.snapshot();
+        // Rows of the next version do not have this one's columns any more: nothing true could be said of them.
+        if let Some(reason) = outdated(snapshot.catalog(), spec) {
+            return Err(JobError::Outdated(reason));
+        }
+        store.make_durable(&snapshot)?;
         let rows = match last {
             None => snapshot.scan(&spec.table, &spec.scope, spec.range.clone()),
             Some(_) => snapshot.scan_back(&spec.table, &spec.scope, spec.range.clone()),
         };
-        SnapshotScan { seq: snapshot.seq(), rows: Present::Stored(rows), left: last }
+        Ok(SnapshotScan { seq: snapshot.seq(), rows: Present::Stored(rows), left: last })
     }
 
     /// A result as it is known at `seq`.
@@ -96,13 +107,14 @@ impl SnapshotScan {
     }
 }
 
-/// The next rows copied one after the other, where each starts, and whether there may be more.
-fn read(rows: &mut RowScan, bytes: usize) -> Result<(Vec<u8>, Vec<usize>, bool), StoreError> {
+/// The next rows copied one after the other, where each starts and when it expires, and whether there may be more.
+fn read(rows: &mut RowScan, bytes: usize) -> Result<(Vec<u8>, Vec<RowStart>, bool), StoreError> {
     let (mut base, mut starts) = (Vec::new(), Vec::new());
     while starts.len() < PIECE_ROWS && base.len() < bytes {
         let Some((_, image)) = rows.next_row()? else { return Ok((base, starts, false)) };
-        starts.push(base.len());
+        let start = base.len();
         base.extend_from_slice(image);
+        starts.push((start, rows.expires()));
     }
     Ok((base, starts, true))
 }
@@ -141,9 +153,9 @@ fn stored_piece(
 ) -> Result<(Option<CommitEvents>, bool), JobError> {
     let (base, starts, more) = read(rows, shared.options.chunk_bytes)?;
     let mut images = Vec::with_capacity(starts.len());
-    for start in starts {
+    for (start, expires) in starts {
         let (image, place, _) = ImageRef::parse(&base[start..]).map_err(|error| damaged("a stored row", error))?;
-        images.push((image, shifted(place, start)));
+        images.push((image, shifted(place, start), expires));
     }
     let source = Source { seq, snapshot: true, base: &base };
     Ok((evaluate(query, source, &Rows::present(images))?, more))
@@ -188,7 +200,10 @@ fn replay_commit(
 ) -> Result<(), JobError> {
     let view = FrameView::parse(frame).map_err(|error| damaged("the change log", error))?;
     let Some(section) = view.section(&query.spec.scope) else { return Ok(()) };
-    let rows = Rows::of_section(section, query.spec.table.id);
+    let rows = Rows::of_section(section, query.spec.table.id, view.committed_at);
+    if rows.schema_version() != Some(query.spec.table.schema_version) {
+        return Ok(());
+    }
     let source = Source { seq, snapshot: false, base: section.bytes };
     if let Some(events) = evaluate(query, source, &rows)? {
         encoder.encode(query.spec, &events, out);

@@ -42,6 +42,9 @@ pub(super) fn read_piece(
     until: Option<Seq>,
     bytes: usize,
 ) -> Result<LogPiece, LogError> {
+    // Read before the snapshot is taken, so that the snapshot has all of it; what is later waits for its sync.
+    let durable = store.durable();
+    let until = until.map_or(durable, |until| until.min(durable));
     let piece = read(&store.snapshot(), namespaces, after, until, bytes);
     // Asked after reading, and the store raises its floor before it trims: what went meanwhile cannot have made a
     // silent hole in the piece.
@@ -55,10 +58,10 @@ fn read(
     snapshot: &Snapshot,
     namespaces: impl IntoIterator<Item = NamespaceId>,
     after: Seq,
-    until: Option<Seq>,
+    until: Seq,
     bytes: usize,
 ) -> Result<LogPiece, StoreError> {
-    let end = until.map_or(snapshot.seq(), |until| until.min(snapshot.seq())).max(after);
+    let end = until.min(snapshot.seq()).max(after);
     let mut merged = Merged::start(snapshot, namespaces, after)?;
     let (mut commits, mut read) = (Vec::new(), 0);
     while let Some(commit) = merged.next()? {

@@ -71,7 +71,7 @@ impl Held {
 
     /// Some of the rows, as present at `seq`.
     pub(super) fn present(&self, seq: Seq, rows: Range<usize>) -> Option<CommitEvents> {
-        let event = |row| EventRow { op: EventOp::Insert, key: row, new: Some(row), old: None };
+        let event = |row| EventRow { op: EventOp::Insert, key: row, new: Some(row), old: None, expires: None };
         let events: Vec<EventRow> = rows.map(event).collect();
         (!events.is_empty()).then(|| CommitEvents {
             seq,
@@ -148,14 +148,16 @@ fn difference(before: &Held, after: &Held) -> Result<Option<CommitEvents>, Progr
             return Err(ProgramError("two rows of the result have one key; this is a bug of the server".to_owned()));
         }
         match held.remove(keyed.key(row)) {
-            None => events.push(EventRow { op: EventOp::Insert, key: row, new: Some(row), old: None }),
+            None => events.push(EventRow { op: EventOp::Insert, key: row, new: Some(row), old: None, expires: None }),
             Some(old) if same.rows(old, row)? => {}
-            Some(old) => events.push(EventRow { op: EventOp::Update, key: row, new: Some(row), old: Some(old) }),
+            Some(old) => {
+                events.push(EventRow { op: EventOp::Update, key: row, new: Some(row), old: Some(old), expires: None })
+            }
         }
     }
     let mut gone: Vec<usize> = held.into_values().collect();
     gone.sort_unstable();
-    let left = |row| EventRow { op: EventOp::MovedOut, key: row, new: None, old: Some(row) };
+    let left = |row| EventRow { op: EventOp::MovedOut, key: row, new: None, old: Some(row), expires: None };
     let events: Vec<EventRow> = gone.into_iter().map(left).chain(events).collect();
     if events.is_empty() {
         return Ok(None);

@@ -31,6 +31,8 @@ pub enum EndReason {
         seq: Seq,
     },
     TableDropped,
+    /// The table has another schema: what follows is another query's.
+    TableAltered,
     /// A plugin of the pipeline has another active version; `seq` as above.
     PluginChanged {
         name: String,

@@ -29,7 +29,8 @@ type Row = (Option<i64>, String);
 type Model = BTreeMap<i64, Row>;
 
 fn table(id: TableId, namespace: NamespaceId, name: &str) -> Arc<Table> {
-    let column = |id, name: &str, ty, nullable| Column { id, name: name.to_owned(), ty, nullable, default: None };
+    let column =
+        |id, name: &str, ty, nullable| Column { id, name: name.to_owned(), ty, nullable, default: None, fill: None };
     Arc::new(Table {
         id,
         namespace,
@@ -44,6 +45,9 @@ fn table(id: TableId, namespace: NamespaceId, name: &str) -> Arc<Table> {
         ],
         key: vec![0],
         generated_key: false,
+        next_column: 3,
+        images_since: 1,
+        ttl_micros: None,
     })
 }
 
@@ -260,6 +264,7 @@ impl World {
             max_open_files: 64,
             max_commit_bytes: 1 << 20,
             log_commits,
+            ..StoreOptions::new(dir.path())
         })
         .unwrap();
         let doubler = Doubler::default();
@@ -295,9 +300,10 @@ impl World {
 
     async fn transact(&mut self, rows: Vec<RowWrite>, catalog: Vec<CatalogWrite>) -> Seq {
         let base = self.store.applied();
-        let transaction = Transaction { namespace: self.table.namespace, base, rows, catalog };
+        let transaction = Transaction { namespace: self.table.namespace, base, rows, catalog, receipt: None };
         let seq = self.store.commit(transaction).await.unwrap();
         self.history.insert(seq, self.model.clone());
+        self.store.trim_log();
         seq
     }
 

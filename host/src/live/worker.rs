@@ -30,7 +30,7 @@ use super::requery::{Answer, RequeryError, Rerun, Runs};
 use super::subscription::EndReason;
 use super::tail::{CommitTail, CommitsAfter, GroupEnd};
 use super::{Encoder, GroupSpec, LiveOptions, PipelineFault, Pipelines};
-use crate::catalog::{NamespaceId, TableId};
+use crate::catalog::{Catalog, NamespaceId, TableId};
 use crate::store::{Seq, Store};
 use crate::telemetry::Metrics;
 
@@ -295,10 +295,9 @@ impl Worker {
         self.index.insert(group.id, spec);
         self.members.insert(group.id, Member { group: Arc::clone(group), pipeline, replayed: None, runs });
         self.mailbox.groups.store(self.members.len(), Ordering::Release);
-        // A drop before `processed` will not come by any more, so it is looked for; a later one will.
-        let catalog = self.shared.store.catalog();
-        if spec.sources().any(|(table, _)| catalog.table_by_id(table.id).is_none()) {
-            self.end(group.id, GroupEnd::Reason(EndReason::TableDropped));
+        // A drop or an ALTER before `processed` will not come by any more, so it is looked for; a later one will.
+        if let Some(reason) = outdated(&self.shared.store.catalog(), spec) {
+            self.end(group.id, GroupEnd::Reason(reason));
         } else if spec.requery.is_some() {
             self.plan_run(group.id);
         }
@@ -391,11 +390,11 @@ impl Worker {
             self.catalog_event(namespace, event);
         }
         for section in &view.sections {
-            self.section(seq, section);
+            self.section(seq, view.committed_at, section);
         }
     }
 
-    fn section(&mut self, seq: Seq, section: &SectionView<'_>) {
+    fn section(&mut self, seq: Seq, committed_at: i64, section: &SectionView<'_>) {
         let source = Source { seq, snapshot: false, base: section.bytes };
         let mut tables: Vec<TableId> = Vec::new();
         for table in section.changes.iter().map(|change| TableId(change.header.table)) {
@@ -407,7 +406,7 @@ impl Worker {
             if !self.index.concerns(table, &section.scope) {
                 continue;
             }
-            let rows = Rows::of_section(section, table);
+            let rows = Rows::of_section(section, table, committed_at);
             let candidates = self.index.candidates(table, &section.scope, &rows);
             self.shared.metrics.live_candidates.inc_by((candidates.any.len() + candidates.some.len()) as u64);
             for id in candidates.any {
@@ -424,6 +423,11 @@ impl Worker {
 
     fn deliver(&mut self, id: u64, source: Source<'_>, rows: &Rows<'_>) {
         let Some(member) = self.members.get(&id) else { return };
+        // A group planned after an ALTER starts behind it: commits before that are none of its own, and their rows have
+        // other columns.
+        if Some(member.group.spec.table.schema_version) != rows.schema_version() {
+            return;
+        }
         match evaluate(&mut member.query(&mut *self.pipelines), source, rows) {
             Ok(None) => {}
             Ok(Some(events)) => append(&self.shared, &member.group, source.seq, &events),
@@ -568,6 +572,14 @@ impl Worker {
                     self.end(id, GroupEnd::Reason(EndReason::TableDropped));
                 }
             }
+            CatalogEvent::TableAltered { table, schema_version } => {
+                // A group of this very version was planned after the ALTER, by a faster thread.
+                let end = GroupEnd::Reason(EndReason::TableAltered);
+                let table = TableId(*table);
+                self.end_where(&end, |spec| {
+                    spec.sources().any(|(known, _)| known.id == table && known.schema_version < *schema_version)
+                });
+            }
             CatalogEvent::PluginActivated { name, version } => {
                 let end = GroupEnd::Reason(EndReason::PluginChanged { name: name.clone(), seq: self.processed });
                 // A group opened with this very version was planned after the activation, by a faster thread.
@@ -594,7 +606,7 @@ impl Worker {
 
     /// To the present: what happened before concerns nobody here. Read before the catalog is (see `join`).
     fn jump(&mut self) {
-        self.advance(self.shared.store.applied());
+        self.advance(self.shared.store.durable());
     }
 
     fn advance(&mut self, seq: Seq) {
@@ -621,8 +633,9 @@ impl Worker {
         let piece = match job.work {
             Work::Snapshot { last } => {
                 let mut query = member.query(&mut *self.pipelines);
-                let scan = Box::new(SnapshotScan::start(&self.shared.store, query.spec, last));
-                snapshot_piece(&self.shared, &mut query, scan)
+                SnapshotScan::start(&self.shared.store, query.spec, last)
+                    .map(Box::new)
+                    .and_then(|scan| snapshot_piece(&self.shared, &mut query, scan))
             }
             Work::Rows(scan) => snapshot_piece(&self.shared, &mut member.query(&mut *self.pipelines), scan),
             Work::Replay { after, until } => {
@@ -633,6 +646,7 @@ impl Worker {
         let piece = piece.unwrap_or_else(|error| match error {
             JobError::Expired => Piece::Expired,
             JobError::Fault(fault) => Piece::Failed(reason(fault, Seq::default())),
+            JobError::Outdated(reason) => Piece::Failed(reason),
             JobError::Store(error) => {
                 tracing::error!(%error, "a live stream cannot be served");
                 Piece::Failed(unreadable())
@@ -673,6 +687,16 @@ impl Member {
         let pipeline = self.pipeline.map(|id| (pipelines, id));
         Query { spec: &self.group.spec, key: &self.group.key_schema, pipeline }
     }
+}
+
+/// Why a query over the table as `spec` knows it cannot go on with this catalog.
+pub(super) fn outdated(catalog: &Catalog, spec: &GroupSpec) -> Option<EndReason> {
+    let mut reasons = spec.sources().filter_map(|(known, _)| match catalog.table_by_id(known.id) {
+        None => Some(EndReason::TableDropped),
+        Some(table) if table.schema_version != known.schema_version => Some(EndReason::TableAltered),
+        Some(_) => None,
+    });
+    reasons.next()
 }
 
 fn reason(fault: Fault, seq: Seq) -> EndReason {

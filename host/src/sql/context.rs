@@ -29,8 +29,9 @@ use wire::Type;
 
 use super::arrow::output_type;
 use super::functions::{CURRENT_USER, current_user_literal};
-use super::information::{self, CATALOG_NAME, INFORMATION_SCHEMA};
+use super::information::CATALOG_NAME;
 use super::provider::Providers;
+use super::system::SystemTables;
 use super::{Param, RequestEnv, SqlError};
 use crate::catalog::Table;
 
@@ -73,6 +74,10 @@ pub(crate) fn find_table<'a>(
     name: &str,
 ) -> Result<&'a Arc<Table>, SqlError> {
     let namespace = namespace.unwrap_or(&env.namespace);
+    if SystemTables::is_home(namespace) {
+        let what = format!("anything but SELECT from {namespace}.{name}");
+        return Err(SqlError::unsupported(what, Some("it is no stored table")));
+    }
     if env.catalog.namespace(namespace).is_none() {
         return Err(SqlError::invalid("unknown_namespace", format!("there is no namespace {namespace:?}")));
     }
@@ -88,13 +93,8 @@ impl ContextProvider for Names<'_> {
             return Err(SqlError::invalid("unknown_table", message).into_datafusion());
         }
         match name.schema() {
-            Some(INFORMATION_SCHEMA) => information::source(&self.env.catalog, name.table()).unwrap_or_else(|| {
-                let what = format!("information_schema.{}", name.table());
-                Err(SqlError::unsupported(what, Some("there are information_schema.tables and .columns"))
-                    .into_datafusion())
-            }),
-            Some("system") => {
-                Err(SqlError::unsupported(format!("the system table {}", name.table()), None).into_datafusion())
+            Some(namespace) if SystemTables::is_home(namespace) => {
+                self.providers.system.source(namespace, name.table()).map_err(SqlError::into_datafusion)
             }
             _ => Ok(self.providers.source(self.table(&name).map_err(SqlError::into_datafusion)?)),
         }

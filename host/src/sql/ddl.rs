@@ -1,6 +1,8 @@
-//! CREATE and DROP of tables and namespaces, as what they write to the catalog.
+//! CREATE, ALTER and DROP of tables and namespaces, as what they write to the catalog.
 //!
 //! Only syntax and the catalog snapshot are looked at. Every clause that is not done here is refused by name.
+
+mod alter;
 
 use std::sync::Arc;
 
@@ -46,6 +48,7 @@ pub(crate) fn plan(statement: &Statement, env: &RequestEnv) -> Result<DdlPlan, S
                 other => Err(SqlError::unsupported(format!("DROP {other}"), None)),
             }
         }
+        ast::Statement::AlterTable(alter) => ddl.alter_table(alter),
         other => Err(SqlError::Internal(format!("not DDL: {other}"))),
     }
 }
@@ -153,18 +156,23 @@ impl Ddl<'_> {
             }
             return Err(SqlError::invalid("duplicate_table", message));
         }
+        let options = table_options(&create.table_options)?;
         let mut table = Table {
             id: TableId(self.catalog.next_table),
             namespace: namespace.id,
             namespace_name: namespace.name.clone(),
             name,
-            kind: table_kind(&create.table_options)?,
+            kind: options.kind,
             schema_version: 1,
             columns: Vec::new(),
             key: Vec::new(),
             generated_key: false,
+            next_column: 0,
+            images_since: 1,
+            ttl_micros: options.ttl_micros,
         };
         self.columns(create, &mut table)?;
+        table.next_column = table.slots();
         let summary = format!("CREATE TABLE {}.{}", table.namespace_name, table.name);
         let writes = vec![CatalogWrite::PutTable(Arc::new(table))];
         Ok(DdlPlan { writes, namespace: Some(namespace.id), summary })
@@ -255,7 +263,7 @@ impl Ddl<'_> {
             return Err(SqlError::invalid("name", format!("the column name {GENERATED_KEY:?} is reserved")));
         }
         let ty = column_type(&declared.data_type)?;
-        let mut column = Column { id, name, ty, nullable: true, default: None };
+        let mut column = Column { id, name, ty, nullable: true, default: None, fill: None };
         for option in &declared.options {
             self.option(&mut column, &option.option)?;
         }
@@ -302,7 +310,7 @@ fn nothing(namespace: NamespaceId, summary: String) -> DdlPlan {
 }
 
 fn generated_key() -> Column {
-    Column { id: 0, name: GENERATED_KEY.to_owned(), ty: Type::Uuid, nullable: false, default: None }
+    Column { id: 0, name: GENERATED_KEY.to_owned(), ty: Type::Uuid, nullable: false, default: None, fill: None }
 }
 
 /// Everything that `CREATE TABLE` could say beyond columns, constraints and `WITH (…)`.
@@ -333,35 +341,87 @@ fn refuse_extras(create: &CreateTable) -> Result<(), SqlError> {
     Ok(())
 }
 
-fn table_kind(options: &CreateTableOptions) -> Result<TableKind, SqlError> {
+/// What `WITH (…)` says.
+struct TableOptions {
+    kind: TableKind,
+    ttl_micros: Option<i64>,
+}
+
+fn table_options(options: &CreateTableOptions) -> Result<TableOptions, SqlError> {
     let options = match options {
-        CreateTableOptions::None => return Ok(TableKind::Shared),
-        CreateTableOptions::With(options) => options,
+        CreateTableOptions::None => &[],
+        CreateTableOptions::With(options) => options.as_slice(),
         _ => return Err(SqlError::unsupported("table options outside of WITH (…)", None)),
     };
-    let mut kind = None;
+    let (mut kind, mut ttl_micros) = (None, None);
     for option in options {
         let SqlOption::KeyValue { key, value } = option else {
             return Err(SqlError::unsupported(format!("the table option {option}"), None));
         };
-        if fold(key) != "type" {
-            return Err(SqlError::unsupported(format!("the table option {key}"), Some("there is type")));
-        }
         let value = match value {
             Expr::Value(value) => value.value.clone().into_string(),
             Expr::Identifier(ident) => Some(ident.value.clone()),
             _ => None,
         };
-        kind = Some(match value.map(|value| value.to_lowercase()).as_deref() {
-            Some("shared") => TableKind::Shared,
-            Some("user") => TableKind::User,
-            Some("stream") => {
-                return Err(SqlError::unsupported("the table type 'stream'", Some("use 'shared' or 'user'")));
+        let name = fold(key);
+        let twice = match name.as_str() {
+            "type" => kind.replace(table_kind(value.as_deref())?).is_some(),
+            "ttl" => ttl_micros.replace(ttl(value.as_deref())?).is_some(),
+            _ => {
+                let hint = Some("there are type and ttl");
+                return Err(SqlError::unsupported(format!("the table option {key}"), hint));
             }
-            _ => return Err(SqlError::invalid("option", "the table type is 'shared' or 'user'")),
-        });
+        };
+        if twice {
+            return Err(SqlError::invalid("option", format!("the table option {name} is given twice")));
+        }
     }
-    Ok(kind.unwrap_or(TableKind::Shared))
+    let kind = kind.unwrap_or(TableKind::Shared);
+    match (kind, ttl_micros) {
+        (TableKind::Stream, None) => {
+            Err(SqlError::invalid("option", "a stream table needs a time to live: WITH (type = 'stream', ttl = '1h')"))
+        }
+        (TableKind::Shared | TableKind::User, Some(_)) => {
+            let message = "only rows of stream tables have a time to live: say type = 'stream', or leave ttl out";
+            Err(SqlError::invalid("option", message))
+        }
+        _ => Ok(TableOptions { kind, ttl_micros }),
+    }
+}
+
+fn table_kind(value: Option<&str>) -> Result<TableKind, SqlError> {
+    match value.map(str::to_lowercase).as_deref() {
+        Some("shared") => Ok(TableKind::Shared),
+        Some("user") => Ok(TableKind::User),
+        Some("stream") => Ok(TableKind::Stream),
+        _ => Err(SqlError::invalid("option", "the table type is 'shared', 'user' or 'stream'")),
+    }
+}
+
+/// A hundred years: beyond that, times to come do not fit what they are kept in.
+const MAX_TTL_MILLIS: i64 = 100 * 365 * 86_400_000;
+
+/// `'1h'` in microseconds.
+fn ttl(value: Option<&str>) -> Result<i64, SqlError> {
+    let parse = |text: &str| {
+        let text = text.trim();
+        let digits = text.find(|c: char| !c.is_ascii_digit())?;
+        let unit = match text[digits..].trim() {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return None,
+        };
+        let millis = text[..digits].parse::<i64>().ok()?.checked_mul(unit)?;
+        (1..=MAX_TTL_MILLIS).contains(&millis).then_some(millis * 1_000)
+    };
+    value.and_then(parse).ok_or_else(|| {
+        let message = "ttl is how long a row lives, up to a hundred years: a number and ms, s, m, h or d, as in '90s', \
+                       '1h', '7d'";
+        SqlError::invalid("option", message)
+    })
 }
 
 fn plain_key(key: &PrimaryKeyConstraint) -> Result<(), SqlError> {

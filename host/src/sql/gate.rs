@@ -33,7 +33,7 @@ const SMALL_TOKENS: usize = 256;
 /// Text that may be parsed.
 #[derive(Debug)]
 pub(crate) struct Gated {
-    /// Without whitespace and comments; CREATE/DROP NAMESPACE already spelled SCHEMA.
+    /// Without whitespace and comments; NAMESPACE and NAMESPACES already spelled SCHEMA and SCHEMAS.
     pub(crate) tokens: Vec<TokenWithSpan>,
     /// Harmless to parse and drop on any thread.
     pub(crate) small: bool,
@@ -339,7 +339,12 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
         Keyword::INSERT | Keyword::UPDATE | Keyword::DELETE => return Ok(()),
         Keyword::EXPLAIN => return Ok(()),
         Keyword::DESCRIBE | Keyword::DESC => return Ok(()),
-        Keyword::SHOW if second == Keyword::TABLES => return Ok(()),
+        Keyword::SHOW if matches!(second, Keyword::TABLES | Keyword::COLUMNS | Keyword::SCHEMAS) => return Ok(()),
+        Keyword::SHOW if is_word(tokens, 1, "namespaces") => {
+            tokens[1].token = Token::make_keyword("SCHEMAS");
+            return Ok(());
+        }
+        Keyword::ALTER if second == Keyword::TABLE => return Ok(()),
         Keyword::CREATE | Keyword::DROP if matches!(second, Keyword::TABLE | Keyword::SCHEMA) => return Ok(()),
         Keyword::CREATE | Keyword::DROP if is_word(tokens, 1, "namespace") => {
             tokens[1].token = Token::make_keyword("SCHEMA");
@@ -358,7 +363,7 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
     if keyword_at(tokens, 0) == Keyword::NoKeyword {
         return Err(SqlError::invalid("syntax", format!("a statement cannot start with {first}")).at(position));
     }
-    // CREATE OR REPLACE VIEW, ALTER TABLE, COPY: as many words as say what it is.
+    // CREATE OR REPLACE VIEW, ALTER INDEX, COPY: as many words as say what it is.
     let words = match first.as_str() {
         "CREATE" if names.get(1).is_some_and(|word| word == "OR") => 3,
         "CREATE" | "DROP" | "ALTER" | "SHOW" => 2,
@@ -427,7 +432,8 @@ mod tests {
             ("CREATE EXTERNAL TABLE t STORED AS CSV LOCATION 'x'", "CREATE EXTERNAL is not supported"),
             ("CREATE OR REPLACE VIEW v AS SELECT 1", "CREATE OR REPLACE is not supported"),
             ("CREATE INDEX i ON t (a)", "CREATE INDEX is not supported"),
-            ("ALTER TABLE t ADD COLUMN a INT", "ALTER TABLE is not supported"),
+            ("ALTER TABLE t ADD COLUMN a INT", "ok"),
+            ("ALTER INDEX i RENAME TO j", "ALTER INDEX is not supported"),
             ("TRUNCATE t", "TRUNCATE is not supported: use DELETE FROM"),
             ("MERGE INTO t USING s ON true", "MERGE is not supported"),
             ("BEGIN", "BEGIN is not supported: the DML statements of one request are one transaction"),
@@ -435,6 +441,7 @@ mod tests {
             ("ATTACH DATABASE 'x' AS y", "ATTACH is not supported"),
             ("DROP FUNCTION f", "DROP FUNCTION is not supported"),
             ("SHOW ALL", "SHOW ALL is not supported"),
+            ("show namespaces; SHOW COLUMNS FROM t", "ok"),
             ("hello world", "a statement cannot start with HELLO"),
             ("'x'", "a statement cannot start with 'x'"),
         ];

@@ -77,7 +77,7 @@ impl Planner {
             }
         });
         self.jobs.try_send(job).map_err(|error| match error {
-            TrySendError::Full(_) => SqlError::Limit(format!("{QUEUE} statements wait to be planned; try again")),
+            TrySendError::Full(_) => SqlError::Busy(format!("{QUEUE} statements wait to be planned; try again")),
             TrySendError::Disconnected(_) => SqlError::Internal("the planning threads are gone".to_owned()),
         })?;
         answered.await.map_err(|_| SqlError::Internal("planning was given up".to_owned()))?

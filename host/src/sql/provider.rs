@@ -27,6 +27,7 @@ use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema};
 use super::range::{KeyRanges, is_useful, key_ranges};
+use super::system::SystemTables;
 use super::{RequestEnv, SqlError};
 use crate::catalog::{Table, TableId, TableKind};
 use crate::store::StoreError;
@@ -37,13 +38,17 @@ const WAITING_BATCHES: usize = 2;
 /// Table versions whose providers are kept. Beyond that all are made anew: they are cheap.
 const CACHED_TABLES: usize = 1_024;
 
-/// Providers by table version, so that an Arrow schema is made once.
-#[derive(Default)]
+/// Providers by table version, so that an Arrow schema is made once; and those of the system tables.
 pub(crate) struct Providers {
     sources: Mutex<HashMap<(TableId, u32), Arc<dyn TableSource>>>,
+    pub(crate) system: SystemTables,
 }
 
 impl Providers {
+    pub(crate) fn new(system: SystemTables) -> Providers {
+        Providers { sources: Mutex::default(), system }
+    }
+
     pub(crate) fn source(&self, table: &Arc<Table>) -> Arc<dyn TableSource> {
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
         if sources.len() >= CACHED_TABLES {
@@ -59,7 +64,7 @@ impl Providers {
 /// The scope a user sees of a table.
 pub(crate) fn scope_of(table: &Table, user: &str) -> Scope {
     match table.kind {
-        TableKind::Shared => Scope::Shared,
+        TableKind::Shared | TableKind::Stream => Scope::Shared,
         TableKind::User => Scope::User(user.to_owned()),
     }
 }

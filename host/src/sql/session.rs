@@ -19,13 +19,16 @@ use datafusion::physical_plan::{ExecutionPlan, execute_stream};
 use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::sqlparser::ast;
 use futures::StreamExt;
+use wire::Type;
 
 use super::context::{Names, bind};
 use super::error::from_datafusion;
 use super::planner::{Planner, folding, on_large_stack};
 use super::provider::Providers;
+use super::system::{SystemTable, SystemTables};
 use super::{ChangeSet, DdlPlan, RequestEnv, RowStream, SqlError, SqlOptions, Statement};
-use super::{arrow, ddl, dml, functions, live, statement};
+use super::{arrow, ddl, dml, functions, information, live, statement};
+use crate::catalog::Table;
 
 /// The SQL engine; one per server.
 pub struct Sql {
@@ -44,8 +47,10 @@ pub(crate) struct Engine {
 }
 
 impl Sql {
-    pub fn new(options: SqlOptions) -> Result<Sql, SqlError> {
-        let engine = Engine::new(options)?;
+    /// `tables`: the system tables that other modules fill.
+    pub fn new(options: SqlOptions, tables: Vec<SystemTable>) -> Result<Sql, SqlError> {
+        let tables = SystemTables::new(information::system_tables().into_iter().chain(tables));
+        let engine = Engine::new(options, tables)?;
         Ok(Sql { engine: Arc::new(engine), planner: Planner::start()? })
     }
 
@@ -129,7 +134,7 @@ impl Sql {
 }
 
 impl Engine {
-    fn new(options: SqlOptions) -> Result<Engine, SqlError> {
+    fn new(options: SqlOptions, tables: SystemTables) -> Result<Engine, SqlError> {
         let failed = |error: DataFusionError| SqlError::Internal(format!("cannot start the SQL engine: {error}"));
         std::fs::create_dir_all(&options.spill_dir).map_err(|error| {
             SqlError::Internal(format!("cannot create the spill directory {:?}: {error}", options.spill_dir))
@@ -148,7 +153,7 @@ impl Engine {
         Ok(Engine {
             _context: context,
             state,
-            providers: Providers::default(),
+            providers: Providers::new(tables),
             options,
             contexts_created: AtomicU64::new(1),
         })
@@ -157,10 +162,30 @@ impl Engine {
     fn plan_query(&self, statement: &Statement, env: &RequestEnv) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
         let query = match &*statement.ast {
             ast::Statement::ShowTables { .. } => show_tables(&env.namespace)?,
-            ast::Statement::ExplainTable { table_name, .. } => describe(table_name, env)?,
+            ast::Statement::ShowSchemas { .. } => show_namespaces()?,
+            ast::Statement::ShowColumns { show_options, .. } => match shown_table(show_options) {
+                Some(name) => self.describe(name, env, &statement.text)?,
+                None => return Err(SqlError::Internal("SHOW COLUMNS of no table".to_owned())),
+            },
+            ast::Statement::ExplainTable { table_name, .. } => self.describe(table_name, env, &statement.text)?,
             query => query.clone(),
         };
         self.plan(query, env, &statement.text)
+    }
+
+    fn describe(&self, name: &ast::ObjectName, env: &RequestEnv, text: &str) -> Result<ast::Statement, SqlError> {
+        let (namespace, table) = ddl::table_name(name)?;
+        let home = namespace.as_deref().unwrap_or(&env.namespace);
+        if SystemTables::is_home(home) {
+            return describe_system(self.providers.system.columns(home, &table)?);
+        }
+        let table = super::context::find_table(env, namespace.as_deref(), &table);
+        let span = name.0.first().and_then(|part| part.as_ident()).map(|ident| ident.span);
+        match (table, span) {
+            (Ok(table), _) => describe_table(table),
+            (Err(error), Some(span)) => Err(error.at_span(text, span)),
+            (Err(error), None) => Err(error),
+        }
     }
 
     /// SQL to an execution plan for one execution. The logical plan before `bind` is what could be kept.
@@ -284,9 +309,36 @@ fn show_tables(namespace: &str) -> Result<ast::Statement, SqlError> {
     ))
 }
 
-fn describe(name: &ast::ObjectName, env: &RequestEnv) -> Result<ast::Statement, SqlError> {
-    let (namespace, table) = ddl::table_name(name)?;
-    let table = super::context::find_table(env, namespace.as_deref(), &table)?;
+fn show_namespaces() -> Result<ast::Statement, SqlError> {
+    internal_query("SELECT schema_name AS name FROM information_schema.schemata ORDER BY schema_name")
+}
+
+/// The table of SHOW COLUMNS, where it says nothing more.
+pub(crate) fn shown_table(options: &ast::ShowStatementOptions) -> Option<&ast::ObjectName> {
+    let only_in = ast::ShowStatementOptions { show_in: None, ..options.clone() };
+    let nothing = ast::ShowStatementOptions {
+        show_in: None,
+        starts_with: None,
+        limit: None,
+        limit_from: None,
+        filter_position: None,
+    };
+    let shown = options.show_in.as_ref().filter(|shown| shown.parent_type.is_none() && only_in == nothing)?;
+    shown.parent_name.as_ref()
+}
+
+fn describe_system(columns: &[(&str, Type)]) -> Result<ast::Statement, SqlError> {
+    let quote = |text: &str| ast::Value::SingleQuotedString(text.to_owned()).to_string();
+    let row = |(name, ty): &(&str, Type)| format!("({}, {})", quote(name), quote(&ty.to_string()));
+    let rows: Vec<String> = columns.iter().map(row).collect();
+    internal_query(&format!(
+        "SELECT column_name, data_type, 'YES' AS is_nullable, CAST(NULL AS TEXT) AS column_default, 'NO' AS is_key \
+         FROM (VALUES {}) AS columns (column_name, data_type)",
+        rows.join(", ")
+    ))
+}
+
+fn describe_table(table: &Table) -> Result<ast::Statement, SqlError> {
     let quote = |text: &str| ast::Value::SingleQuotedString(text.to_owned());
     internal_query(&format!(
         "SELECT column_name, data_type, is_nullable, column_default, is_key FROM information_schema.columns \

@@ -46,6 +46,20 @@ fn classify(statement: ast::Statement, text: &Arc<str>) -> Result<Statement, Sql
             }
             StatementKind::Query
         }
+        ast::Statement::ShowSchemas { terse, history, show_options } => {
+            if *terse || *history || !show_options.to_string().is_empty() {
+                let hint = Some("select from information_schema.schemata");
+                return Err(SqlError::unsupported("SHOW NAMESPACES with options", hint));
+            }
+            StatementKind::Query
+        }
+        ast::Statement::ShowColumns { extended, full, show_options } => {
+            if *extended || *full || super::session::shown_table(show_options).is_none() {
+                let hint = Some("say SHOW COLUMNS FROM table, or select from information_schema.columns");
+                return Err(SqlError::unsupported("this form of SHOW COLUMNS", hint));
+            }
+            StatementKind::Query
+        }
         ast::Statement::Explain { statement: inner, describe_alias, query_plan, estimate, .. } => {
             let plain = matches!(describe_alias, DescribeAlias::Explain) && !query_plan && !estimate;
             if !plain || !matches!(**inner, ast::Statement::Query(_)) {
@@ -59,9 +73,10 @@ fn classify(statement: ast::Statement, text: &Arc<str>) -> Result<Statement, Sql
             StatementKind::Query
         }
         ast::Statement::Insert(_) | ast::Statement::Update(_) | ast::Statement::Delete(_) => StatementKind::Dml,
-        ast::Statement::CreateTable(_) | ast::Statement::CreateSchema { .. } | ast::Statement::Drop { .. } => {
-            StatementKind::Ddl
-        }
+        ast::Statement::CreateTable(_)
+        | ast::Statement::CreateSchema { .. }
+        | ast::Statement::AlterTable(_)
+        | ast::Statement::Drop { .. } => StatementKind::Ddl,
         other => {
             let words: Vec<String> = other.to_string().split_whitespace().take(2).map(str::to_uppercase).collect();
             return Err(SqlError::unsupported(words.join(" "), None));
@@ -226,6 +241,13 @@ mod tests {
             ("EXPLAIN ANALYZE VERBOSE SELECT 1", "Query"),
             ("DESCRIBE t", "Query"),
             ("SHOW TABLES", "Query"),
+            ("SHOW NAMESPACES", "Query"),
+            ("SHOW COLUMNS FROM a.b", "Query"),
+            (
+                "SHOW COLUMNS FROM t LIKE 'x'",
+                "this form of SHOW COLUMNS is not supported: say SHOW COLUMNS FROM table, or select from \
+                 information_schema.columns",
+            ),
             (
                 "SHOW TABLES LIKE 'x'",
                 "SHOW TABLES with options is not supported: select from information_schema.tables",

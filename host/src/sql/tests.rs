@@ -32,6 +32,7 @@ fn bench_with(change: impl FnOnce(&mut SqlOptions)) -> Bench {
         max_open_files: 64,
         max_commit_bytes: 16 << 20,
         log_commits: 1000,
+        ..StoreOptions::new(dir.path())
     })
     .unwrap();
     store.start(Box::new(|_| {}));
@@ -44,7 +45,7 @@ fn bench_with(change: impl FnOnce(&mut SqlOptions)) -> Bench {
         target_partitions: 2,
     };
     change(&mut options);
-    Bench { sql: Sql::new(options).unwrap(), store, _dir: dir }
+    Bench { sql: Sql::new(options, Vec::new()).unwrap(), store, _dir: dir }
 }
 
 fn bench() -> Bench {
@@ -59,6 +60,7 @@ impl Bench {
             snapshot,
             namespace: "main".to_owned(),
             user: user.into(),
+            role: Role::Admin,
             params: Arc::new(params.to_vec()),
             overlay: Arc::default(),
             now: NOW,
@@ -78,14 +80,20 @@ impl Bench {
                     let changes = self.sql.change_set(&statement, env).await?;
                     let affected = changes.affected;
                     let rows = changes.writes;
-                    self.store.commit(Transaction { namespace, base, rows, catalog: Vec::new() }).await.unwrap();
+                    self.store
+                        .commit(Transaction { namespace, base, rows, catalog: Vec::new(), receipt: None })
+                        .await
+                        .unwrap();
                     format!("affected {affected}")
                 }
                 StatementKind::Ddl => {
                     let plan = self.sql.ddl(&statement, &env)?;
                     if let Some(namespace) = plan.namespace.filter(|_| !plan.writes.is_empty()) {
                         let catalog = plan.writes;
-                        self.store.commit(Transaction { namespace, base, rows: Vec::new(), catalog }).await.unwrap();
+                        self.store
+                            .commit(Transaction { namespace, base, rows: Vec::new(), catalog, receipt: None })
+                            .await
+                            .unwrap();
                     }
                     plan.summary
                 }
@@ -366,9 +374,26 @@ async fn ddl_takes_and_refuses_by_name() {
             ("CREATE TABLE u (a INT REFERENCES t (a))", "ERROR REFERENCES is not supported"),
             (
                 "CREATE TABLE u (a INT) WITH (type = 'stream')",
-                "ERROR the table type 'stream' is not supported: use 'shared' or 'user'",
+                "ERROR a stream table needs a time to live: WITH (type = 'stream', ttl = '1h')",
             ),
-            ("CREATE TABLE u (a INT) WITH (ttl = '1h')", "ERROR the table option ttl is not supported: there is type"),
+            (
+                "CREATE TABLE u (a INT) WITH (ttl = '1h')",
+                "ERROR only rows of stream tables have a time to live: say type = 'stream', or leave ttl out",
+            ),
+            (
+                "CREATE TABLE u (a INT) WITH (type = 'stream', ttl = '1 fortnight')",
+                "ERROR ttl is how long a row lives, up to a hundred years: a number and ms, s, m, h or d, as in '90s', '1h', '7d'",
+            ),
+            ("CREATE TABLE s (a INT PRIMARY KEY) WITH (type = stream, ttl = '1 h')", "CREATE TABLE main.s"),
+            ("SELECT name, type, ttl_ms FROM system.tables WHERE name = 's'", "s|stream|3600000"),
+            ("INSERT INTO s VALUES (1), (2)", "affected 2"),
+            ("UPDATE s SET a = a + 10", "affected 2"),
+            ("SELECT a FROM s", "11 12"),
+            ("DROP TABLE s", "DROP TABLE main.s"),
+            (
+                "CREATE TABLE u (a INT) WITH (size = 3)",
+                "ERROR the table option size is not supported: there are type and ttl",
+            ),
             ("CREATE TABLE u AS SELECT 1", "ERROR CREATE TABLE … AS SELECT is not supported"),
             ("CREATE TEMPORARY TABLE u (a INT)", "ERROR CREATE TEMPORARY is not supported"),
             ("CREATE TABLE u (a INT DEFAULT 'x')", "ERROR \"x\" does not fit into column \"a\" (INT)"),
@@ -698,11 +723,11 @@ async fn what_cannot_be_live_is_refused_by_name() {
         ),
         (
             "SELECT table_name FROM information_schema.tables",
-            "information_schema.tables in a live query is not supported: it is not told of changes: ask again instead",
+            "a live query over information_schema.tables is not supported: it is no stored table; query it",
         ),
         (
             "SELECT count(*) AS n FROM flights, information_schema.tables",
-            "information_schema.tables in a live query is not supported: it is not told of changes: ask again instead",
+            "a live query over information_schema.tables is not supported: it is no stored table; query it",
         ),
         (
             "SELECT a.id, b.id FROM flights a, flights b",

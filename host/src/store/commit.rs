@@ -6,49 +6,51 @@
 //! written and synced once. Then, in this order: the new catalog and applied seq become visible, the hook sees every
 //! commit, the transactions are answered. A refusal is answered then too, so that a retry reads what it lost against.
 //!
+//! With another `durability` than `sync` the batch is written without a sync and answered; a sync follows within the sync
+//! interval, and only then the hook sees the commits: an event is never of a commit that a power cut could undo.
+//!
 //! A write that fails may or may not be on disk, and trying again could acknowledge what a failed sync has thrown away:
 //! the store then takes no more writes, and a restart recovers what is really there.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use bytes::Bytes;
-use rocksdb::WriteBatch;
+use rocksdb::{WriteBatch, WriteOptions};
 use tokio::sync::oneshot;
 use wire::frame::ChangeMeta;
 use wire::{FrameBuilder, FrameError, Kind, Scope};
 
 use super::keys::row_prefix;
-use super::meta::{self, State};
+use super::meta::{self, Mark, State};
 use super::recent::RecentWrites;
 use super::{
-    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Inner, Seq, StoreError, Transaction, ddl, family,
-    high_water, open, row_family, rows, synced,
+    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, Seq, StoreError, Transaction,
+    ddl, family, high_water, open, receipts, retention, row_family, rows, synced,
 };
-use crate::catalog::{Catalog, NamespaceId, Table, TableKind};
+use crate::catalog::{Catalog, Table, TableKind};
 
-/// Transactions that may wait; more are told to try again.
-const QUEUE_TRANSACTIONS: usize = 1024;
+/// Transactions written together at most: the first of them waits for the last to be checked.
+const GROUP_TRANSACTIONS: usize = 1024;
 /// Bytes that may wait, in largest commits.
 const QUEUE_COMMITS: usize = 4;
 /// Written keys remembered to find conflicts with, 6 MiB: some 80 s of 3,000 single-row commits a second.
 const RECENT_KEYS: usize = 1 << 18;
 /// Commits between two writings of the high-water file, which costs a sync of its own.
 const HIGH_WATER_COMMITS: u64 = 1000;
-/// The change log is trimmed when it is this much longer than asked for: a range deletion every so many commits.
-const TRIM_COMMITS: u64 = 1000;
+/// A mark is left in the change log (`store/retention.rs`) after so many commits, so many bytes, and so many parts of the
+/// age that the log is kept for: by these steps it is cut.
+const MARK_COMMITS: u64 = 64;
+const MARK_BYTES: u64 = 256 << 10;
+const MARK_AGES: i64 = 16;
 /// Room a commit must find on the disk, in largest commits: the batch holds rows and frame, then the memtables follow.
 const ROOM_COMMITS: u64 = 4;
 
 type Answer = Result<Seq, CommitError>;
-
-/// The newest commit in the change log of each namespace that has any there.
-type Logs = BTreeMap<NamespaceId, Seq>;
 
 struct Waiting {
     transaction: Transaction,
@@ -63,25 +65,25 @@ pub(super) struct Queue {
     /// `None` after closing: the thread ends when it has finished what still waits.
     sender: Mutex<Option<SyncSender<Waiting>>>,
     /// What [`Queue::start`] gives to the thread.
-    idle: Mutex<Option<(Receiver<Waiting>, Logs)>>,
+    idle: Mutex<Option<Receiver<Waiting>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Queue {
-    pub fn new(inner: Arc<Inner>, logs: Logs) -> Self {
-        let (sender, receiver) = sync_channel(QUEUE_TRANSACTIONS);
+    pub fn new(inner: Arc<Inner>) -> Self {
+        let (sender, receiver) = sync_channel(inner.write_queue);
         Queue {
             inner,
             waiting_bytes: Arc::new(AtomicUsize::new(0)),
             sender: Mutex::new(Some(sender)),
-            idle: Mutex::new(Some((receiver, logs))),
+            idle: Mutex::new(Some(receiver)),
             thread: Mutex::new(None),
         }
     }
 
     pub fn start(&self, hook: CommitHook) {
-        let (receiver, logs) = locked(&self.idle).take().expect("the committer is started once");
-        let committer = Committer::new(self.inner.clone(), hook, logs, self.waiting_bytes.clone());
+        let receiver = locked(&self.idle).take().expect("the committer is started once");
+        let committer = Committer::new(self.inner.clone(), hook, self.waiting_bytes.clone());
         let thread = thread::Builder::new().name("committer".to_owned()).spawn(move || committer.run(&receiver));
         match thread {
             Ok(thread) => *locked(&self.thread) = Some(thread),
@@ -141,7 +143,8 @@ fn weight(transaction: &Transaction) -> usize {
         CatalogWrite::PutPlugin { wasm, .. } => wasm.len() + 256,
         _ => 256,
     });
-    rows.sum::<usize>() + catalog.sum::<usize>()
+    let receipt = transaction.receipt.as_ref().map_or(0, |receipt| receipt.outcome.len() + 256);
+    rows.sum::<usize>() + catalog.sum::<usize>() + receipt
 }
 
 struct Committer {
@@ -151,7 +154,11 @@ struct Committer {
     recent: RecentWrites,
     catalog: Arc<Catalog>,
     catalog_changed: Seq,
-    logs: Logs,
+    /// Of the newest mark in the change log.
+    marked: Mark,
+    /// Written, but perhaps not on disk yet: nobody has been told. Empty where `durability` is `sync`.
+    unpublished: Vec<Arc<Commit>>,
+    synced_at: Instant,
     /// Commit times never go back, whatever the clock does.
     committed_at: i64,
     high_water: Seq,
@@ -166,13 +173,15 @@ struct Group {
     /// In the order they came, commits and refusals.
     answers: Vec<(oneshot::Sender<Answer>, Answer)>,
     catalog: Arc<Catalog>,
+    /// Whether there are receipts in it.
+    receipts: bool,
 }
 
 impl Group {
     fn is_full(&self, max_bytes: usize, before: &Arc<Catalog>) -> bool {
         // At most one catalog a group: snapshots look for theirs among the last two.
         self.batch.size_in_bytes() >= max_bytes
-            || self.answers.len() >= QUEUE_TRANSACTIONS
+            || self.answers.len() >= GROUP_TRANSACTIONS
             || !Arc::ptr_eq(&self.catalog, before)
     }
 }
@@ -182,6 +191,8 @@ struct Staged {
     rows: Vec<StagedRow>,
     frame: Vec<u8>,
     catalog: Option<ddl::StagedCatalog>,
+    /// The hash of the receipt's id.
+    receipt: Option<u64>,
 }
 
 struct StagedRow {
@@ -193,30 +204,35 @@ struct StagedRow {
 }
 
 impl Committer {
-    fn new(inner: Arc<Inner>, hook: CommitHook, logs: Logs, waiting_bytes: Arc<AtomicUsize>) -> Self {
+    fn new(inner: Arc<Inner>, hook: CommitHook, waiting_bytes: Arc<AtomicUsize>) -> Self {
         let applied = inner.applied();
+        let (committed_at, logged) = (inner.committed_at.load(Ordering::Acquire), inner.logged.load(Ordering::Acquire));
+        let marked = Mark { seq: applied, committed_at, logged };
         Committer {
             recent: RecentWrites::new(applied, RECENT_KEYS),
             catalog: inner.catalog.load_full(),
             catalog_changed: applied,
-            committed_at: 0,
+            committed_at,
             high_water: applied,
             inner,
             hook,
             waiting_bytes,
-            logs,
+            marked,
+            unpublished: Vec::new(),
+            synced_at: Instant::now(),
         }
     }
 
     fn run(mut self, queue: &Receiver<Waiting>) {
         let _guard = FailOnPanic(self.inner.clone());
-        while let Ok(first) = queue.recv() {
+        while let Some(first) = self.next(queue) {
             let mut group = Group {
                 batch: WriteBatch::default(),
                 seq: self.inner.applied(),
                 commits: Vec::new(),
                 answers: Vec::new(),
                 catalog: self.catalog.clone(),
+                receipts: false,
             };
             // Before anything is staged: what is refused here leaves no trace.
             let refused = self.refused();
@@ -227,7 +243,28 @@ impl Committer {
                 self.take(&mut group, next, refused);
             }
             self.finish(group);
+            if self.synced_at.elapsed() >= self.inner.sync_interval {
+                self.publish_synced();
+            }
         }
+        self.publish_synced();
+    }
+
+    /// The next transaction; meanwhile, what was written without a sync is synced when its time has come. `None`: the
+    /// queue was closed and is empty.
+    fn next(&mut self, queue: &Receiver<Waiting>) -> Option<Waiting> {
+        while !self.unpublished.is_empty() {
+            let left = self.inner.sync_interval.saturating_sub(self.synced_at.elapsed());
+            match queue.recv_timeout(left) {
+                Ok(waiting) => return Some(waiting),
+                Err(RecvTimeoutError::Timeout) => self.publish_synced(),
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+        // The interval begins with the first write after a pause.
+        let waiting = queue.recv().ok();
+        self.synced_at = Instant::now();
+        waiting
     }
 
     /// Whether, and how, everything is refused at present.
@@ -254,6 +291,12 @@ impl Committer {
     fn add(&mut self, group: &mut Group, transaction: &Transaction) -> Answer {
         let Some(staged) = self.stage(group, transaction)? else { return Ok(transaction.base) };
         let seq = Seq(group.seq.0 + 1);
+        // First, because it is the one part that could still fail.
+        if let (Some(hash), Some(receipt)) = (staged.receipt, &transaction.receipt) {
+            receipts::put(&mut group.batch, receipt, seq, self.committed_at)?;
+            self.recent.record(hash, seq);
+            group.receipts = true;
+        }
         for row in &staged.rows {
             let family = row_family(&self.inner.db, row.kind);
             match &row.stored {
@@ -272,7 +315,7 @@ impl Committer {
             group.catalog = catalog.after.clone();
             self.catalog_changed = seq;
         }
-        self.logs.insert(transaction.namespace, seq);
+        self.mark(group, seq, staged.frame.len());
         group.seq = seq;
         group.commits.push(Arc::new(Commit {
             seq,
@@ -290,17 +333,21 @@ impl Committer {
         {
             return Err(CommitError::Stale);
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as i64);
-        self.committed_at = self.committed_at.max(now);
+        self.committed_at = self.committed_at.max(self.inner.clock.now());
+        let receipt = transaction.receipt.as_ref().map(|receipt| self.recent.hash(&receipts::receipt_key(&receipt.id)));
+        // Somebody else came first with the same key: their answer is this one's as well.
+        if receipt.is_some_and(|hash| self.recent.written_after(hash, transaction.base)) {
+            return Err(CommitError::Stale);
+        }
         let mut frame = FrameBuilder::new(transaction.namespace.0, commit_id(self.committed_at), self.committed_at);
         let rows = self.stage_rows(&group.catalog, transaction, &mut frame)?;
         let catalog = ddl::stage(&group.catalog, transaction, &mut frame)?;
-        if rows.is_empty() && catalog.is_none() {
+        if rows.is_empty() && catalog.is_none() && receipt.is_none() {
             return Ok(None);
         }
         let frame = frame.finish().map_err(invalid_frame)?;
         self.check_size(frame.len())?;
-        Ok(Some(Staged { rows, frame, catalog }))
+        Ok(Some(Staged { rows, frame, catalog, receipt }))
     }
 
     /// The rows that really change, each checked against catalog and conflicts and put into the frame.
@@ -329,6 +376,10 @@ impl Committer {
             if self.recent.written_after(hash, transaction.base) {
                 return Err(CommitError::Stale);
             }
+            // What has expired meanwhile was there for nobody any more: the reader has to look again.
+            if table.kind == TableKind::Stream && write.old.is_some() && self.is_expired(table, &key)? {
+                return Err(CommitError::Stale);
+            }
             let unchanged = match (&write.old, &write.new) {
                 (None, None) => true,
                 (Some(old), Some(new)) => rows::same_row(kinds, old, new),
@@ -340,11 +391,21 @@ impl Committer {
             let meta = ChangeMeta { table: table.id.0, schema_version: table.schema_version, kinds };
             frame.change(&write.scope, meta, write.old.as_deref(), write.new.as_deref()).map_err(invalid_frame)?;
             self.check_size(frame.len())?;
-            let stored = write.new.as_deref().map(|image| rows::encode_row(table, image)).transpose()?;
+            let expires = table.expires(self.committed_at);
+            let stored = write.new.as_deref().map(|image| rows::encode_row(table, image, expires)).transpose()?;
             rows.push(StagedRow { kind: table.kind, key, stored, hash });
         }
         debug_assert!(distinct(&rows), "a transaction has at most one change for a key: its net effect");
         Ok(rows)
+    }
+
+    /// Nobody has written the key since it was read, or this would not be asked: what is stored is what was read.
+    fn is_expired(&self, table: &Table, key: &[u8]) -> Result<bool, StoreError> {
+        let family = row_family(&self.inner.db, table.kind);
+        let stored = self.inner.db.get_pinned_cf(family, key).map_err(super::read_error)?;
+        // Swept already.
+        let Some(stored) = stored else { return Ok(true) };
+        Ok(rows::expires(&stored).is_some_and(|expires| expires <= self.committed_at))
     }
 
     fn check_size(&self, size: usize) -> Result<(), CommitError> {
@@ -369,55 +430,83 @@ impl Committer {
             // Whoever asked may have gone away.
             let _ = answer.send(outcome);
         }
-        if group.seq.0 - self.high_water.0 >= HIGH_WATER_COMMITS {
-            self.high_water = group.seq;
-            if let Err(error) = high_water::write(&self.inner.path, self.inner.epoch, group.seq) {
+        let durable = Seq(self.inner.durable.load(Ordering::Acquire));
+        if durable.0.saturating_sub(self.high_water.0) >= HIGH_WATER_COMMITS {
+            self.high_water = durable;
+            if let Err(error) = high_water::write(&self.inner.path, self.inner.epoch, durable) {
                 tracing::warn!(%error, "the high-water file could not be written");
             }
         }
     }
 
-    /// Makes the group durable, then visible, then known.
+    /// Makes the group durable, then visible, then known. Where `durability` is not `sync`, visible comes first: the
+    /// group is acknowledged, and made durable and known within the sync interval.
     fn write(&mut self, group: &mut Group) -> Result<(), StoreError> {
-        self.trim_log(group);
-        let log_floor = self.inner.log_floor();
-        let state = State { applied: group.seq, catalog_version: group.catalog.version, log_floor };
+        let (catalog_version, committed_at) = (group.catalog.version, self.committed_at);
+        let (log_floor, logged) = (self.inner.log_floor(), self.inner.logged.load(Ordering::Acquire));
+        let state = State { applied: group.seq, catalog_version, log_floor, committed_at, logged };
         group.batch.put_cf(family(&self.inner.db, DEFAULT_FAMILY), meta::STATE_KEY, state.encode());
         let new_catalog = !Arc::ptr_eq(&group.catalog, &self.catalog);
         if new_catalog {
             self.inner.catalogs.store(Arc::new([self.catalog.clone(), group.catalog.clone()]));
         }
         let batch = std::mem::take(&mut group.batch);
-        self.inner.db.write_opt(batch, &synced()).map_err(super::read_error)?;
+        let sync = self.inner.durability == Durability::Sync;
+        let options = if sync { synced() } else { WriteOptions::default() };
+        let none_swept = group.receipts.then(|| locked(&self.inner.receipts));
+        self.inner.db.write_opt(batch, &options).map_err(super::read_error)?;
+        drop(none_swept);
 
         if new_catalog {
             self.catalog = group.catalog.clone();
             self.inner.catalog.store(group.catalog.clone());
         }
+        self.inner.committed_at.store(self.committed_at, Ordering::Release);
         self.inner.applied.store(group.seq.0, Ordering::Release);
-        for commit in &group.commits {
-            (self.hook)(commit);
+        self.unpublished.append(&mut group.commits);
+        if sync {
+            self.publish();
+        }
+        if retention::is_long(&self.inner, group.seq) {
+            self.inner.retention.wake();
         }
         Ok(())
     }
 
-    /// Deletes what is older than the log's length from the logs of all namespaces, now and then, in the group's batch.
-    fn trim_log(&mut self, group: &mut Group) {
-        let keep = self.inner.log_commits;
-        let slack = (keep / 8).clamp(1, TRIM_COMMITS);
-        if group.seq.0.saturating_sub(self.inner.log_floor().0) < keep.saturating_add(slack) {
+    /// Syncs what was written without, and makes it known.
+    fn publish_synced(&mut self) {
+        self.synced_at = Instant::now();
+        if self.unpublished.is_empty() || self.inner.failure.get().is_some() {
             return;
         }
-        let floor = Seq(group.seq.0 - keep);
-        let default = family(&self.inner.db, DEFAULT_FAMILY);
-        for namespace in self.logs.keys() {
-            let (from, to) = (meta::log_key(*namespace, Seq(0)), meta::log_key(*namespace, Seq(floor.0 + 1)));
-            group.batch.delete_range_cf(default, from, to);
+        // A failure is told by the store itself. Nobody hears of these commits: whether they are on disk only the next
+        // start finds out.
+        if self.inner.sync().is_ok() {
+            self.publish();
         }
-        // A namespace without commits since has no log left, and costs no range the next time.
-        self.logs.retain(|_, newest| *newest > floor);
-        // Before it is written: who asks now must not rely on what is about to go.
-        self.inner.log_floor.store(floor.0, Ordering::Release);
+    }
+
+    /// What is on disk becomes known.
+    fn publish(&mut self) {
+        let Some(newest) = self.unpublished.last() else { return };
+        self.inner.durable.store(newest.seq.0, Ordering::Release);
+        for commit in self.unpublished.drain(..) {
+            (self.hook)(&commit);
+        }
+    }
+
+    /// Counts the frame of commit `seq`, and leaves a mark behind it where one is due.
+    fn mark(&mut self, group: &mut Group, seq: Seq, frame: usize) {
+        let logged = self.inner.logged.fetch_add(frame as u64, Ordering::AcqRel) + frame as u64;
+        let mark = Mark { seq, committed_at: self.committed_at, logged };
+        let age = mark.committed_at.saturating_sub(self.marked.committed_at);
+        let due = seq.0 - self.marked.seq.0 >= MARK_COMMITS
+            || logged - self.marked.logged >= MARK_BYTES
+            || age >= self.inner.log_age_micros / MARK_AGES;
+        if due {
+            group.batch.put_cf(family(&self.inner.db, DEFAULT_FAMILY), meta::mark_key(seq), mark.encode());
+            self.marked = mark;
+        }
     }
 }
 
@@ -453,7 +542,7 @@ fn check_table(catalog: &Catalog, transaction: &Transaction, table: &Table) -> R
 
 fn check_scope(table: &Table, scope: &Scope) -> Result<(), CommitError> {
     match (table.kind, scope) {
-        (TableKind::Shared, Scope::Shared) | (TableKind::User, Scope::User(_)) => Ok(()),
+        (TableKind::Shared | TableKind::Stream, Scope::Shared) | (TableKind::User, Scope::User(_)) => Ok(()),
         _ => Err(CommitError::Invalid(format!(
             "a row of the {} table {} has another scope",
             table.kind.as_str(),

@@ -8,7 +8,7 @@ use wire::{CatalogEvent, FrameBuilder};
 
 use super::keys::{successor, table_prefix};
 use super::{CatalogWrite, CommitError, DEFAULT_FAMILY, StoreError, Transaction, family, meta, row_family};
-use crate::catalog::{Catalog, Plugin, Table};
+use crate::catalog::{Catalog, Plugin, Table, TableId, TableKind};
 
 /// Key and value in the `default` family.
 type Record = (Vec<u8>, Vec<u8>);
@@ -59,12 +59,23 @@ fn check_catalog_write(catalog: &Catalog, write: &CatalogWrite) -> Result<(), Co
     if fine { Ok(()) } else { Err(CommitError::Invalid(format!("the catalog does not admit {}", describe(write)))) }
 }
 
-/// A new table has a new id and a free name; another version of a table keeps both and has a higher schema version.
+/// A new table has a new id; another version of a table stays in its place and has a higher schema version. Either
+/// way the name is its own or free.
 fn admits_table(catalog: &Catalog, table: &Table) -> bool {
-    match catalog.table(&table.namespace_name, &table.name) {
-        Some(found) => found.id == table.id && found.schema_version < table.schema_version,
+    let name = catalog.table(&table.namespace_name, &table.name);
+    let id = match catalog.table_by_id(table.id) {
+        Some(found) => {
+            found.namespace == table.namespace
+                && found.kind == table.kind
+                && found.key == table.key
+                && found.ttl_micros == table.ttl_micros
+                && found.schema_version < table.schema_version
+                && found.next_column <= table.next_column
+        }
         None => table.id.0 >= catalog.next_table,
-    }
+    };
+    let ttl = (table.kind == TableKind::Stream) == table.ttl_micros.is_some();
+    id && ttl && name.is_none_or(|found| found.id == table.id) && table.slots() <= table.next_column
 }
 
 fn describe(write: &CatalogWrite) -> String {
@@ -93,9 +104,11 @@ fn catalog_events(before: &Catalog, write: &CatalogWrite, frame: &mut FrameBuild
             }
         }
         CatalogWrite::PutTable(table) => {
-            if before.table_by_id(table.id).is_none() {
-                frame.catalog(CatalogEvent::TableCreated { table: table.id.0 });
-            }
+            let (table, schema_version) = (table.id.0, table.schema_version);
+            frame.catalog(match before.table_by_id(TableId(table)) {
+                None => CatalogEvent::TableCreated { table },
+                Some(_) => CatalogEvent::TableAltered { table, schema_version },
+            });
         }
         CatalogWrite::DropTable(id) => frame.catalog(CatalogEvent::TableDropped { table: id.0 }),
         CatalogWrite::PutPlugin { plugin, .. } => {

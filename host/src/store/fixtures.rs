@@ -9,7 +9,7 @@ use crate::catalog::{Column, PluginKind};
 pub const MAIN: NamespaceId = NamespaceId(1);
 
 pub fn column(id: u16, name: &str, ty: Type, nullable: bool) -> Column {
-    Column { id, name: name.to_owned(), ty, nullable, default: None }
+    Column { id, name: name.to_owned(), ty, nullable, default: None, fill: None }
 }
 
 /// `main.t{id}(id BIGINT PRIMARY KEY, text TEXT, score DOUBLE)`, shared.
@@ -28,6 +28,9 @@ pub fn table(id: u32) -> Table {
         ],
         key: vec![0],
         generated_key: false,
+        next_column: 3,
+        images_since: 1,
+        ttl_micros: None,
     }
 }
 
@@ -35,9 +38,17 @@ pub fn user_table(id: u32) -> Table {
     Table { kind: TableKind::User, ..table(id) }
 }
 
+/// Rows live for this long.
+pub const TTL_MICROS: i64 = 3_600_000_000;
+
+pub fn stream_table(id: u32) -> Table {
+    Table { kind: TableKind::Stream, ttl_micros: Some(TTL_MICROS), ..table(id) }
+}
+
 pub fn table_with_key(id: u32, types: &[Type]) -> Table {
     let columns = types.iter().enumerate().map(|(i, ty)| column(i as u16, &format!("c{i}"), *ty, false)).collect();
-    Table { columns, key: (0..types.len() as u16).collect(), ..table(id) }
+    let slots = types.len() as u16;
+    Table { columns, key: (0..slots).collect(), next_column: slots, ..table(id) }
 }
 
 /// An image of [`table`].

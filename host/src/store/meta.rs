@@ -3,19 +3,27 @@
 //! ```text
 //! m/format               store format, u32
 //! m/epoch                u64
-//! m/state                applied seq, catalog version, log floor: u64 each; written with every commit
+//! m/state                applied seq, catalog version, log floor, commit time, bytes logged: u64 each; written with
+//!                        every commit
+//! m/floor                the highest seq no longer in the change log, u64; written with what trims it
+//! m/clock                up to where time may have been read, i64 (see `store/clock.rs`)
 //! m/catalog              next ids
 //! n/{namespace u32}      a namespace
 //! t/{table u32}          a table
 //! p/{namespace u32}{version u32}{name}   one version of a plugin
 //! w/{sha256}             the bytes of a plugin
 //! l/{namespace u32}{seq u64}             the change log: a wire::Frame
+//! k/{seq u64}                            a mark in the change log: commit time and bytes logged so far, u64 each
+//! r/… e/…                receipts of writes, see `store/receipts.rs`
 //! s/{key}                settings of the layers above
 //! ```
 //!
-//! Integers in keys and fixed records are big-endian. Catalog records are a version byte and a postcard message of types
-//! that live here: the catalog's own types may change without changing what is on disk.
+//! Integers in keys and fixed records are big-endian. Catalog records are a version byte and postcard messages of types
+//! that live here: the catalog's own types may change without changing what is on disk. A table's record is one message
+//! in version 1; in version 2 others follow (what ALTER TABLE needs to know of the past, the life of a stream's rows).
+//! Both are read, the latter is written.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
@@ -26,19 +34,26 @@ use wire::{Type, Value};
 use super::{Seq, StoreError};
 use crate::catalog::{Catalog, Column, DefaultValue, NamespaceId, Plugin, Table, TableId, TableKind};
 
-/// The store format this build writes, and the newest it reads.
-pub(super) const FORMAT: u32 = 1;
+/// The store format this build writes, and the newest it reads. 1 had no altered tables; a directory of format 1 is
+/// taken over as it is and marked as 2, so that an older build, which would misread it from then on, refuses it.
+pub(super) const FORMAT: u32 = 2;
+pub(super) const OLDEST_FORMAT: u32 = 1;
 
 pub(super) const FORMAT_KEY: &[u8] = b"m/format";
 pub(super) const EPOCH_KEY: &[u8] = b"m/epoch";
 pub(super) const STATE_KEY: &[u8] = b"m/state";
+pub(super) const CLOCK_KEY: &[u8] = b"m/clock";
+pub(super) const FLOOR_KEY: &[u8] = b"m/floor";
 pub(super) const CATALOG_KEY: &[u8] = b"m/catalog";
 pub(super) const NAMESPACES: &[u8] = b"n/";
 pub(super) const TABLES: &[u8] = b"t/";
 pub(super) const PLUGINS: &[u8] = b"p/";
 pub(super) const LOGS: &[u8] = b"l/";
+const MARKS: &[u8] = b"k/";
 
 const RECORD_VERSION: u8 = 1;
+/// Of a table's record.
+const TABLE_RECORD_VERSION: u8 = 2;
 
 pub(super) fn namespace_key(id: NamespaceId) -> Vec<u8> {
     [NAMESPACES, &id.0.to_be_bytes()].concat()
@@ -82,26 +97,70 @@ pub(super) struct State {
     pub catalog_version: u64,
     /// The highest seq no longer in the change log.
     pub log_floor: Seq,
+    /// Of the commit `applied`: the next one is not earlier.
+    pub committed_at: i64,
+    /// Bytes of all frames ever logged.
+    pub logged: u64,
 }
 
 impl State {
-    pub fn encode(self) -> [u8; 24] {
-        let mut out = [0; 24];
+    pub fn encode(self) -> [u8; 40] {
+        let mut out = [0; 40];
         out[..8].copy_from_slice(&self.applied.0.to_be_bytes());
         out[8..16].copy_from_slice(&self.catalog_version.to_be_bytes());
-        out[16..].copy_from_slice(&self.log_floor.0.to_be_bytes());
+        out[16..24].copy_from_slice(&self.log_floor.0.to_be_bytes());
+        out[24..32].copy_from_slice(&self.committed_at.to_be_bytes());
+        out[32..].copy_from_slice(&self.logged.to_be_bytes());
         out
     }
 
     pub fn decode(bytes: &[u8]) -> Result<State, StoreError> {
         let word = |i: usize| Some(u64::from_be_bytes(bytes.get(i * 8..i * 8 + 8)?.try_into().ok()?));
         match (bytes.len(), word(0), word(1), word(2)) {
-            (24, Some(applied), Some(catalog_version), Some(log_floor)) => {
-                Ok(State { applied: Seq(applied), catalog_version, log_floor: Seq(log_floor) })
+            // Format 1 said no time and counted no bytes.
+            (24 | 40, Some(applied), Some(catalog_version), Some(log_floor)) => {
+                let committed_at = word(3).map_or(0, |word| word as i64);
+                let (applied, log_floor, logged) = (Seq(applied), Seq(log_floor), word(4).unwrap_or(0));
+                Ok(State { applied, catalog_version, log_floor, committed_at, logged })
             }
             _ => Err(StoreError::Corrupt("the record m/state has the wrong length".to_owned())),
         }
     }
+}
+
+/// A place in the change log, left every so often: where it may be cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mark {
+    pub seq: Seq,
+    pub committed_at: i64,
+    /// Bytes of all frames up to here.
+    pub logged: u64,
+}
+
+impl Mark {
+    pub fn encode(self) -> [u8; 16] {
+        let mut out = [0; 16];
+        out[..8].copy_from_slice(&self.committed_at.to_be_bytes());
+        out[8..].copy_from_slice(&self.logged.to_be_bytes());
+        out
+    }
+
+    /// `None`: the key is none of a mark.
+    pub fn decode(key: &[u8], value: &[u8]) -> Result<Option<Mark>, StoreError> {
+        let Some(seq) = key.strip_prefix(MARKS) else { return Ok(None) };
+        match (seq.try_into(), value.split_first_chunk()) {
+            (Ok(seq), Some((committed_at, logged))) if logged.len() == 8 => Ok(Some(Mark {
+                seq: Seq(u64::from_be_bytes(seq)),
+                committed_at: i64::from_be_bytes(*committed_at),
+                logged: logged.iter().fold(0, |logged, byte| logged << 8 | u64::from(*byte)),
+            })),
+            _ => Err(StoreError::Corrupt("a mark of the change log has the wrong length".to_owned())),
+        }
+    }
+}
+
+pub(super) fn mark_key(seq: Seq) -> Vec<u8> {
+    [MARKS, &seq.0.to_be_bytes()].concat()
 }
 
 #[derive(Serialize, Deserialize)]
@@ -128,10 +187,25 @@ struct TableRecord {
     generated_key: bool,
 }
 
+/// What follows a [`TableRecord`] from version 2 on, one message after the other; those at the end may be missing.
+#[derive(Serialize, Deserialize)]
+struct PastRecord {
+    next_column: u16,
+    images_since: u32,
+    /// By column id: what rows have that are older than the column.
+    fills: Vec<(u16, Value)>,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct StreamRecord {
+    ttl_micros: Option<i64>,
+}
+
 #[derive(Serialize, Deserialize)]
 enum TableKindRecord {
     Shared,
     User,
+    Stream,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -193,19 +267,25 @@ pub(super) fn encode_table(table: &Table) -> Result<Vec<u8>, StoreError> {
             DefaultValue::CurrentUser => DefaultRecord::CurrentUser,
         }),
     });
-    encode(&TableRecord {
+    let record = TableRecord {
         id: table.id.0,
         namespace: table.namespace.0,
         name: table.name.clone(),
         kind: match table.kind {
             TableKind::Shared => TableKindRecord::Shared,
             TableKind::User => TableKindRecord::User,
+            TableKind::Stream => TableKindRecord::Stream,
         },
         schema_version: table.schema_version,
         columns: columns.collect(),
         key: table.key.clone(),
         generated_key: table.generated_key,
-    })
+    };
+    let fills = table.columns.iter().filter_map(|column| Some((column.id, column.fill.clone()?)));
+    let past = PastRecord { next_column: table.next_column, images_since: table.images_since, fills: fills.collect() };
+    let out = encode_to(&record, vec![TABLE_RECORD_VERSION])?;
+    let out = encode_to(&past, out)?;
+    encode_to(&StreamRecord { ttl_micros: table.ttl_micros }, out)
 }
 
 pub(super) fn encode_plugin(plugin: &Plugin) -> Result<Vec<u8>, StoreError> {
@@ -246,12 +326,14 @@ impl CatalogLoader {
     }
 
     pub fn table(&mut self, record: &[u8]) -> Result<(), StoreError> {
-        let record: TableRecord = decode("table", record)?;
+        let (record, past, stream) = decode_table(record)?;
+        let mut fills: BTreeMap<u16, Value> = past.fills.into_iter().collect();
         let columns = record.columns.into_iter().map(|column| Column {
             id: column.id,
             name: column.name,
             ty: column.ty,
             nullable: column.nullable,
+            fill: fills.remove(&column.id),
             default: column.default.map(|default| match default {
                 DefaultRecord::Literal(value) => DefaultValue::Literal(value),
                 DefaultRecord::Now => DefaultValue::Now,
@@ -267,11 +349,15 @@ impl CatalogLoader {
             kind: match record.kind {
                 TableKindRecord::Shared => TableKind::Shared,
                 TableKindRecord::User => TableKind::User,
+                TableKindRecord::Stream => TableKind::Stream,
             },
             schema_version: record.schema_version,
             columns: columns.collect(),
             key: record.key,
             generated_key: record.generated_key,
+            next_column: past.next_column,
+            images_since: past.images_since,
+            ttl_micros: stream.ttl_micros,
         };
         self.catalog.put_table(Arc::new(table));
         Ok(())
@@ -319,8 +405,27 @@ impl CatalogLoader {
 }
 
 fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, StoreError> {
-    postcard::to_extend(record, vec![RECORD_VERSION])
+    encode_to(record, vec![RECORD_VERSION])
+}
+
+fn encode_to<T: Serialize>(record: &T, out: Vec<u8>) -> Result<Vec<u8>, StoreError> {
+    postcard::to_extend(record, out)
         .map_err(|error| StoreError::Corrupt(format!("a catalog record cannot be encoded: {error}")))
+}
+
+fn decode_table(record: &[u8]) -> Result<(TableRecord, PastRecord, StreamRecord), StoreError> {
+    let Some((&TABLE_RECORD_VERSION, bytes)) = record.split_first() else {
+        let record: TableRecord = decode("table", record)?;
+        let next_column = record.columns.iter().map(|column| column.id + 1).max().unwrap_or(0);
+        let past = PastRecord { next_column, images_since: record.schema_version, fills: Vec::new() };
+        return Ok((record, past, StreamRecord::default()));
+    };
+    let unreadable = |error| StoreError::Corrupt(format!("a table record cannot be read: {error}"));
+    let (record, rest) = postcard::take_from_bytes(bytes).map_err(unreadable)?;
+    let (past, rest) = postcard::take_from_bytes(rest).map_err(unreadable)?;
+    let stream =
+        if rest.is_empty() { StreamRecord::default() } else { postcard::from_bytes(rest).map_err(unreadable)? };
+    Ok((record, past, stream))
 }
 
 fn decode<T: DeserializeOwned>(what: &str, record: &[u8]) -> Result<T, StoreError> {
@@ -353,11 +458,24 @@ mod tests {
 
     #[test]
     fn the_state_is_pinned() {
-        let state = State { applied: Seq(1), catalog_version: 2, log_floor: Seq(3) };
+        let state = State { applied: Seq(1), catalog_version: 2, log_floor: Seq(3), committed_at: 4, logged: 5 };
         let bytes = state.encode();
-        assert_eq!(bytes, [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3]);
+        let first = [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3];
+        assert_eq!(bytes[..24], first);
+        assert_eq!(bytes[24..], [0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 5]);
         assert_eq!(State::decode(&bytes).unwrap(), state);
-        assert!(State::decode(&bytes[..23]).is_err());
+        assert_eq!(State::decode(&first).unwrap(), State { committed_at: 0, logged: 0, ..state });
+        assert!(State::decode(&bytes[..23]).is_err() && State::decode(&bytes[..39]).is_err());
+    }
+
+    #[test]
+    fn a_mark_is_pinned() {
+        let mark = Mark { seq: Seq(3), committed_at: 4, logged: 0x105 };
+        let bytes = [0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 1, 5];
+        assert_eq!((mark_key(Seq(3)).as_slice(), mark.encode()), (&b"k/\0\0\0\0\0\0\0\x03"[..], bytes));
+        assert_eq!(Mark::decode(&mark_key(Seq(3)), &bytes).unwrap(), Some(mark));
+        assert_eq!(Mark::decode(b"l/", &bytes).unwrap(), None);
+        assert!(Mark::decode(&mark_key(Seq(3)), &bytes[1..]).is_err());
     }
 
     #[test]
@@ -367,12 +485,29 @@ mod tests {
         assert_eq!(
             encode_table(&table).unwrap(),
             [
-                1, 2, 1, 2, b't', b'2', 0, 1, // version, id, namespace, name, kind, schema version
+                2, 2, 1, 2, b't', b'2', 0, 1, // version, id, namespace, name, kind, schema version
                 3, 0, 2, b'i', b'd', 3, 0, 0, 1, 4, b't', b'e', b'x', b't', 7, 1, 0, // id, text
                 2, 5, b's', b'c', b'o', b'r', b'e', 5, 1, 0, // score
                 1, 0, 0, // key, generated
+                3, 1, 0, // next column, images since, no fills
+                0, // no time to live
             ]
         );
+    }
+
+    #[test]
+    fn a_table_record_of_version_1_is_read() {
+        let record = [
+            1, 2, 1, 2, b't', b'2', 0, 1, // version, id, namespace, name, kind, schema version
+            3, 0, 2, b'i', b'd', 3, 0, 0, 1, 4, b't', b'e', b'x', b't', 7, 1, 0, // id, text
+            2, 5, b's', b'c', b'o', b'r', b'e', 5, 1, 0, // score
+            1, 0, 0, // key, generated
+        ];
+        let mut loader = CatalogLoader::new(5);
+        loader.namespace(&encode_namespace(NamespaceId(1), "main").unwrap()).unwrap();
+        loader.table(&record).unwrap();
+        let catalog = loader.finish(&encode_catalog(&Catalog::default()).unwrap()).unwrap();
+        assert_eq!(**catalog.table("main", "t2").unwrap(), fixtures::table(2));
     }
 
     #[test]
@@ -381,6 +516,9 @@ mod tests {
         let mut table = fixtures::table(9);
         table.columns[1].default = Some(DefaultValue::Literal(Value::Decimal(i128::MIN)));
         table.columns[2].default = Some(DefaultValue::Literal(Value::Float(f64::INFINITY)));
+        table.columns[2].fill = Some(Value::Float(0.5));
+        (table.schema_version, table.images_since, table.next_column) = (7, 4, 12);
+        (table.kind, table.ttl_micros) = (TableKind::Stream, Some(5_000_000));
         let mut loader = CatalogLoader::new(5);
         loader.namespace(&encode_namespace(NamespaceId(1), "main").unwrap()).unwrap();
         loader.table(&encode_table(&table).unwrap()).unwrap();

@@ -1,18 +1,19 @@
 //! Opening the data directory: RocksDB's options, what a new directory gets, what an old one is held to, the catalog.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use rocksdb::compaction_filter::Decision as CompactionDecision;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, Direction, IteratorMode,
     LruCacheOptions, Options, SliceTransform, WriteBatch, WriteBufferManager,
 };
 
-use super::keys::{row_prefix_len, successor};
+use super::clock::Clock;
+use super::keys::row_prefix_len;
 use super::meta::{self, CatalogLoader, State};
 use super::{
-    DEFAULT_FAMILY, Epoch, FAMILIES, ROW_FAMILIES, Seq, StoreError, StoreOptions, family, high_water, read_error,
-    synced,
+    Epoch, FAMILIES, ROW_FAMILIES, STREAM_FAMILY, Seq, StoreError, StoreOptions, high_water, read_error, rows, synced,
 };
 use crate::catalog::{Catalog, DEFAULT_NAMESPACE, NamespaceId};
 
@@ -20,11 +21,10 @@ use crate::catalog::{Catalog, DEFAULT_NAMESPACE, NamespaceId};
 pub(super) struct Opened {
     pub db: DB,
     pub cache: Cache,
+    pub clock: Arc<Clock>,
     pub epoch: Epoch,
     pub state: State,
     pub catalog: Catalog,
-    /// The newest commit in the change log of each namespace that has any there.
-    pub logs: BTreeMap<NamespaceId, Seq>,
 }
 
 pub(super) fn open(options: &StoreOptions) -> Result<Opened, StoreError> {
@@ -34,7 +34,8 @@ pub(super) fn open(options: &StoreOptions) -> Result<Opened, StoreError> {
         reason: format!("the directory cannot be made: {error}"),
     })?;
     let cache = block_cache(options);
-    let db = open_database(options, &path, &cache)?;
+    let clock = Clock::new();
+    let db = open_database(options, &path, &cache, &clock)?;
 
     if !is_set_up(&db, &options.path)? {
         if high_water::read(&options.path)?.is_some() {
@@ -48,12 +49,13 @@ pub(super) fn open(options: &StoreOptions) -> Result<Opened, StoreError> {
         set_up(&db)?;
     }
     let epoch = read_epoch(&db)?;
-    let state = State::decode(&required(&db, meta::STATE_KEY)?)?;
+    let mut state = State::decode(&required(&db, meta::STATE_KEY)?)?;
+    state.log_floor = state.log_floor.max(decode_floor(read(&db, meta::FLOOR_KEY)?.as_deref())?);
     high_water::check(&options.path, epoch, state.applied)?;
     high_water::write(&options.path, epoch, state.applied)?;
     let catalog = load_catalog(&db, state.catalog_version)?;
-    let logs = find_logs(&db)?;
-    Ok(Opened { db, cache, epoch, state, catalog, logs })
+    clock.resume(read_mark(&db)?, state.committed_at);
+    Ok(Opened { db, cache, clock, epoch, state, catalog })
 }
 
 pub(super) fn database_path(directory: &Path) -> PathBuf {
@@ -67,8 +69,14 @@ fn block_cache(options: &StoreOptions) -> Cache {
     Cache::new_lru_cache_opts(&cache)
 }
 
-fn open_database(options: &StoreOptions, path: &Path, cache: &Cache) -> Result<DB, StoreError> {
-    let families = FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options(options, cache, name)));
+fn open_database(options: &StoreOptions, path: &Path, cache: &Cache, clock: &Arc<Clock>) -> Result<DB, StoreError> {
+    let families = FAMILIES.map(|name| {
+        let mut family = family_options(options, cache, name);
+        if name == STREAM_FAMILY {
+            sweep_expired(&mut family, clock.clone());
+        }
+        ColumnFamilyDescriptor::new(name, family)
+    });
     DB::open_cf_descriptors(&database_options(options), path, families).map_err(|error| {
         let message = error.into_string();
         // The two ways RocksDB says it: held by another process, or by this one.
@@ -134,6 +142,23 @@ fn family_options(options: &StoreOptions, cache: &Cache, name: &str) -> Options 
     family
 }
 
+/// Compaction drops what has long expired. Compaction does not look at snapshots, so a row stays for the longest time
+/// that somebody may read through one: no query runs that long, and a live query's snapshot may do without what is past
+/// its expiry.
+fn sweep_expired(family: &mut Options, clock: Arc<Clock>) {
+    family.set_compaction_filter("tidegate.expired.1", move |_: u32, _: &[u8], stored: &[u8]| {
+        let gone = rows::expires(stored).is_some_and(|expires| expires.saturating_add(KEPT_EXPIRED) < clock.now());
+        if gone { CompactionDecision::Remove } else { CompactionDecision::Keep }
+    });
+    // Files that no write touches any more are looked at again after this long.
+    family.set_periodic_compaction_seconds(SWEEP_SECONDS);
+}
+
+/// Ten times the longest deadline a query may be given, in microseconds.
+const KEPT_EXPIRED: i64 = 300_000_000;
+/// An hour: what has expired costs disk for so long, and every file is rewritten at most so often.
+const SWEEP_SECONDS: u64 = 3_600;
+
 /// False for a directory nobody has written to yet.
 fn is_set_up(db: &DB, directory: &Path) -> Result<bool, StoreError> {
     let Some(format) = read(db, meta::FORMAT_KEY)? else {
@@ -149,10 +174,14 @@ fn is_set_up(db: &DB, directory: &Path) -> Result<bool, StoreError> {
     let format = format.try_into().map(u32::from_be_bytes);
     match format {
         Ok(meta::FORMAT) => Ok(true),
+        Ok(meta::OLDEST_FORMAT..meta::FORMAT) => {
+            db.put_opt(meta::FORMAT_KEY, meta::FORMAT.to_be_bytes(), &synced()).map_err(read_error)?;
+            Ok(true)
+        }
         Ok(found) => Err(StoreError::Open {
             path: directory.to_owned(),
             reason: format!(
-                "it has store format {found}; this tidegate reads format {}. Use the tidegate that wrote it, or a newer one",
+                "it has store format {found}; this tidegate reads formats up to {}. Use the tidegate that wrote it, or a newer one",
                 meta::FORMAT
             ),
         }),
@@ -166,7 +195,8 @@ fn set_up(db: &DB) -> Result<(), StoreError> {
     let mut catalog = Catalog::default();
     (catalog.version, catalog.next_table) = (1, 1);
     catalog.put_namespace(main, DEFAULT_NAMESPACE);
-    let state = State { applied: Seq(0), catalog_version: catalog.version, log_floor: Seq(0) };
+    let state =
+        State { applied: Seq(0), catalog_version: catalog.version, log_floor: Seq(0), committed_at: 0, logged: 0 };
     let mut batch = WriteBatch::default();
     batch.put(meta::FORMAT_KEY, meta::FORMAT.to_be_bytes());
     batch.put(meta::EPOCH_KEY, rand::random::<u64>().to_be_bytes());
@@ -182,6 +212,12 @@ fn read_epoch(db: &DB) -> Result<Epoch, StoreError> {
         Ok(bytes) => Ok(Epoch(u64::from_be_bytes(bytes))),
         Err(_) => Err(StoreError::Corrupt("the record m/epoch has the wrong length".to_owned())),
     }
+}
+
+fn read_mark(db: &DB) -> Result<i64, StoreError> {
+    let Some(mark) = read(db, meta::CLOCK_KEY)? else { return Ok(0) };
+    let mark = mark.try_into().map(i64::from_be_bytes);
+    mark.map_err(|_| StoreError::Corrupt("the record m/clock has the wrong length".to_owned()))
 }
 
 fn load_catalog(db: &DB, version: u64) -> Result<Catalog, StoreError> {
@@ -203,23 +239,11 @@ fn for_each(db: &DB, prefix: &[u8], mut each: impl FnMut(&[u8]) -> Result<(), St
     Ok(())
 }
 
-/// Two seeks a namespace, however long its log is.
-fn find_logs(db: &DB) -> Result<BTreeMap<NamespaceId, Seq>, StoreError> {
-    let mut logs = BTreeMap::new();
-    let mut cursor = db.raw_iterator_cf(family(db, DEFAULT_FAMILY));
-    cursor.seek(meta::LOGS);
-    while let Some((namespace, _)) = cursor.key().and_then(meta::read_log_key) {
-        cursor.seek_for_prev(meta::log_key(namespace, Seq(u64::MAX)));
-        if let Some((_, newest)) = cursor.key().and_then(meta::read_log_key) {
-            logs.insert(namespace, newest);
-        }
-        match successor(&meta::log_prefix(namespace)) {
-            Some(next) => cursor.seek(next),
-            None => break,
-        }
-    }
-    cursor.status().map_err(read_error)?;
-    Ok(logs)
+/// What the record `m/floor` says; where there is none, nothing was trimmed by it.
+pub(super) fn decode_floor(record: Option<&[u8]>) -> Result<Seq, StoreError> {
+    let Some(record) = record else { return Ok(Seq(0)) };
+    let floor = record.try_into().map(u64::from_be_bytes).map(Seq);
+    floor.map_err(|_| StoreError::Corrupt("the record m/floor has the wrong length".to_owned()))
 }
 
 fn read(db: &DB, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {

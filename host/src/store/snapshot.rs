@@ -4,16 +4,19 @@
 //! threads and outlive the request that made them. What RocksDB reports while reading fails the read: no scan ends early
 //! in silence.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use rocksdb::{DB, DBRawIterator, ReadOptions};
 use self_cell::self_cell;
 use wire::Scope;
 
+use super::clock::Clock;
 use super::keys::{KeyRange, row_prefix, successor};
 use super::meta::{self, State};
-use super::{DEFAULT_FAMILY, Inner, Seq, StoreError, family, read_error, row_family, rows};
+use super::open::decode_floor;
+use super::receipts::{self, KeptReceipt, ReceiptId};
+use super::{DEFAULT_FAMILY, Inner, Seq, StoreError, family, read_error, row_family, rows, synced};
 use crate::catalog::{Catalog, NamespaceId, Table};
 
 type RocksSnapshot<'a> = rocksdb::Snapshot<'a>;
@@ -41,6 +44,11 @@ struct Pinned {
     seq: Seq,
     log_floor: Seq,
     catalog: Arc<Catalog>,
+    clock: Arc<Clock>,
+    receipt_age_micros: i64,
+    /// When this snapshot's reader looked: what had expired by then does not show. Set at the first reading of a stream
+    /// table, so that all readings of one snapshot agree.
+    looked: OnceLock<i64>,
     /// Why nothing can be read: the snapshot's own place could not be. Every read answers it.
     failure: Option<String>,
 }
@@ -68,7 +76,10 @@ impl Snapshot {
             };
             if let Some(catalog) = catalog {
                 let (seq, log_floor) = (state.applied, state.log_floor);
-                return Snapshot { pinned: Arc::new(Pinned { view, seq, log_floor, catalog, failure }) };
+                let (clock, looked) = (inner.clock.clone(), OnceLock::new());
+                let receipt_age_micros = inner.receipt_age_micros;
+                let pinned = Pinned { view, seq, log_floor, catalog, clock, receipt_age_micros, looked, failure };
+                return Snapshot { pinned: Arc::new(pinned) };
             }
         }
     }
@@ -99,10 +110,22 @@ impl Snapshot {
             .borrow_dependent()
             .get_pinned_cf_opt(family, &stored_key, ReadOptions::default())
             .map_err(read_error)?;
-        let Some(stored) = stored else { return Ok(None) };
+        let Some(stored) = stored.filter(|stored| !self.pinned.is_expired(stored)) else { return Ok(None) };
         let mut buffer = Vec::new();
         let image = rows::open_row(table, &stored, &mut buffer)?;
         Ok(Some(image.to_vec()))
+    }
+
+    /// The receipt of a write, unless it is too old.
+    pub fn receipt(&self, id: &ReceiptId) -> Result<Option<KeptReceipt>, StoreError> {
+        self.pinned.check()?;
+        let view = &self.pinned.view;
+        let default = family(view.borrow_owner(), DEFAULT_FAMILY);
+        let key = receipts::receipt_key(id);
+        let record = view.borrow_dependent().get_pinned_cf(default, key).map_err(read_error)?;
+        let kept = record.map(|record| receipts::decode(&record)).transpose()?;
+        let oldest = self.pinned.clock.now().saturating_sub(self.pinned.receipt_age_micros);
+        Ok(kept.filter(|kept| kept.committed_at > oldest))
     }
 
     /// Rows of one table and scope in key order.
@@ -116,7 +139,8 @@ impl Snapshot {
         let cursor =
             Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
         let place = if start < end { Place::Before(start) } else { Place::End };
-        RowScan { cursor, place, table: table.clone(), prefix_len: prefix.len(), lifted: Vec::new() }
+        let (table, lifted) = (table.clone(), Vec::new());
+        RowScan { cursor, place, table, prefix_len: prefix.len(), lifted, expires: None }
     }
 
     /// The same rows, last first.
@@ -131,7 +155,8 @@ impl Snapshot {
         let cursor =
             Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
         let place = if start < end { Place::BehindAll } else { Place::End };
-        RowScan { cursor, place, table: table.clone(), prefix_len: prefix.len(), lifted: Vec::new() }
+        let (table, lifted) = (table.clone(), Vec::new());
+        RowScan { cursor, place, table, prefix_len: prefix.len(), lifted, expires: None }
     }
 
     /// Commits of one namespace after `after`, in order, as far as this snapshot sees. Where the log does not reach
@@ -161,6 +186,22 @@ impl Pinned {
         self.view.borrow_dependent().raw_iterator_cf_opt(family, options)
     }
 
+    fn is_expired(&self, stored: &[u8]) -> bool {
+        rows::expires(stored).is_some_and(|expires| expires <= *self.looked.get_or_init(|| self.look()))
+    }
+
+    fn look(&self) -> i64 {
+        let keep = |mark: i64| match self.db().put_opt(meta::CLOCK_KEY, mark.to_be_bytes(), &synced()) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, "the time that rows expire by cannot be kept; if the clock is set back, a restart \
+                                        may show expired rows again");
+                false
+            }
+        };
+        self.clock.read(keep)
+    }
+
     fn check(&self) -> Result<(), StoreError> {
         match &self.failure {
             None => Ok(()),
@@ -171,10 +212,13 @@ impl Pinned {
 
 fn read_state(view: &View) -> Result<State, StoreError> {
     let family = family(view.borrow_owner(), DEFAULT_FAMILY);
-    match view.borrow_dependent().get_pinned_cf(family, meta::STATE_KEY).map_err(read_error)? {
-        Some(bytes) => State::decode(&bytes),
-        None => Err(StoreError::Corrupt("the record m/state is missing".to_owned())),
-    }
+    let read = |key| view.borrow_dependent().get_pinned_cf(family, key).map_err(read_error);
+    let Some(state) = read(meta::STATE_KEY)? else {
+        return Err(StoreError::Corrupt("the record m/state is missing".to_owned()));
+    };
+    let state = State::decode(&state)?;
+    let floor = decode_floor(read(meta::FLOOR_KEY)?.as_deref())?;
+    Ok(State { log_floor: state.log_floor.max(floor), ..state })
 }
 
 /// Where a scan stands. Creating a scan touches no data; its first read does.
@@ -222,17 +266,31 @@ pub struct RowScan {
     prefix_len: usize,
     /// The current row, where it was stored at another schema version.
     lifted: Vec<u8>,
+    /// Of the current row.
+    expires: Option<i64>,
 }
 
 impl RowScan {
     /// The next row: its encoded key (as [`super::keys::encode_key`]) and its image at the table's schema version.
     pub fn next_row(&mut self) -> Result<Option<KeyAndImage<'_>>, StoreError> {
-        if !self.cursor.advance(&mut self.place)? {
-            return Ok(None);
+        loop {
+            if !self.cursor.advance(&mut self.place)? {
+                return Ok(None);
+            }
+            let Some((_, stored)) = self.cursor.borrow_dependent().item() else { return Ok(None) };
+            if !self.cursor.borrow_owner().is_expired(stored) {
+                self.expires = rows::expires(stored);
+                break;
+            }
         }
         let Some((key, stored)) = self.cursor.borrow_dependent().item() else { return Ok(None) };
         let image = rows::open_row(&self.table, stored, &mut self.lifted)?;
         Ok(Some((&key[self.prefix_len..], image)))
+    }
+
+    /// When the row that was read last stops showing (microseconds since 1970); `None`: never.
+    pub fn expires(&self) -> Option<i64> {
+        self.expires
     }
 }
 

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use wire::{CatalogEvent, FrameView, ImageRef, Op, Value};
 
-use super::fixtures::{MAIN, image, plugin, table, user_table};
+use super::fixtures::{MAIN, TTL_MICROS, image, plugin, stream_table, table, user_table};
 use super::keys::{KeyRange, encode_key};
 use super::snapshot::Snapshot;
 use super::*;
@@ -25,6 +25,7 @@ fn options(path: &Path) -> StoreOptions {
         max_open_files: 64,
         max_commit_bytes: 1 << 20,
         log_commits: 1000,
+        ..StoreOptions::new(path)
     }
 }
 
@@ -49,12 +50,12 @@ fn with_table(new: Table) -> (TempDir, Store, Arc<Table>) {
 }
 
 fn commit(store: &Store, base: Seq, rows: Vec<RowWrite>) -> Result<Seq, CommitError> {
-    block_on(store.commit(Transaction { namespace: MAIN, base, rows, catalog: Vec::new() }))
+    block_on(store.commit(Transaction { namespace: MAIN, base, rows, catalog: Vec::new(), receipt: None }))
 }
 
 fn change_catalog(store: &Store, write: CatalogWrite) -> Result<Seq, CommitError> {
     let base = store.snapshot().seq();
-    block_on(store.commit(Transaction { namespace: MAIN, base, rows: Vec::new(), catalog: vec![write] }))
+    block_on(store.commit(Transaction { namespace: MAIN, base, rows: Vec::new(), catalog: vec![write], receipt: None }))
 }
 
 /// A write of row `id`, its old image read at `snapshot`.
@@ -183,7 +184,7 @@ fn of_many_at_once_one_wins_and_all_others_hear_of_it() {
         let shared = write(&snapshot, &table, &Scope::Shared, 0, Some("shared"));
         let own = write(&snapshot, &table, &Scope::Shared, 1 + i % 25, Some("own"));
         let rows = if i < 25 { vec![shared, own] } else { vec![own] };
-        store.commit(Transaction { namespace: MAIN, base: snapshot.seq(), rows, catalog: Vec::new() })
+        store.commit(Transaction { namespace: MAIN, base: snapshot.seq(), rows, catalog: Vec::new(), receipt: None })
     });
     let outcomes = block_on(join_all(rivals));
     assert_eq!(outcomes[..25].iter().filter(|outcome| outcome.is_ok()).count(), 1);
@@ -328,8 +329,13 @@ fn catalog_changes_planned_on_an_old_catalog_are_stale() {
     let base = store.snapshot().seq();
     change_catalog(&store, CatalogWrite::PutTable(Arc::new(table(1)))).unwrap();
     let rival = CatalogWrite::PutTable(Arc::new(Table { name: "other".to_owned(), ..table(1) }));
-    let late =
-        block_on(store.commit(Transaction { namespace: MAIN, base, rows: Vec::new(), catalog: vec![rival.clone()] }));
+    let late = block_on(store.commit(Transaction {
+        namespace: MAIN,
+        base,
+        rows: Vec::new(),
+        catalog: vec![rival.clone()],
+        receipt: None,
+    }));
     assert!(matches!(late, Err(CommitError::Stale)), "{late:?}");
     assert!(matches!(change_catalog(&store, rival), Err(CommitError::Invalid(_))));
 }
@@ -506,7 +512,18 @@ fn a_directory_of_a_newer_format_is_refused_with_both_versions() {
     store.inner.db.put(meta::FORMAT_KEY, 7u32.to_be_bytes()).unwrap();
     drop(store);
     let error = Store::open(&options(dir.path())).err().unwrap().to_string();
-    assert!(error.contains("format 7") && error.contains("format 1"), "{error}");
+    assert!(error.contains("format 7") && error.contains("up to 2"), "{error}");
+}
+
+#[test]
+fn a_directory_of_the_first_format_is_taken_over() {
+    let (dir, store, table) = with_table(table(1));
+    put(&store, &table, 1, Some("kept"));
+    store.inner.db.put(meta::FORMAT_KEY, 1u32.to_be_bytes()).unwrap();
+    drop(store);
+    let store = open_with(&options(dir.path()));
+    assert_eq!(all(&store, &table), [(1, "kept".to_owned())]);
+    assert_eq!(store.inner.read(meta::FORMAT_KEY).unwrap().unwrap(), meta::FORMAT.to_be_bytes());
 }
 
 #[test]
@@ -538,7 +555,7 @@ fn the_log_is_trimmed_and_says_so() {
     change_catalog(&store, CatalogWrite::PutNamespace { id: other, name: "other".to_owned() }).unwrap();
     let in_other = |write| {
         let base = store.snapshot().seq();
-        let transaction = Transaction { namespace: other, base, rows: Vec::new(), catalog: vec![write] };
+        let transaction = Transaction { namespace: other, base, rows: Vec::new(), catalog: vec![write], receipt: None };
         block_on(store.commit(transaction)).unwrap()
     };
     let quiet = in_other(CatalogWrite::PutNamespace { id: NamespaceId(3), name: "third".to_owned() });
@@ -547,6 +564,7 @@ fn the_log_is_trimmed_and_says_so() {
     let mut newest = early.seq();
     for id in 0..40 {
         newest = put(&store, &table, id, Some("x"));
+        store.trim_log();
     }
     let now = store.snapshot();
     let floor = now.log_floor();
@@ -567,6 +585,161 @@ fn the_log_is_trimmed_and_says_so() {
     let store = open_with(&options);
     assert_eq!(store.log_floor(), floor);
     assert_eq!(log(&store.snapshot(), floor).unwrap(), kept);
+}
+
+#[test]
+fn the_log_is_kept_by_bytes_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = StoreOptions { log_commits: 100_000, log_bytes: 60_000, ..options(dir.path()) };
+    let store = open_with(&options);
+    let table = Arc::new(table(1));
+    change_catalog(&store, CatalogWrite::PutTable(table.clone())).unwrap();
+    let text = "x".repeat(100);
+    for round in 0..3 {
+        for id in 0..300 {
+            put(&store, &table, 1000 * round + id, Some(&text));
+        }
+        store.trim_log();
+        let floor = store.log_floor();
+        let kept = log(&store.snapshot(), floor).unwrap();
+        let bytes: usize = kept.iter().map(|(_, frame)| frame.len()).sum();
+        let largest = kept.iter().map(|(_, frame)| frame.len()).max().unwrap();
+        // It is cut at marks, which come every 64 commits.
+        let (least, most) = (60_000, 60_000 + 64 * largest);
+        assert!((least..=most).contains(&bytes), "{bytes} bytes after {floor:?}");
+        assert!(round == 0 || floor > Seq(0));
+    }
+    // What was counted is known again after a restart.
+    store.close();
+    drop(store);
+    let store = open_with(&options);
+    let floor = store.log_floor();
+    for id in 0..200 {
+        put(&store, &table, 10_000 + id, Some(&text));
+    }
+    store.trim_log();
+    assert!(store.log_floor() > floor);
+    let left = store.inner.db.iterator(rocksdb::IteratorMode::From(b"k/", rocksdb::Direction::Forward));
+    let marks = left.take_while(|entry| entry.as_ref().unwrap().0.starts_with(b"k/")).count();
+    assert!(marks < 12, "marks go with what they mark: {marks}");
+}
+
+#[test]
+fn the_log_is_kept_by_age_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let hour = Duration::from_secs(3_600);
+    let store = open_with(&StoreOptions { log_age: hour, ..options(dir.path()) });
+    let table = Arc::new(table(1));
+    change_catalog(&store, CatalogWrite::PutTable(table.clone())).unwrap();
+    let mut first = Seq(0);
+    for id in 0..100 {
+        first = put(&store, &table, id, Some("x"));
+    }
+    store.inner.clock.leap(hour.as_micros() as i64 / 2);
+    let second = put(&store, &table, 200, Some("x"));
+    store.trim_log();
+    assert_eq!(store.log_floor(), Seq(0));
+    store.inner.clock.leap(hour.as_micros() as i64 * 2 / 3);
+    store.trim_log();
+    let floor = store.log_floor();
+    assert!(floor > Seq(60) && floor <= first, "{floor:?}, {first:?}");
+    let kept = log(&store.snapshot(), floor).unwrap();
+    assert_eq!(kept.last().unwrap().0, second);
+    store.inner.clock.leap(hour.as_micros() as i64);
+    store.trim_log();
+    assert_eq!(store.log_floor(), second, "a mark is left after a pause");
+}
+
+/// An acknowledgement may come before the sync; an event may not.
+#[test]
+fn events_wait_for_the_sync_in_every_mode() {
+    for durability in [Durability::Interval, Durability::Os] {
+        let dir = tempfile::tempdir().unwrap();
+        // Longer than the test.
+        let options = StoreOptions { durability, sync_interval: Duration::from_secs(600), ..options(dir.path()) };
+        let store = Store::open(&options).unwrap();
+        let (seen, hook) = recorder();
+        store.start(hook);
+        let table = Arc::new(table(1));
+        change_catalog(&store, CatalogWrite::PutTable(table.clone())).unwrap();
+        let seq = put(&store, &table, 1, Some("x"));
+        assert_eq!((store.applied(), store.durable()), (seq, Seq(0)));
+        assert_eq!(all(&store, &table), [(1, "x".to_owned())], "who wrote sees it");
+        assert!(seen.lock().unwrap().is_empty());
+        // What a killed server leaves behind has it.
+        let left = crash(dir.path());
+        assert_eq!(all(&open_with(&self::options(left.path())), &table), [(1, "x".to_owned())]);
+        // A live query's snapshot is made durable before it is shown.
+        store.make_durable(&store.snapshot()).unwrap();
+        store.close();
+        assert_eq!((store.durable(), seen.lock().unwrap().len()), (seq, 2));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let soon = Duration::from_millis(1);
+    let options = StoreOptions { durability: Durability::Interval, sync_interval: soon, ..options(dir.path()) };
+    let store = Store::open(&options).unwrap();
+    let (told, seen) = std::sync::mpsc::channel();
+    store.start(Box::new(move |commit| {
+        let _ = told.send(commit.seq);
+    }));
+    let table = Arc::new(table(1));
+    change_catalog(&store, CatalogWrite::PutTable(table.clone())).unwrap();
+    let seq = put(&store, &table, 1, Some("x"));
+    for due in 1..=seq.0 {
+        assert_eq!(seen.recv_timeout(Duration::from_secs(20)), Ok(Seq(due)), "the sync follows by itself");
+    }
+    assert_eq!(store.durable(), seq);
+}
+
+#[test]
+fn a_receipt_is_kept_with_its_write_and_for_its_time() {
+    let (dir, store, table) = with_table(table(1));
+    let hour = 3_600_000_000;
+    let transaction = |snapshot: &Snapshot, id: i64, outcome: u8| Transaction {
+        namespace: MAIN,
+        base: snapshot.seq(),
+        rows: vec![write(snapshot, &table, &Scope::Shared, id, Some("x"))],
+        catalog: Vec::new(),
+        receipt: Some(Receipt { id: [7; 32], request: [8; 32], outcome: vec![outcome] }),
+    };
+    let before = store.snapshot();
+    let seq = block_on(store.commit(transaction(&before, 1, 1))).unwrap();
+    let kept = store.snapshot().receipt(&[7; 32]).unwrap().unwrap();
+    assert_eq!((kept.seq, kept.request, kept.outcome), (seq, [8; 32], vec![1]));
+    assert_eq!(before.receipt(&[7; 32]).unwrap(), None);
+    // Who looked before it was there comes too late, whatever rows it writes.
+    let late = block_on(store.commit(transaction(&before, 2, 2)));
+    assert!(matches!(late, Err(CommitError::Stale)), "{late:?}");
+    // Nothing changes, and it is a commit all the same.
+    let now = store.snapshot();
+    let empty = Transaction {
+        rows: Vec::new(),
+        receipt: Some(Receipt { id: [9; 32], request: [8; 32], outcome: vec![] }),
+        ..transaction(&now, 3, 3)
+    };
+    assert!(block_on(store.commit(empty)).unwrap() > seq);
+    drop((before, now));
+    drop(store);
+
+    let records = |store: &Store| {
+        let of = |prefix: &'static [u8]| {
+            let entries = store.inner.db.iterator(rocksdb::IteratorMode::From(prefix, rocksdb::Direction::Forward));
+            entries.take_while(|entry| entry.as_ref().unwrap().0.starts_with(prefix)).count()
+        };
+        (of(b"r/"), of(b"e/"))
+    };
+    let store = open_with(&options(dir.path()));
+    assert!(store.snapshot().receipt(&[7; 32]).unwrap().is_some());
+    store.inner.clock.leap(23 * hour);
+    retention::sweep_receipts(&store.inner).unwrap();
+    assert_eq!(records(&store), (2, 2));
+    // Too old: as none; and one in its place is not taken for it.
+    store.inner.clock.leap(2 * hour);
+    assert_eq!(store.snapshot().receipt(&[7; 32]).unwrap(), None);
+    block_on(store.commit(transaction(&store.snapshot(), 4, 4))).unwrap();
+    retention::sweep_receipts(&store.inner).unwrap();
+    assert_eq!(records(&store), (1, 1));
+    assert_eq!(store.snapshot().receipt(&[7; 32]).unwrap().unwrap().outcome, [4]);
 }
 
 #[test]
@@ -592,13 +765,19 @@ fn the_queue_is_bounded() {
     let waiting: Vec<_> = (0..9)
         .map(|id| {
             let rows = vec![write(&snapshot, &table, &Scope::Shared, id, Some(&text))];
-            store.queue.push(Transaction { namespace: MAIN, base: snapshot.seq(), rows, catalog: Vec::new() })
+            store.queue.push(Transaction {
+                namespace: MAIN,
+                base: snapshot.seq(),
+                rows,
+                catalog: Vec::new(),
+                receipt: None,
+            })
         })
         .collect();
     assert_eq!(waiting.iter().filter(|outcome| outcome.is_ok()).count(), 4);
     assert!(waiting.iter().skip(4).all(|outcome| matches!(outcome, Err(CommitError::Busy))));
     drop(waiting);
-    let small = || Transaction { namespace: MAIN, base: Seq(0), rows: Vec::new(), catalog: Vec::new() };
+    let small = || Transaction { namespace: MAIN, base: Seq(0), rows: Vec::new(), catalog: Vec::new(), receipt: None };
     let outcomes: Vec<_> = (0..1100).map(|_| store.queue.push(small())).collect();
     assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1020);
 
@@ -647,6 +826,81 @@ fn after_a_panic_on_the_commit_thread_nothing_is_written() {
     drop(store);
     // It was durable before the hook saw it.
     assert!(open_with(&options(dir.path())).catalog().table("main", "t1").is_some());
+}
+
+#[test]
+fn rows_of_a_stream_table_stop_showing_at_their_time() {
+    let (dir, store, table) = with_table(stream_table(1));
+    put(&store, &table, 1, Some("a"));
+    store.inner.clock.leap(TTL_MICROS / 2);
+    put(&store, &table, 2, Some("b"));
+    let key = encode_key(&table, &[Value::Int(1)]);
+    let before = store.snapshot();
+    let overdue = write(&before, &table, &Scope::Shared, 1, Some("late"));
+    assert_eq!(all(&store, &table).len(), 2);
+    assert_eq!(rows(&before, &table, &Scope::Shared, KeyRange::all()).len(), 2);
+    store.inner.clock.leap(TTL_MICROS / 2);
+    assert_eq!(all(&store, &table), [(2, "b".to_owned())]);
+    assert_eq!(store.snapshot().get(&table, &Scope::Shared, &key).unwrap(), None);
+    // One snapshot is looked at at one time.
+    assert_eq!(rows(&before, &table, &Scope::Shared, KeyRange::all()).len(), 2);
+    // What was read alive is expired when it is to be written: the writer looks again, and finds the key free.
+    let late = commit(&store, before.seq(), vec![overdue]);
+    assert!(matches!(late, Err(CommitError::Stale)), "{late:?}");
+    let seq = put(&store, &table, 1, Some("again"));
+    let frame = log(&store.snapshot(), Seq(seq.0 - 1)).unwrap().remove(0).1;
+    assert_eq!(FrameView::parse(&frame).unwrap().sections[0].changes[0].op, Op::Insert);
+    assert_eq!(all(&store, &table).len(), 2);
+    // What is alive is renewed by a change.
+    store.inner.clock.leap(TTL_MICROS / 4);
+    put(&store, &table, 2, Some("renewed"));
+    store.inner.clock.leap(TTL_MICROS / 2);
+    assert_eq!(all(&store, &table).len(), 2);
+
+    // Over an orderly end and over a crash, with a wall clock that knows nothing of all this.
+    store.inner.clock.leap(TTL_MICROS / 3);
+    assert_eq!(all(&store, &table), [(2, "renewed".to_owned())]);
+    let left = crash(dir.path());
+    assert_eq!(all(&open_with(&options(left.path())), &table), [(2, "renewed".to_owned())]);
+    store.close();
+    drop((store, before));
+    let store = open_with(&options(dir.path()));
+    assert_eq!(all(&store, &table), [(2, "renewed".to_owned())]);
+}
+
+#[test]
+fn compaction_sweeps_what_expired_long_ago() {
+    let (_dir, store, table) = with_table(stream_table(1));
+    put(&store, &table, 1, Some("a"));
+    let stored = || {
+        store.inner.flush().unwrap();
+        let family = family(&store.inner.db, STREAM_FAMILY);
+        store.inner.db.compact_range_cf(family, None::<&[u8]>, None::<&[u8]>);
+        store.inner.db.iterator_cf(family, rocksdb::IteratorMode::Start).count()
+    };
+    assert_eq!(stored(), 1);
+    store.inner.clock.leap(TTL_MICROS + 60_000_000);
+    put(&store, &table, 2, Some("b"));
+    assert_eq!(all(&store, &table), [(2, "b".to_owned())]);
+    assert_eq!(stored(), 2, "somebody may still read it through a snapshot");
+    store.inner.clock.leap(600_000_000);
+    put(&store, &table, 3, Some("c"));
+    assert_eq!(stored(), 2, "the first row is gone");
+    assert_eq!(all(&store, &table).len(), 2);
+}
+
+#[test]
+fn commit_times_never_go_back_over_a_restart() {
+    let (dir, store, table) = with_table(table(1));
+    let time = |store: &Store, seq: Seq| {
+        let frame = log(&store.snapshot(), Seq(seq.0 - 1)).unwrap().remove(0).1;
+        FrameView::parse(&frame).unwrap().committed_at
+    };
+    store.inner.clock.leap(TTL_MICROS);
+    let first = time(&store, put(&store, &table, 1, Some("a")));
+    drop(store);
+    let store = open_with(&options(dir.path()));
+    assert!(time(&store, put(&store, &table, 2, Some("b"))) >= first);
 }
 
 /// Snapshots taken while catalog and rows change are each consistent in themselves.

@@ -52,6 +52,8 @@ pub struct Table {
     key: Vec<Column>,
     columns: Vec<Column>,
     pub user_table: bool,
+    /// Its rows outlive the run, so that it is as a shared table, but for the times in its events.
+    stream: bool,
 }
 
 impl Table {
@@ -67,7 +69,8 @@ impl Table {
                 not_null: random.random_bool(0.2),
             })
             .collect();
-        Table { key, columns, user_table }
+        let stream = !user_table && random.random_bool(0.3);
+        Table { key, columns, user_table, stream }
     }
 
     /// One that the sample plugins fit; the delay in any of the numeric types.
@@ -87,14 +90,19 @@ impl Table {
             key: vec![Column { name: "id".to_owned(), ty: Ty::BigInt, not_null: true }],
             columns,
             user_table: false,
+            stream: random.random_bool(0.3),
         }
     }
 
     pub fn create(&self) -> String {
         let mut parts: Vec<String> = self.all().map(Column::definition).collect();
         parts.push(format!("PRIMARY KEY ({})", self.key().collect::<Vec<_>>().join(", ")));
-        let kind = if self.user_table { "user" } else { "shared" };
-        format!("CREATE TABLE t ({}) WITH (type = '{kind}')", parts.join(", "))
+        let kind = match (self.user_table, self.stream) {
+            (true, _) => "type = 'user'",
+            (_, true) => "type = 'stream', ttl = '1h'",
+            _ => "type = 'shared'",
+        };
+        format!("CREATE TABLE t ({}) WITH ({kind})", parts.join(", "))
     }
 
     pub fn key(&self) -> impl Iterator<Item = &str> {

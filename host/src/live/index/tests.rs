@@ -28,6 +28,7 @@ fn table() -> Table {
         ty: *ty,
         nullable: true,
         default: None,
+        fill: None,
     };
     Table {
         id: TableId(1),
@@ -39,6 +40,9 @@ fn table() -> Table {
         columns: TYPES.iter().enumerate().map(column).collect(),
         key: vec![0],
         generated_key: false,
+        next_column: TYPES.len() as u16,
+        images_since: 1,
+        ttl_micros: None,
     }
 }
 

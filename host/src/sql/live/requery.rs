@@ -21,9 +21,10 @@ use crate::catalog::{Table, TableKind};
 use crate::sql::arrow::{arrow_schema, batch_of, output_columns, output_schema};
 use crate::sql::context::find_table;
 use crate::sql::error::{from_arrow, from_datafusion};
-use crate::sql::information::{CATALOG_NAME, INFORMATION_SCHEMA};
+use crate::sql::information::CATALOG_NAME;
 use crate::sql::provider::scope_of;
 use crate::sql::session::Engine;
+use crate::sql::system::SystemTables;
 use crate::sql::{OutputColumn, RequestEnv, RowStream, SqlError};
 
 /// A query to be run again and again.
@@ -62,6 +63,10 @@ pub(crate) fn compile(
     let in_text = |error| from_datafusion(error, text);
     if tables.is_empty() {
         return Err(SqlError::unsupported("a query without a table as a live query", Some("nothing could change it")));
+    }
+    if let Some((table, _)) = tables.iter().find(|(table, _)| table.kind == TableKind::Stream) {
+        let what = format!("the stream table {} in a live query that is run again", table.name);
+        return Err(SqlError::unsupported(what, Some("its rows expire without a commit: filter and project it alone")));
     }
     let columns = output_columns(plan.schema().as_arrow());
     let visible: Vec<Expr> = plan.schema().columns().into_iter().map(Expr::Column).collect();
@@ -111,9 +116,10 @@ pub(super) fn tables(plan: &LogicalPlan, env: &RequestEnv) -> Result<Vec<(Arc<Ta
     walked.map_err(|error| from_datafusion(error, ""))?;
     let mut tables: Vec<(Arc<Table>, Scope)> = Vec::new();
     for name in scanned {
-        if let Some(schema @ (INFORMATION_SCHEMA | "system")) = name.schema() {
-            let hint = Some("it is not told of changes: ask again instead");
-            return Err(SqlError::unsupported(format!("{schema}.{} in a live query", name.table()), hint));
+        let home = name.schema().unwrap_or(&env.namespace);
+        if SystemTables::is_home(home) {
+            let what = format!("a live query over {home}.{}", name.table());
+            return Err(SqlError::unsupported(what, Some("it is no stored table; query it")));
         }
         debug_assert!(name.catalog().is_none_or(|catalog| catalog == CATALOG_NAME));
         let table = match find_table(env, name.schema(), name.table()) {

@@ -1,0 +1,264 @@
+//! Tables that are not stored: `information_schema` and `system`. Their rows are made when a query runs, from its own
+//! catalog snapshot or from whatever module knows them.
+//!
+//! One [`SystemTable`] each. Those that the catalog alone can answer are in [`super::information`]; the others are
+//! handed to [`super::session::Sql::new`] by `db` (`db/system.rs`), which is the one place to add one.
+//!
+//! Who may read a table is decided when it is read, not when the query is planned: a plan may be kept and run again
+//! for somebody else.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use ::arrow::datatypes::SchemaRef;
+use ::arrow::record_batch::RecordBatch;
+use datafusion::catalog::{Session, TableProvider};
+use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::common::{Result, internal_datafusion_err, internal_err};
+use datafusion::datasource::provider_as_source;
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::logical_expr::{Expr, TableSource, TableType};
+use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr};
+use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
+use futures::future::BoxFuture;
+use wire::{ColumnDecl, ImageBuilder, ImageRef, Schema, Type, Value};
+
+use super::arrow::{arrow_schema, to_batch};
+use super::information::INFORMATION_SCHEMA;
+use super::{RequestEnv, SqlError};
+use crate::config::Role;
+
+/// The namespace of the server's own tables.
+pub const SYSTEM: &str = "system";
+
+/// What a system table shows to the caller: one value a column, in order.
+pub type SystemRows = Box<dyn Fn(&RequestEnv) -> Result<Vec<Vec<Value>>, SqlError> + Send + Sync>;
+
+/// One table that is not stored.
+pub struct SystemTable {
+    pub namespace: &'static str,
+    pub name: &'static str,
+    pub columns: &'static [(&'static str, Type)],
+    /// Lower roles are refused.
+    pub least: Role,
+    pub rows: SystemRows,
+}
+
+impl SystemTable {
+    fn schema(&self) -> Schema {
+        let column = |(id, (name, ty)): (usize, &(&str, Type))| ColumnDecl {
+            id: id as u16,
+            name: (*name).to_owned(),
+            ty: *ty,
+            nullable: true,
+            key: false,
+        };
+        Schema { columns: self.columns.iter().enumerate().map(column).collect() }
+    }
+
+    fn read(&self, env: &RequestEnv) -> Result<RecordBatch, SqlError> {
+        if env.role < self.least {
+            let (namespace, name) = (self.namespace, self.name);
+            return Err(SqlError::Forbidden(format!(
+                "reading {namespace}.{name} needs the role {}",
+                self.least.as_str()
+            )));
+        }
+        let image = |row: Vec<Value>| {
+            let mut image = ImageBuilder::new(self.columns.len() as u16);
+            row.iter().enumerate().for_each(|(id, value)| image.set(id as u16, value));
+            image.finish()
+        };
+        let images: Vec<Vec<u8>> = (self.rows)(env)?.into_iter().map(image).collect();
+        let parsed = images.iter().map(|bytes| ImageRef::parse(bytes).map(|(image, ..)| image));
+        let rows = parsed.collect::<Result<Vec<_>, _>>().map_err(|error| SqlError::Internal(error.to_string()))?;
+        to_batch(&self.schema(), &rows)
+    }
+}
+
+/// Every system table, by namespace and name.
+pub(crate) struct SystemTables {
+    sources: HashMap<(&'static str, &'static str), Arc<dyn TableSource>>,
+    tables: Vec<Arc<SystemTable>>,
+}
+
+impl SystemTables {
+    pub(crate) fn new(tables: impl IntoIterator<Item = SystemTable>) -> SystemTables {
+        let tables: Vec<Arc<SystemTable>> = tables.into_iter().map(Arc::new).collect();
+        let source = |table: &Arc<SystemTable>| {
+            let provider = Provider { schema: arrow_schema(&table.schema()), table: table.clone() };
+            ((table.namespace, table.name), provider_as_source(Arc::new(provider)))
+        };
+        SystemTables { sources: tables.iter().map(source).collect(), tables }
+    }
+
+    /// Whether names in this namespace are looked for here.
+    pub(crate) fn is_home(namespace: &str) -> bool {
+        [SYSTEM, INFORMATION_SCHEMA].contains(&namespace)
+    }
+
+    pub(crate) fn source(&self, namespace: &str, name: &str) -> Result<Arc<dyn TableSource>, SqlError> {
+        let found = self.sources.iter().find(|((home, known), _)| *home == namespace && *known == name);
+        found.map(|(_, source)| source.clone()).ok_or_else(|| self.unknown(namespace, name))
+    }
+
+    pub(crate) fn columns(&self, namespace: &str, name: &str) -> Result<&'static [(&'static str, Type)], SqlError> {
+        let found = self.tables.iter().find(|table| table.namespace == namespace && table.name == name);
+        found.map(|table| table.columns).ok_or_else(|| self.unknown(namespace, name))
+    }
+
+    fn unknown(&self, namespace: &str, name: &str) -> SqlError {
+        let known = self.tables.iter().filter(|table| table.namespace == namespace).map(|table| table.name);
+        let known: Vec<&str> = known.collect();
+        SqlError::invalid(
+            "unknown_table",
+            format!("there is no table {namespace}.{name}; there are: {}", known.join(", ")),
+        )
+    }
+}
+
+struct Provider {
+    table: Arc<SystemTable>,
+    schema: SchemaRef,
+}
+
+impl fmt::Debug for Provider {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.table.namespace, self.table.name)
+    }
+}
+
+impl TableProvider for Provider {
+    fn schema(&self) -> SchemaRef {
+        self.schema.clone()
+    }
+
+    fn table_type(&self) -> TableType {
+        TableType::View
+    }
+
+    fn scan<'a, 'b, 'c, 'd, 'r>(
+        &'a self,
+        _state: &'b dyn Session,
+        projection: Option<&'c Vec<usize>>,
+        _filters: &'d [Expr],
+        _limit: Option<usize>,
+    ) -> BoxFuture<'r, Result<Arc<dyn ExecutionPlan>>>
+    where
+        'a: 'r,
+        'b: 'r,
+        'c: 'r,
+        'd: 'r,
+        Self: 'r,
+    {
+        let plan = SystemExec::new(self, projection).map(|plan| Arc::new(plan) as Arc<dyn ExecutionPlan>);
+        Box::pin(std::future::ready(plan))
+    }
+}
+
+/// Asks for the rows when it is run, for whoever runs it.
+struct SystemExec {
+    table: Arc<SystemTable>,
+    schema: SchemaRef,
+    projection: Option<Vec<usize>>,
+    properties: Arc<PlanProperties>,
+}
+
+impl SystemExec {
+    fn new(provider: &Provider, projection: Option<&Vec<usize>>) -> Result<SystemExec> {
+        let schema = match projection {
+            Some(picked) => Arc::new(provider.schema.project(picked)?),
+            None => provider.schema.clone(),
+        };
+        let properties = PlanProperties::new(
+            EquivalenceProperties::new(schema.clone()),
+            Partitioning::UnknownPartitioning(1),
+            EmissionType::Incremental,
+            Boundedness::Bounded,
+        );
+        let (table, projection) = (provider.table.clone(), projection.cloned());
+        Ok(SystemExec { table, schema, projection, properties: Arc::new(properties) })
+    }
+}
+
+impl fmt::Debug for SystemExec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SystemTable: {}.{}", self.table.namespace, self.table.name)
+    }
+}
+
+impl DisplayAs for SystemExec {
+    fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+impl ExecutionPlan for SystemExec {
+    fn name(&self) -> &str {
+        "SystemTable"
+    }
+
+    fn schema(&self) -> SchemaRef {
+        self.schema.clone()
+    }
+
+    fn properties(&self) -> &Arc<PlanProperties> {
+        &self.properties
+    }
+
+    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
+        Vec::new()
+    }
+
+    fn apply_expressions(
+        &self,
+        _f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
+    ) -> Result<TreeNodeRecursion> {
+        Ok(TreeNodeRecursion::Continue)
+    }
+
+    fn replace_children(
+        self: Arc<Self>,
+        children: Vec<Arc<dyn ExecutionPlan>>,
+        _options: ReplaceChildrenOptions,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        if children.is_empty() { Ok(self) } else { internal_err!("a system table has no children") }
+    }
+
+    fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
+        if children.is_empty() { Ok(self) } else { internal_err!("a system table has no children") }
+    }
+
+    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
+        if partition != 0 {
+            return internal_err!("a system table has one partition, not {partition}");
+        }
+        let env = context
+            .session_config()
+            .get_extension::<RequestEnv>()
+            .ok_or_else(|| internal_datafusion_err!("a system table was read outside of a request"))?;
+        let batch = self.table.read(&env).map_err(SqlError::into_datafusion)?;
+        let batch = match &self.projection {
+            Some(picked) => batch.project(picked)?,
+            None => batch,
+        };
+        let rows = futures::stream::iter([Ok(batch)]);
+        Ok(Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), rows)))
+    }
+}
+
+/// Shorthands for the rows of system tables.
+pub fn text(value: impl Into<String>) -> Value {
+    Value::Text(value.into())
+}
+
+pub fn int(value: impl TryInto<i64>) -> Value {
+    value.try_into().map_or(Value::Int(i64::MAX), Value::Int)
+}
+
+pub fn optional(value: Option<Value>) -> Value {
+    value.unwrap_or(Value::Null)
+}
