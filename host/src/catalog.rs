@@ -3,8 +3,12 @@
 //! No I/O here: `store` persists it and hands out a new [`Catalog`] with every catalog commit; `sql` plans against one
 //! snapshot from start to end.
 
+mod anchors;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+
+pub use anchors::{Anchor, Anchors, Holds};
 
 use wire::abi::ManifestLine;
 pub use wire::abi::PluginKind;

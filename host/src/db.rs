@@ -10,6 +10,9 @@ mod errors;
 mod idempotency;
 mod index;
 mod install;
+#[cfg(test)]
+mod matching;
+mod streams;
 mod subscribe;
 mod system;
 pub mod trial;
@@ -77,6 +80,9 @@ pub enum DbError {
     SeveralResults(usize),
     #[error("{0}")]
     Forbidden(String),
+    /// It was ended on purpose and shall not come back by itself.
+    #[error("{0}")]
+    Gone(String),
     #[error("{0}")]
     TooMany(String),
     #[error("the server is shutting down")]
@@ -122,7 +128,7 @@ pub struct StageRequest {
     pub params: serde_json::Value,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LiveRequest {
     pub sql: String,
     pub params: Vec<Param>,
@@ -131,6 +137,8 @@ pub struct LiveRequest {
     pub on_error: OnError,
     /// Present rows first; where nothing is said, as the stream's semantics have it.
     pub snapshot: Option<bool>,
+    /// Of the present rows only the last so many in key order.
+    pub last_rows: Option<u64>,
     pub old: OldMode,
     /// `Last-Event-ID`.
     pub position: Option<String>,
@@ -143,6 +151,8 @@ pub enum ResyncReason {
     Epoch,
     Schema,
     Plugin,
+    /// A query that is run again as a whole goes on only from what its group still holds in memory.
+    Requery,
 }
 
 /// The next thing of a live stream, to be framed by `http`.
@@ -153,6 +163,8 @@ pub enum LiveOutput {
         columns: Vec<OutputColumn>,
         key: Vec<String>,
         semantics: Semantics,
+        /// At most once in this time the query is run again; `None`: it is not, changes are told one by one.
+        requery: Option<std::time::Duration>,
         from: Option<String>,
     },
     /// Framed by the [`Encoder`] already.
@@ -206,9 +218,12 @@ struct Inner {
     sql: Arc<Sql>,
     plugins: Arc<Plugins>,
     live: Live,
+    streams: Arc<streams::Streams>,
     metrics: Arc<Metrics>,
+    live_options: crate::config::LiveOptions,
+    /// Live queries that are run as a whole, at the same time.
+    requeries: Arc<Semaphore>,
     sources: system::Sources,
-    heartbeat: std::time::Duration,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
     /// Writes under way, from their planning to their acknowledgement: each holds its rows in memory.
@@ -240,7 +255,13 @@ impl Db {
             })
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
-        let sources = || system::Sources { store: store.clone(), live: live.clone(), metrics: metrics.clone() };
+        let streams = Arc::new(streams::Streams::new());
+        let sources = || system::Sources {
+            store: store.clone(),
+            live: live.clone(),
+            streams: streams.clone(),
+            metrics: metrics.clone(),
+        };
         let sql = Arc::new(Sql::new(config.sql.clone(), system::tables(config, sources()))?);
         metrics.session_contexts.inc_by(sql.contexts_created());
         let sources = sources();
@@ -251,9 +272,11 @@ impl Db {
             sql,
             plugins,
             live,
+            streams,
             metrics,
+            live_options: config.live.clone(),
+            requeries: Arc::new(Semaphore::new(config.live.requery_runs)),
             sources,
-            heartbeat: config.live.heartbeat,
             turn: RwLock::new(()),
             writes: Semaphore::new(config.store.write_queue),
             catalog_version,
@@ -273,6 +296,9 @@ impl Db {
     /// Runs one request: queries at one snapshot, or DML as one transaction, or DDL as one commit.
     pub async fn execute(&self, who: &Identity, request: SqlRequest) -> Result<SqlAnswer, DbError> {
         self.check_open()?;
+        if let Some(command) = crate::sql::live::command(&request.sql)? {
+            return self.live_command(who, command, request).await;
+        }
         let statements = self.parse(&request.sql).await?;
         let kind = write::one_kind(&statements)?;
         if request.read_only && kind != StatementKind::Query {

@@ -190,5 +190,17 @@ pub struct DdlPlan {
     pub build: Option<(TableId, IndexId)>,
 }
 
+/// A result of our own making: two columns of text.
+pub fn text_rows(names: [&str; 2], rows: Vec<(&str, String)>) -> Result<RowStream, SqlError> {
+    use ::arrow::array::{ArrayRef, StringArray};
+    let columns: Vec<OutputColumn> =
+        names.iter().map(|name| OutputColumn { name: (*name).to_owned(), ty: Type::Text }).collect();
+    let count = rows.len();
+    let (left, right): (Vec<&str>, Vec<String>) = rows.into_iter().unzip();
+    let arrays: Vec<ArrayRef> = vec![Arc::new(StringArray::from(left)), Arc::new(StringArray::from(right))];
+    let batch = arrow::batch_of(&arrow::output_schema(&columns), arrays, count)?;
+    Ok(RowStream { columns, batches: Box::pin(futures::stream::once(async { Ok(batch) })) })
+}
+
 /// Alias kept short in signatures.
 pub type Values = Vec<Value>;

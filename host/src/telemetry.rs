@@ -18,6 +18,10 @@ pub struct Metrics {
     pub commit_bytes: Counter,
     /// Events encoded (once per group).
     pub events: Counter,
+    /// Groups whose predicates were asked about a commit: those that the index could not rule out.
+    pub live_candidates: Counter,
+    /// Runs of live queries that are run again as a whole.
+    pub live_requeries: Counter,
     /// Bytes written to subscribers.
     pub event_bytes_sent: Counter,
     pub plugin_calls: Counter,
@@ -91,6 +95,8 @@ impl Metrics {
             ("commits", "Durable commits", &self.commits),
             ("commit_bytes", "Bytes of the frames of durable commits", &self.commit_bytes),
             ("events", "Live events encoded, once per group", &self.events),
+            ("live_candidates", "Groups asked about a commit, by commit", &self.live_candidates),
+            ("live_requeries", "Runs of live queries that are run again", &self.live_requeries),
             ("event_sent_bytes", "Bytes of live events handed to connections", &self.event_bytes_sent),
             ("plugin_calls", "Calls into plugins", &self.plugin_calls),
             ("plugin_rows", "Rows handed to plugins", &self.plugin_rows),

@@ -82,6 +82,11 @@ section!(RawLive {
     group_tail_bytes: Size,
     chunk_bytes: Size,
     max_subscriptions: usize,
+    max_per_user: usize,
+    max_per_address: usize,
+    requery_interval_ms: u64,
+    requery_bytes: Size,
+    requery_runs: usize,
 });
 section!(RawPlugins {
     ring_bytes: Size,
@@ -438,6 +443,14 @@ impl RawLive {
             chunk_bytes: bytes("live.chunk_bytes", self.chunk_bytes, 256 * KIB, 4 * KIB, 16 * MIB)?,
             heartbeat: millis("live.heartbeat_ms", self.heartbeat_ms, 15_000, 50, 60_000)?,
             max_subscriptions: bounded("live.max_subscriptions", self.max_subscriptions, 100_000, 1, 10_000_000)?,
+            // As many as there may be connections: an operator who shares a server among users sets less.
+            max_per_user: bounded("live.max_per_user", self.max_per_user, 10_000, 1, 10_000_000)?,
+            max_per_address: bounded("live.max_per_address", self.max_per_address, 20_000, 1, 10_000_000)?,
+            // Several times a second looks alive to people; a run costs about what the query costs.
+            requery_interval: millis("live.requery_interval_ms", self.requery_interval_ms, 250, 1, 60_000)?,
+            requery_bytes: bytes("live.requery_bytes", self.requery_bytes, 4 * MIB, 4 * KIB, GIB)?,
+            // As many as there are heavy queries at once.
+            requery_runs: bounded("live.requery_runs", self.requery_runs, 2, 1, 64)?,
         })
     }
 }

@@ -102,6 +102,23 @@ impl Program for Least {
     }
 }
 
+/// For groups that are never evaluated.
+pub(super) struct Nothing;
+
+impl Program for Nothing {
+    fn matches(&self, _: &[ImageRef<'_>]) -> Result<Vec<bool>, ProgramError> {
+        Err(ProgramError("asked".to_owned()))
+    }
+
+    fn project(&self, _: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        Err(ProgramError("asked".to_owned()))
+    }
+
+    fn batch(&self, _: &Schema, _: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        Err(ProgramError("asked".to_owned()))
+    }
+}
+
 // ---- a pipeline: drop multiples of 3, show a * 2 ----
 
 const FAULT_VALUE: i64 = 666;
@@ -246,6 +263,11 @@ fn options() -> LiveOptions {
         chunk_bytes: 1 << 16,
         heartbeat: HEARTBEAT,
         max_subscriptions: 1000,
+        max_per_user: 1000,
+        max_per_address: 1000,
+        requery_interval: Duration::from_millis(1),
+        requery_bytes: 1 << 20,
+        requery_runs: 2,
     }
 }
 
@@ -342,7 +364,10 @@ impl World {
             live_id: "l".to_owned(),
             table: self.table.clone(),
             scope: Scope::Shared,
+            requery: None,
             range: KeyRange::all(),
+            anchors: Anchors::Any,
+            index: String::new(),
             program: Arc::new(Least(least)),
             stages: if piped { vec![stage()] } else { Vec::new() },
             semantics: Semantics::Map,
@@ -425,7 +450,7 @@ impl Client {
             From::After(seq) => (world.expected(seq, least, piped), Some(seq)),
             // No commit runs meanwhile in these tests.
             From::Now => (world.expected(world.store.applied(), least, piped), None),
-            From::Snapshot => (BTreeMap::new(), None),
+            From::Snapshot | From::Last(_) => (BTreeMap::new(), None),
         };
         Ok(Client { least, piped, subscription, held, position, newest_event: Seq(0) })
     }

@@ -294,7 +294,7 @@ fn is_column(expr: &Expr, column: &Column) -> bool {
 }
 
 /// A constant that compares with the column exactly as its key value does.
-fn literal(expr: &Expr, column: &Column) -> Option<Value> {
+pub(crate) fn literal(expr: &Expr, column: &Column) -> Option<Value> {
     let Expr::Literal(value, _) = expr else { return None };
     if value.is_null() || !matches!(column.ty, Type::Text | Type::Uuid) && value.data_type() != arrow_type(column.ty) {
         return None;

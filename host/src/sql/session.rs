@@ -171,9 +171,24 @@ impl Sql {
         ddl::plan(statement, env)
     }
 
-    /// Compiles a live query: a filter and projection over one table.
-    pub fn live(&self, text: &str, env: &RequestEnv) -> Result<live::LivePlan, SqlError> {
+    /// Compiles a live query.
+    pub fn live(&self, text: &str, env: &RequestEnv) -> Result<live::Live, SqlError> {
         on_large_stack(|| live::compile(&self.engine, text, env))?
+    }
+
+    /// Runs a compiled live query as a whole, at the snapshot and for the user of `env`.
+    pub async fn rerun(
+        &self,
+        query: &Arc<live::requery::RequeryPlan>,
+        env: RequestEnv,
+        limit: usize,
+    ) -> Result<live::requery::Rows, SqlError> {
+        let started = Instant::now();
+        let (engine, planned) = (self.engine.clone(), query.clone());
+        // Planned anew each time: a physical plan keeps state from one execution to the next.
+        let plan = self.planned(started, move || engine.physical(&planned.plan, &planned.text)).await?;
+        let stream = self.engine.start(plan, env, &query.text)?;
+        query.collect(self.engine.row_stream(stream, started, query.text.clone()), limit).await
     }
 
     /// SessionContexts made since start: 1.
@@ -367,6 +382,18 @@ impl Engine {
         planned.map_err(|error| from_datafusion(error, text))
     }
 
+    /// An optimized plan of constants only, for one execution.
+    fn physical(&self, plan: &LogicalPlan, text: &str) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
+        let planner = self.state.query_planner();
+        let physical = futures::executor::block_on(planner.create_physical_plan(plan, &*self.state));
+        physical.map_err(|error| from_datafusion(error, text))
+    }
+
+    /// An analyzed plan, optimized.
+    pub(crate) fn optimized(&self, plan: LogicalPlan) -> Result<LogicalPlan, DataFusionError> {
+        folding(|| self.state.optimizer().optimize(plan, &*self.state, |_, _| {}))
+    }
+
     /// The plan as the SQL says it: parameters, time and user still symbolic.
     pub(crate) fn logical(&self, query: ast::Statement, env: &RequestEnv) -> Result<LogicalPlan, DataFusionError> {
         Names { state: &self.state, providers: &self.providers, env }.plan(query)
@@ -384,7 +411,7 @@ impl Engine {
             }
             plan => {
                 let analyzed = self.analyze(plan)?;
-                folding(|| self.state.optimizer().optimize(analyzed, &*self.state, |_, _| {}))
+                self.optimized(analyzed)
             }
         }
     }

@@ -212,6 +212,22 @@ impl Snapshot {
         Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options))
     }
 
+    /// The same rows, last first.
+    pub fn scan_back(&self, table: &Arc<Table>, scope: &Scope, range: KeyRange) -> RowScan {
+        let prefix = row_prefix(table, scope);
+        let (start, end) = range.stored(&prefix);
+        let mut options = ReadOptions::default();
+        // Backwards the prefix bloom is of no use: both ends bound the scan instead.
+        options.set_total_order_seek(true);
+        options.set_iterate_lower_bound(start.clone());
+        options.set_iterate_upper_bound(end.clone());
+        let cursor =
+            Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
+        let place = if start < end { Place::BehindAll } else { Place::End };
+        let (table, lifted) = (table.clone(), Vec::new());
+        RowScan { cursor, place, table, prefix_len: prefix.len(), lifted, expires: None }
+    }
+
     /// Commits of one namespace after `after`, in order, as far as this snapshot sees. Where the log does not reach
     /// back to `after` any more, the first read says [`StoreError::Expired`].
     pub fn log(&self, namespace: NamespaceId, after: Seq) -> LogScan {
@@ -279,6 +295,9 @@ enum Place {
     /// Not started: seek there first.
     Before(Vec<u8>),
     On,
+    /// As the first two, for a scan from the end.
+    BehindAll,
+    OnBack,
     End,
 }
 
@@ -287,16 +306,19 @@ impl Cursor {
     fn advance(&mut self, place: &mut Place) -> Result<bool, StoreError> {
         self.borrow_owner().check()?;
         let from = std::mem::replace(place, Place::End);
+        let back = matches!(from, Place::BehindAll | Place::OnBack);
         let status = self.with_dependent_mut(|_, iterator| {
             match from {
                 Place::Before(key) => iterator.seek(key),
                 Place::On => iterator.next(),
+                Place::BehindAll => iterator.seek_to_last(),
+                Place::OnBack => iterator.prev(),
                 Place::End => return Ok(false),
             }
             if iterator.valid() { Ok(true) } else { iterator.status().map(|()| false) }
         });
         if matches!(status, Ok(true)) {
-            *place = Place::On;
+            *place = if back { Place::OnBack } else { Place::On };
         }
         status.map_err(read_error)
     }
