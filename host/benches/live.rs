@@ -16,10 +16,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use arrow::record_batch::RecordBatch;
-use host::catalog::Table;
+use host::catalog::{OnError, Semantics, Table};
 use host::config::{Config, Role};
 use host::live::{
-    Delivery, From, GroupSpec, Live, OldMode, Piped, PipelineFault, Pipelines, Program, ProgramError, Subscription,
+    Batch, ChangeOutput, Delivery, From, GroupSpec, Live, OldMode, Piped, PipelineFault, Pipelines, Program,
+    ProgramError, Subscription,
 };
 use host::sql::live::{Live as Compiled, LivePlan};
 use host::sql::session::Sql;
@@ -29,7 +30,7 @@ use host::telemetry::Metrics;
 use tokio::runtime::Runtime;
 use wire::frame::ChangeMeta;
 use wire::image::ImageAt;
-use wire::{FrameBuilder, ImageBuilder, ImageRef, Schema, Scope, Value};
+use wire::{ChangeAt, FrameBuilder, ImageBuilder, ImageRef, Schema, Scope, Value};
 
 /// Counts the bytes that are allocated now.
 struct Counting;
@@ -88,7 +89,11 @@ impl Pipelines for NoPlugins {
         unreachable!("no query here has a pipeline")
     }
 
-    fn run(&mut self, _: u64, _: Option<Seq>, _: &[u8], _: &[ImageAt]) -> Result<Piped, PipelineFault> {
+    fn run(&mut self, _: u64, _: Batch<'_>, _: &[ImageAt]) -> Result<Piped, PipelineFault> {
+        unreachable!("no query here has a pipeline")
+    }
+
+    fn run_changes(&mut self, _: u64, _: Batch<'_>, _: &[ChangeAt]) -> Result<Vec<ChangeOutput>, PipelineFault> {
         unreachable!("no query here has a pipeline")
     }
 
@@ -117,10 +122,10 @@ impl World {
     }
 
     fn ddl(&self, text: &str) {
-        for statement in self.sql.parse(text).unwrap() {
+        for statement in self.sql.parse(text).unwrap().iter() {
             assert_eq!(statement.kind, StatementKind::Ddl);
             let env = self.env("admin");
-            let plan = self.sql.ddl(&statement, &env).unwrap();
+            let plan = self.sql.ddl(statement, &env).unwrap();
             let (namespace, base) = (plan.namespace.unwrap(), env.snapshot.seq());
             let write = Transaction { namespace, base, rows: Vec::new(), catalog: plan.writes, receipt: None };
             self.runtime.block_on(self.store.commit(write)).unwrap();
@@ -167,6 +172,8 @@ impl World {
             index: String::new(),
             program: Arc::new(Query(plan)),
             stages: Vec::new(),
+            semantics: Semantics::Map,
+            on_error: OnError::Stop,
             output: None,
             old: OldMode::Changed,
             fingerprint: "f".to_owned(),

@@ -154,10 +154,10 @@ fn row(random: &mut StdRng, table: &Table) -> Vec<u8> {
 }
 
 async fn table_of(sql: &Sql, store: &Store) -> Arc<Table> {
-    for statement in sql.parse(CREATE).unwrap() {
+    for statement in sql.parse(CREATE).unwrap().iter() {
         assert_eq!(statement.kind, StatementKind::Ddl);
         let env = env(store);
-        let plan = sql.ddl(&statement, &env).unwrap();
+        let plan = sql.ddl(statement, &env).unwrap();
         let (namespace, base) = (plan.namespace.unwrap(), env.snapshot.seq());
         store
             .commit(Transaction { namespace, base, rows: Vec::new(), catalog: plan.writes, receipt: None })

@@ -95,7 +95,8 @@ impl Db {
     pub async fn subscribe(&self, who: &Identity, request: LiveRequest) -> Result<LiveStream, DbError> {
         self.check_open()?;
         let compiled = self.compile(who, &request).await?;
-        if compiled.spec.semantics == Semantics::Feed && (request.snapshot == Some(true) || request.last_rows.is_some()) {
+        if compiled.spec.semantics == Semantics::Feed && (request.snapshot == Some(true) || request.last_rows.is_some())
+        {
             return Err(DbError::BadRequest(
                 "a pipeline that sees changes has no snapshot: leave `snapshot` and `last_rows` out, or say \
                  `snapshot=false`"
@@ -135,8 +136,7 @@ impl Db {
             true if request.on_error != OnError::Stop => return Err(no_plugin()),
             true => (None, Semantics::Map),
             false => {
-                let checked =
-                    self.inner.plugins.check(table.namespace, &stages, &table.schema(), request.on_error)?;
+                let checked = self.inner.plugins.check(table.namespace, &stages, &table.schema(), request.on_error)?;
                 (checked.output, checked.semantics)
             }
         };
@@ -289,14 +289,17 @@ impl Db {
             LiveCommand::Kill(_) if request.read_only => {
                 return Err(DbError::BadRequest("GET only reads; send KILL LIVE QUERY by POST".into()));
             }
-            LiveCommand::Kill(live_id) => StatementResult::Affected { affected: self.kill(who, &live_id)? },
+            LiveCommand::Kill(live_id) => {
+                StatementResult::Affected { affected: self.kill(who, &live_id)?, returned: None }
+            }
             LiveCommand::Explain(sql) => {
                 let live = LiveRequest {
                     sql,
                     params: request.params,
                     namespace: request.namespace,
                     pipeline: Vec::new(),
-                    snapshot: true,
+                    on_error: OnError::Stop,
+                    snapshot: None,
                     last_rows: None,
                     old: OldMode::default(),
                     position: None,
@@ -319,7 +322,7 @@ impl Db {
         };
         let mut said = vec![
             ("mode", mode(spec).to_owned()),
-            ("semantics", "map".to_owned()),
+            ("semantics", spec.semantics.as_str().to_owned()),
             ("key", compiled.key.join(", ")),
             ("index", spec.index.clone()),
             ("group", spec.live_id.clone()),

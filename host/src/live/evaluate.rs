@@ -96,7 +96,7 @@ impl<'a> Rows<'a> {
                 Some(rows.push(image, at))
             };
             let (old, new) = (push(old), push(new));
-            rows.changes.push(RowChange { old, new, expires: None });
+            rows.changes.push(RowChange { old, new, changed: 0, columns: 0, expires: None });
         }
         rows
     }
@@ -107,7 +107,7 @@ impl<'a> Rows<'a> {
         for change in changes.iter().map(|at| self.changes[*at]) {
             let mut copy = |at: Option<usize>| at.map(|at| rows.push(self.images[at], self.places[at]));
             let (old, new) = (copy(change.old), copy(change.new));
-            rows.changes.push(RowChange { old, new, expires: change.expires });
+            rows.changes.push(RowChange { old, new, ..change });
         }
         rows
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use datafusion::common::Result;
-use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::datasource::cte_worktable::CteWorkTable;
 use datafusion::datasource::source_as_provider;
 use datafusion::logical_expr::LogicalPlan;
@@ -144,6 +144,13 @@ fn param_type(param: &Param) -> u8 {
         Param::Float(_) => 3,
         Param::Text(_) => 4,
     }
+}
+
+/// Whether some part of it runs again and again.
+pub(crate) fn is_recursive(plan: &LogicalPlan) -> bool {
+    let recursive = |node: &LogicalPlan| Ok(matches!(node, LogicalPlan::RecursiveQuery(_)));
+    // Looking cannot fail, and a plan taken for recursive by mistake is only a slower one.
+    plan.exists(recursive).unwrap_or(true)
 }
 
 impl Template {

@@ -29,7 +29,7 @@ use wire::Type;
 use super::context::{Names, bind, symbolic};
 use super::error::from_datafusion;
 use super::planner::{Planner, folding, on_large_stack};
-use super::plans::{Key, Plans, Template};
+use super::plans::{Key, Plans, Template, is_recursive};
 use super::provider::Providers;
 use super::system::{SystemTable, SystemTables};
 use super::{
@@ -186,9 +186,14 @@ impl Sql {
         let started = Instant::now();
         let (engine, planned) = (self.engine.clone(), query.clone());
         // Planned anew each time: a physical plan keeps state from one execution to the next.
-        let plan = self.planned(started, move || engine.physical(&planned.plan, &planned.text)).await?;
+        let plan = self.planned(started, move || {
+            let plan = engine.execution_plan(&planned.plan, is_recursive(&planned.plan), &planned.text);
+            futures::executor::block_on(plan)
+        });
+        let plan = plan.await?;
         let stream = self.engine.start(plan, env, &query.text)?;
-        query.collect(self.engine.row_stream(stream, started, query.text.clone()), limit).await
+        // How many run at once is bounded by whoever asks for them.
+        query.collect(self.engine.row_stream(stream, started, query.text.clone(), None), limit).await
     }
 
     /// SessionContexts made since start: 1.
@@ -377,16 +382,19 @@ impl Engine {
         } else {
             &template.plan
         };
-        let state = if template.recursive { &self.unshared } else { &self.state };
-        let planned = state.query_planner().create_physical_plan(plan, &**state).await;
-        planned.map_err(|error| from_datafusion(error, text))
+        self.execution_plan(plan, template.recursive, text).await
     }
 
     /// An optimized plan of constants only, for one execution.
-    fn physical(&self, plan: &LogicalPlan, text: &str) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
-        let planner = self.state.query_planner();
-        let physical = futures::executor::block_on(planner.create_physical_plan(plan, &*self.state));
-        physical.map_err(|error| from_datafusion(error, text))
+    async fn execution_plan(
+        &self,
+        plan: &LogicalPlan,
+        recursive: bool,
+        text: &str,
+    ) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
+        let state = if recursive { &self.unshared } else { &self.state };
+        let planned = state.query_planner().create_physical_plan(plan, &**state).await;
+        planned.map_err(|error| from_datafusion(error, text))
     }
 
     /// An analyzed plan, optimized.

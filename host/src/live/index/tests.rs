@@ -43,6 +43,7 @@ fn table() -> Table {
         next_column: TYPES.len() as u16,
         images_since: 1,
         ttl_micros: None,
+        indexes: Vec::new(),
     }
 }
 
@@ -194,6 +195,8 @@ fn spec(table: &Arc<Table>, anchors: Anchors) -> GroupSpec {
         index: String::new(),
         program: Arc::new(super::super::tests::Nothing),
         stages: Vec::new(),
+        semantics: crate::catalog::Semantics::Map,
+        on_error: crate::catalog::OnError::Stop,
         output: None,
         old: super::super::OldMode::Changed,
         fingerprint: String::new(),
