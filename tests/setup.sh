@@ -233,6 +233,65 @@ build_plugins() {
     for text in "$ROOT"/plugins/*/*.wat; do
         if [ -e "$text" ]; then place "$text"; fi
     done
+    build_other_samples
+}
+
+# Samples in other languages, where their compilers are. Nothing is installed for them unless the caller names them:
+# SAMPLES="c assemblyscript" (50 MB of Debian packages; npm and 100 MB of node_modules in the target folder).
+build_other_samples() {
+    case " ${SAMPLES:-} " in *" c "*) find_clang || install_clang ;; esac
+    case " ${SAMPLES:-} " in *" assemblyscript "*) find_asc || install_asc ;; esac
+    made=$CARGO_TARGET_DIR/samples
+    mkdir -p "$made"
+    if find_clang; then
+        exports=
+        for name in tg_abi tg_window tg_configure tg_release tg_filter; do exports="$exports -Wl,--export=$name"; done
+        # $exports is a list of words.
+        # shellcheck disable=SC2086
+        "$CLANG" --target=wasm32 -O2 -nostdlib -fuse-ld="$(command -v "$WASM_LD")" -Wl,--no-entry -Wl,--strip-all \
+            $exports "$ROOT/plugins/long_haul_c/long_haul_c.c" -o "$made/long_haul_c.wasm" ||
+            die "the sample in C did not build; what the compiler said is above"
+        attach long_haul_c
+    fi
+    if find_asc; then
+        "$ASC" "$ROOT/plugins/long_haul_as/long_haul_as.ts" -O3 --runtime stub --use abort= \
+            -o "$made/long_haul_as.wasm" || die "the sample in AssemblyScript did not build; what asc said is above"
+        attach long_haul_as
+    fi
+}
+
+attach() {
+    "$TIDEGATE" plugin attach "$made/$1.wasm" --manifest "$ROOT/plugins/$1/manifest.jsonl" >"$made/attach.log" 2>&1 ||
+        die "the manifest of $1: $(cat "$made/attach.log")"
+    place "$made/$1.wasm"
+}
+
+# A clang and the linker of the same LLVM.
+find_clang() {
+    for version in -22 -21 -20 -19 ""; do
+        CLANG=clang$version WASM_LD=wasm-ld$version
+        have "$CLANG" && have "$WASM_LD" && return 0
+    done
+    return 1
+}
+
+install_clang() {
+    install_packages " clang-19 lld-19"
+    find_clang || die "no clang with wasm-ld after installing them"
+}
+
+find_asc() {
+    for ASC in asc "$CARGO_TARGET_DIR/asc/node_modules/.bin/asc"; do
+        have "$ASC" && return 0
+    done
+    return 1
+}
+
+install_asc() {
+    have npm || die "the sample in AssemblyScript needs npm (Debian: npm), or leave assemblyscript out of SAMPLES"
+    say "installing the AssemblyScript compiler"
+    npm install --silent --no-audit --no-fund --prefix "$CARGO_TARGET_DIR/asc" assemblyscript@0.28 >"$SETUP_LOG" 2>&1 ||
+        die "npm could not install assemblyscript; what it said is in $SETUP_LOG"
 }
 
 # Copied only when different, so that the file's time says when the plugin changed.

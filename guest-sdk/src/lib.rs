@@ -46,6 +46,32 @@
 //! }
 //! ```
 //!
+//! A plugin whose function takes a [`Change`](change::Change) sees what happened to a row: both images, and which
+//! columns differ. A **change filter** says whether the change goes on, a **change transform** makes any number of rows of
+//! it. Live queries with one of them are *feeds*: every output once, in order, and nothing to fold.
+//!
+//! ```
+//! use guest_sdk::prelude::*;
+//!
+//! #[derive(Row)]
+//! struct Flight<'a> {
+//!     dest: Column<'a, &'a str>,
+//! }
+//!
+//! #[derive(Output)]
+//! struct Diverted {
+//!     from: String,
+//!     to: String,
+//! }
+//!
+//! #[transform]
+//! fn diverted(change: &Change<Flight>) -> Option<Diverted> {
+//!     let (old, new) = (change.old()?, change.new()?);
+//!     let airport = |flight: &Flight| flight.dest.get().unwrap_or("?").to_string();
+//!     change.changed(&new.dest).then(|| Diverted { from: airport(old), to: airport(new) })
+//! }
+//! ```
+//!
 //! - Rows are read in place, out of the buffer that all instances share. [`Column`](row::Column)s are lazy: a column
 //!   that is not asked for costs nothing, and a filter allocates nothing. [`Row`](row::Row) finds columns by name.
 //! - A plugin is pure: its answer depends on parameters and row alone. The host drops and makes instances as it likes.
@@ -60,6 +86,7 @@
 
 extern crate alloc;
 
+pub mod change;
 pub mod log;
 #[doc(hidden)]
 pub mod manifest;
@@ -74,10 +101,12 @@ pub mod plugin;
 pub mod raw;
 pub mod row;
 
-/// Makes a function this crate's row filter: `fn(&Params, &Row) -> bool`, or `fn(&Row) -> bool`.
+/// Makes a function this crate's row filter: `fn(&Params, &Row) -> bool`, or `fn(&Row) -> bool`. With a
+/// [`Change`](change::Change) of rows in the row's place it is a change filter.
 ///
 /// `Params` derives [`Params`](params::Params); the row is [`row::Row`] or derives `Row`; the answer is `bool` or
-/// `Result<bool, E>` with an error that can be displayed. Anything else is refused where it stands:
+/// `Result<bool, E>` with an error that can be displayed. `#[filter(pass = false)]` forbids live queries with
+/// `on_error=pass`, which would let through what the filter fails on. Anything else is refused where it stands:
 ///
 /// ```compile_fail,E0277
 /// use guest_sdk::prelude::*;
@@ -118,11 +147,12 @@ pub use macros::filter;
 /// Makes a function this crate's row transform: `fn(&Params, &Row) -> Out`, or `fn(&Row) -> Out`.
 ///
 /// As [`filter`](macro@filter), but the answer is a struct that derives [`Output`](output::Output), or a `Result` of
-/// it.
+/// it. A change transform, `fn(&Params, &Change<Row>)`, may also answer an `Option`, a `Vec` or an array of outputs.
 pub use macros::transform;
 
 /// What a plugin needs.
 pub mod prelude {
+    pub use crate::change::{Change, Op};
     pub use crate::number::{Decimal, Number};
     pub use crate::output::Output;
     pub use crate::params::Params;

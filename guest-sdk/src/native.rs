@@ -22,11 +22,13 @@
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use wire::abi::{DESCRIPTOR_BYTES, Descriptor, Read};
+use wire::abi::{CHANGE_DESCRIPTOR_BYTES, ChangeDescriptor, DESCRIPTOR_BYTES, Descriptor, Read};
+use wire::frame::changed_columns;
 use wire::{ColumnDecl, ImageBuilder, ImageRef, Kind, Schema};
 
 pub use wire::{Type, Value};
 
+use crate::change::{Op, RawChange};
 use crate::output::Output;
 use crate::raw::Window;
 use crate::row::{FromRow, Input, Row, read_of};
@@ -64,6 +66,51 @@ impl TestTable {
     ///
     /// When there are more values than columns, or a value has not its column's kind.
     pub fn row(&self, values: &[Value]) -> TestRow<'_> {
+        let mut bytes = alloc::vec![0; DESCRIPTOR_BYTES];
+        let descriptor = self.image(values, &mut bytes);
+        bytes[..DESCRIPTOR_BYTES].copy_from_slice(&descriptor.to_bytes());
+        TestRow { bytes, table: self }
+    }
+
+    /// A change of a row: without `old` an insert, without `new` a delete.
+    ///
+    /// # Panics
+    ///
+    /// As [`row`](Self::row), and when there is neither.
+    pub fn change(&self, old: Option<&[Value]>, new: Option<&[Value]>) -> TestChange<'_> {
+        let op = match (old, new) {
+            (None, Some(_)) => Op::Insert,
+            (Some(_), Some(_)) => Op::Update,
+            (Some(_), None) => Op::Delete,
+            (None, None) => panic!("a change has a row"),
+        };
+        let mut bytes = alloc::vec![0; CHANGE_DESCRIPTOR_BYTES];
+        let mut images = Vec::new();
+        let [old, new] = [old, new].map(|values| {
+            let at = bytes.len();
+            let descriptor = values.map(|values| self.image(values, &mut bytes));
+            images.push(bytes[at..].to_vec());
+            descriptor
+        });
+        let image = |i: usize| ImageRef::parse(&images[i]).ok().map(|(image, ..)| image);
+        let mut kinds = alloc::vec![Kind::Int; usize::from(self.input.schema.slots())];
+        for column in &self.input.schema.columns {
+            kinds[usize::from(column.id)] = column.ty.kind();
+        }
+        let changed = changed_columns(&kinds, image(0), image(1));
+        let descriptor = ChangeDescriptor {
+            op: op as u32,
+            changed: bytes.len() as u32,
+            columns: kinds.len() as u32,
+            old: old.unwrap_or_default(),
+            new: new.unwrap_or_default(),
+        };
+        bytes.extend_from_slice(&changed);
+        bytes[..CHANGE_DESCRIPTOR_BYTES].copy_from_slice(&descriptor.to_bytes());
+        TestChange { bytes, table: self }
+    }
+
+    fn image(&self, values: &[Value], bytes: &mut Vec<u8>) -> Descriptor {
         let columns = &self.input.schema.columns;
         assert!(values.len() <= columns.len(), "{} values for {} columns", values.len(), columns.len());
         let mut image = ImageBuilder::new(columns.len() as u16);
@@ -71,10 +118,8 @@ impl TestTable {
             assert!(fits(value, column.ty), "{value:?} in column `{}`, which is {:?}", column.name, column.ty);
             image.set(column.id, value);
         }
-        let mut bytes = alloc::vec![0; DESCRIPTOR_BYTES];
-        let at = image.finish_into(&mut bytes);
-        bytes[..DESCRIPTOR_BYTES].copy_from_slice(&Descriptor::new(at, DESCRIPTOR_BYTES as u32).to_bytes());
-        TestRow { bytes, table: self }
+        let base = bytes.len() as u32;
+        Descriptor::new(image.finish_into(bytes), base)
     }
 }
 
@@ -103,6 +148,20 @@ impl TestRow<'_> {
     /// Lends the row to `read`, as a batch would.
     pub fn read<R>(&self, read: impl for<'a> FnOnce(&'a Row<'a>) -> R) -> R {
         read(&Row::at(Window::over(&self.bytes), 0, &self.table.input))
+    }
+}
+
+/// One change of a row of a [`TestTable`].
+#[derive(Debug)]
+pub struct TestChange<'t> {
+    bytes: Vec<u8>,
+    table: &'t TestTable,
+}
+
+impl TestChange<'_> {
+    /// Lends the change to `read`, as a batch would: `change.read(|raw| worse(&raw.read()))`.
+    pub fn read<R>(&self, read: impl for<'a> FnOnce(&'a RawChange<'a>) -> R) -> R {
+        read(&RawChange::at(Window::over(&self.bytes), 0, &self.table.input))
     }
 }
 

@@ -139,6 +139,57 @@ impl<T: Output, E: Display> Transformed for Result<T, E> {
     }
 }
 
+/// Takes each output row, as what fills its image.
+pub type EachRow<'r> = &'r mut dyn FnMut(&dyn Fn(&mut ImageBuilder));
+
+/// What a change transform may return: any number of outputs (`Option`, `Vec`, an array), one, or a `Result` of these.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a change transform's answer",
+    label = "not a change transform's answer",
+    note = "return a struct with `#[derive(Output)]`, `Option`, `Vec` or an array of it, or `Result` of these and an error \
+            that can be displayed"
+)]
+pub trait Expanded {
+    const COLUMNS: &'static [(&'static str, Type, bool)];
+    /// Hands each output to `row`.
+    fn each(self, row: EachRow<'_>) -> Result<(), String>;
+}
+
+impl<T: Output> Expanded for T {
+    const COLUMNS: &'static [(&'static str, Type, bool)] = T::COLUMNS;
+
+    #[inline]
+    fn each(self, row: EachRow<'_>) -> Result<(), String> {
+        row(&|image| Output::write(&self, image));
+        Ok(())
+    }
+}
+
+macro_rules! expanded_collections {
+    ($($(const $n:ident)? $ty:ty),*) => {$(
+        impl<T: Output $(, const $n: usize)?> Expanded for $ty {
+            const COLUMNS: &'static [(&'static str, Type, bool)] = T::COLUMNS;
+
+            #[inline]
+            fn each(self, row: EachRow<'_>) -> Result<(), String> {
+                self.into_iter().for_each(|output| row(&|image| Output::write(&output, image)));
+                Ok(())
+            }
+        }
+    )*};
+}
+
+expanded_collections!(Option<T>, Vec<T>, const N [T; N]);
+
+impl<T: Expanded, E: Display> Expanded for Result<T, E> {
+    const COLUMNS: &'static [(&'static str, Type, bool)] = T::COLUMNS;
+
+    #[inline]
+    fn each(self, row: EachRow<'_>) -> Result<(), String> {
+        self.map_err(|error| error.to_string())?.each(row)
+    }
+}
+
 /// What a filter may return: `bool`, or a `Result` of it.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a filter's answer",
@@ -160,6 +211,62 @@ impl<E: Display> Verdict for Result<bool, E> {
     #[inline]
     fn verdict(self) -> Result<bool, String> {
         self.map_err(|error| error.to_string())
+    }
+}
+
+/// The output of one batch of changes: how many rows each became, a descriptor a row, then the images. Its memory is
+/// reused from call to call.
+#[derive(Debug)]
+pub(crate) struct Expansion {
+    pub(crate) bytes: Vec<u8>,
+    descriptors: Vec<Descriptor>,
+    images: Vec<u8>,
+    image: ImageBuilder,
+}
+
+impl Expansion {
+    pub(crate) fn new(columns: u16) -> Self {
+        Expansion { bytes: Vec::new(), descriptors: Vec::new(), images: Vec::new(), image: ImageBuilder::new(columns) }
+    }
+
+    pub(crate) fn begin(&mut self) {
+        self.bytes.clear();
+        self.descriptors.clear();
+        self.images.clear();
+    }
+
+    /// Writes the rows of the next change. One that fails becomes no rows.
+    pub(crate) fn change(&mut self, write: impl FnOnce(EachRow<'_>) -> Result<(), String>) -> Result<(), String> {
+        let before = (self.descriptors.len(), self.images.len());
+        let Expansion { descriptors, images, image, .. } = self;
+        let result = write(&mut |fill| {
+            image.clear();
+            fill(image);
+            let base = images.len() as u32;
+            descriptors.push(Descriptor::new(image.finish_into(images), base));
+        });
+        if result.is_err() {
+            self.descriptors.truncate(before.0);
+            self.images.truncate(before.1);
+        }
+        let count = (self.descriptors.len() - before.0) as u32;
+        self.bytes.extend_from_slice(&count.to_le_bytes());
+        result
+    }
+
+    /// Puts the parts behind one another.
+    pub(crate) fn end(&mut self) {
+        let images_at = (self.bytes.len() + self.descriptors.len() * DESCRIPTOR_BYTES) as u32;
+        for at in &self.descriptors {
+            let moved = Descriptor {
+                present: at.present + images_at,
+                slots: at.slots + images_at,
+                heap: at.heap + images_at,
+                columns: at.columns,
+            };
+            self.bytes.extend_from_slice(&moved.to_bytes());
+        }
+        self.bytes.extend_from_slice(&self.images);
     }
 }
 

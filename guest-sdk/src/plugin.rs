@@ -6,17 +6,19 @@ use alloc::vec::Vec;
 
 use wire::ImageBuilder;
 use wire::abi::{
-    CONFIGURE_BYTES, Configure, Configured, DESCRIPTOR_BYTES, MAX_BATCH, Read, decode_schema, encode_schema,
+    CHANGE_DESCRIPTOR_BYTES, CONFIGURE_BYTES, Configure, Configured, DESCRIPTOR_BYTES, MAX_BATCH, Read, decode_schema,
+    encode_schema,
 };
 
 pub use wire::abi::ABI;
 
-use crate::output::{self, Rows};
+use crate::change::RawChange;
+use crate::output::{self, EachRow, Expansion, Rows};
 use crate::params::{ParamValues, Params};
 use crate::raw::{Window, host};
 use crate::row::{ColumnSpec, Input, Row};
 
-/// What both kinds have: parameters, and the columns they read.
+/// What all kinds have: parameters, and the columns they read.
 pub trait Describe {
     type Params: Params;
     const READS: &'static [ColumnSpec];
@@ -34,6 +36,16 @@ pub trait Transform: Describe {
     fn apply(params: &Self::Params, row: &Row<'_>, image: &mut ImageBuilder) -> Result<(), String>;
 }
 
+/// A change filter.
+pub trait ChangeFilter: Describe {
+    fn keep(params: &Self::Params, change: &RawChange<'_>) -> Result<bool, String>;
+}
+
+/// A change transform.
+pub trait ChangeTransform: Describe {
+    fn expand(params: &Self::Params, change: &RawChange<'_>, row: EachRow<'_>) -> Result<(), String>;
+}
+
 /// One parameter set against one input.
 struct Setup<P> {
     params: P,
@@ -45,11 +57,12 @@ pub struct Plugin<P: Describe> {
     setups: Vec<Option<Setup<P::Params>>>,
     schema: Vec<u8>,
     rows: Option<Rows>,
+    expansion: Option<Expansion>,
 }
 
 impl<P: Describe> Plugin<P> {
     pub const fn new() -> Self {
-        Plugin { setups: Vec::new(), schema: Vec::new(), rows: None }
+        Plugin { setups: Vec::new(), schema: Vec::new(), rows: None, expansion: None }
     }
 
     /// `tg_configure`: the packed [`Configured`], or all bits set after saying why.
@@ -133,9 +146,46 @@ impl<P: Describe> Plugin<P> {
         u64::from(rows.bytes.as_ptr() as usize as u32) | (rows.bytes.len() as u64) << 32
     }
 
+    /// `tg_filter` of a change filter: bit i set = change i is kept.
+    pub fn filter_changes(&mut self, window: Window<'_>, handle: u32, descriptors: u32, n: u32) -> u64
+    where
+        P: ChangeFilter,
+    {
+        let Some(setup) = self.setup(handle, n) else { return 0 };
+        let mut kept = 0;
+        for i in 0..n {
+            let change = RawChange::at(window, change_descriptor(descriptors, i), &setup.input);
+            match P::keep(&setup.params, &change) {
+                Ok(keep) => kept |= u64::from(keep) << i,
+                Err(message) => host::fail(i as i32, &message),
+            }
+        }
+        kept
+    }
+
+    /// `tg_transform` of a change transform: address and length of the output.
+    pub fn transform_changes(&mut self, window: Window<'_>, handle: u32, descriptors: u32, n: u32) -> u64
+    where
+        P: ChangeTransform,
+    {
+        let mut expansion = self.expansion.take().unwrap_or_else(|| Expansion::new(P::OUTPUT.len() as u16));
+        let Some(setup) = self.setup(handle, n) else { return 0 };
+        expansion.begin();
+        for i in 0..n {
+            let change = RawChange::at(window, change_descriptor(descriptors, i), &setup.input);
+            if let Err(message) = expansion.change(|row| P::expand(&setup.params, &change, row)) {
+                host::fail(i as i32, &message);
+            }
+        }
+        expansion.end();
+        let expansion = self.expansion.insert(expansion);
+        u64::from(expansion.bytes.as_ptr() as usize as u32) | (expansion.bytes.len() as u64) << 32
+    }
+
     /// What the last transform answered.
     pub fn output(&self) -> &[u8] {
-        self.rows.as_ref().map_or(&[], |rows| &rows.bytes)
+        let rows = self.rows.as_ref().map(|rows| &rows.bytes[..]);
+        rows.or(self.expansion.as_ref().map(|expansion| &expansion.bytes[..])).unwrap_or_default()
     }
 
     fn setup(&self, handle: u32, n: u32) -> Option<&Setup<P::Params>> {
@@ -158,6 +208,10 @@ impl<P: Describe> Default for Plugin<P> {
 
 fn descriptor(descriptors: u32, i: u32) -> u32 {
     descriptors.wrapping_add(i * DESCRIPTOR_BYTES as u32)
+}
+
+fn change_descriptor(descriptors: u32, i: u32) -> u32 {
+    descriptors.wrapping_add(i * CHANGE_DESCRIPTOR_BYTES as u32)
 }
 
 /// The host's answer to the manifest's `column` lines, checked: loads trust the kinds from here on.

@@ -210,16 +210,14 @@ macro_rules! __export {
 
         $crate::__export!(@$kind);
     };
-    (@filter) => {
+    (@filter) => { $crate::__export!(@@tg_filter, filter); };
+    (@transform) => { $crate::__export!(@@tg_transform, transform); };
+    (@change_filter) => { $crate::__export!(@@tg_filter, filter_changes); };
+    (@change_transform) => { $crate::__export!(@@tg_transform, transform_changes); };
+    (@@$export:ident, $method:ident) => {
         #[unsafe(no_mangle)]
-        extern "C" fn tg_filter(handle: u32, descriptors: u32, n: u32) -> u64 {
-            $crate::raw::window(|window| PLUGIN.with(|plugin| plugin.filter(window, handle, descriptors, n)))
-        }
-    };
-    (@transform) => {
-        #[unsafe(no_mangle)]
-        extern "C" fn tg_transform(handle: u32, descriptors: u32, n: u32) -> u64 {
-            $crate::raw::window(|window| PLUGIN.with(|plugin| plugin.transform(window, handle, descriptors, n)))
+        extern "C" fn $export(handle: u32, descriptors: u32, n: u32) -> u64 {
+            $crate::raw::window(|window| PLUGIN.with(|plugin| plugin.$method(window, handle, descriptors, n)))
         }
     };
 }

@@ -45,7 +45,11 @@ impl<'a> Row<'a> {
     /// The row whose descriptor lies at an offset of the window.
     #[inline]
     pub(crate) fn at(window: Window<'a>, descriptor: u32, input: &'a Input) -> Self {
-        let at = Descriptor::from_bytes(window.load::<DESCRIPTOR_BYTES>(descriptor));
+        Row::described(window, Descriptor::from_bytes(window.load::<DESCRIPTOR_BYTES>(descriptor)), input)
+    }
+
+    #[inline]
+    pub(crate) fn described(window: Window<'a>, at: Descriptor, input: &'a Input) -> Self {
         Row { window, at, input }
     }
 
@@ -181,6 +185,14 @@ pub struct Column<'a, T> {
     value: PhantomData<fn() -> T>,
 }
 
+impl<T> Column<'_, T> {
+    /// The column's id in the input.
+    #[inline]
+    pub(crate) fn id(&self) -> u16 {
+        self.row.input.reads[self.index].column
+    }
+}
+
 impl<'a, T: ColumnValue<'a>> Column<'a, T> {
     /// The value, or `None` for NULL.
     #[inline]
@@ -293,7 +305,7 @@ pub struct Timestamp(pub i64);
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a row",
     label = "not a row",
-    note = "take `&Row`, or a reference to a struct with `#[derive(Row)]`"
+    note = "take `&Row`, a reference to a struct with `#[derive(Row)]`, or a `&Change` of one of them"
 )]
 pub trait FromRow<'a>: Sized {
     /// The columns it reads, as parts of manifest lines.

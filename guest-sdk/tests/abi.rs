@@ -1,8 +1,9 @@
 //! The calls of ABI 1 against the SDK, natively: the vectors of `vectors/batch.txt`, manifests, and failing rows.
 
-use guest_sdk::native::{Type, Value};
+use guest_sdk::change::RawChange;
+use guest_sdk::native::{TestTable, Type, Value};
 use guest_sdk::output::{OutputValue, Transformed};
-use guest_sdk::plugin::{Describe, Filter, Plugin, Transform};
+use guest_sdk::plugin::{ChangeFilter, ChangeTransform, Describe, Filter, Plugin, Transform};
 use guest_sdk::prelude::*;
 use guest_sdk::raw::Window;
 use guest_sdk::row::ColumnSpec;
@@ -66,9 +67,14 @@ impl Transform for Halve {
 
 /// The window of the vector; its parts lie where the file says, other bytes are anything.
 fn window() -> Vec<u8> {
+    window_of(include_str!("../vectors/batch.txt"))
+}
+
+fn window_of(vector: &str) -> Vec<u8> {
     let mut window = vec![0xaa; 1024];
     let mut at = 0;
-    for line in include_str!("../vectors/batch.txt").lines() {
+    // The last block of the changes is an output, which no window holds.
+    for line in vector.lines().take_while(|line| !line.starts_with("output")) {
         match line.split_once(' ') {
             Some(("at", offset)) => at = offset.parse().unwrap(),
             Some(("bytes", hex)) => {
@@ -120,6 +126,73 @@ fn a_transform_writes_an_image_a_row_and_null_where_it_fails() {
     assert_eq!(row(1), (Value::Float(499.5), half));
     assert_eq!(row(2), (Value::Null, Value::Null), "distance is NULL: the row failed");
     assert_eq!(row(3), (Value::Null, Value::Null));
+}
+
+struct Longer;
+
+impl Describe for Longer {
+    type Params = Far;
+    const READS: &'static [ColumnSpec] = Flight::COLUMNS;
+    const OUTPUT: &'static [(&'static str, Type, bool)] = &[("mile", Type::BigInt, false)];
+}
+
+impl ChangeFilter for Longer {
+    fn keep(params: &Far, change: &RawChange<'_>) -> Result<bool, String> {
+        let change = change.read::<Flight>();
+        let Some(new) = change.new() else { return Ok(false) };
+        assert_eq!(change.changed(&new.distance), change.changed_named("distance"));
+        assert!(!change.changed_named("nowhere"));
+        let before = change.old().and_then(|old| old.distance.get());
+        assert_eq!(change.changed(&new.distance), before != new.distance.get());
+        Ok(change.changed(&new.distance) && new.distance.get().is_some_and(|miles| miles >= params.miles))
+    }
+}
+
+impl ChangeTransform for Longer {
+    /// As many rows as thousands of miles.
+    fn expand(_: &Far, change: &RawChange<'_>, row: &mut dyn FnMut(&dyn Fn(&mut ImageBuilder))) -> Result<(), String> {
+        let change = change.read::<Flight>();
+        for mile in 0..change.row().distance.required().map_err(|e| e.to_string())? / 1000 {
+            row(&|image| image.set_int(0, mile));
+        }
+        if change.op() == Op::Delete { Err("gone".to_string()) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn changes_answer_the_vector() {
+    let bytes = window_of(include_str!("../vectors/changes.txt"));
+    let mut plugin = Plugin::<Longer>::new();
+    let handle = Configured::unpack(plugin.configure(Window::over(&bytes), 0)).unwrap().handle;
+    assert_eq!(plugin.filter_changes(Window::over(&bytes), handle, 256, 5), 0b1011);
+
+    plugin.transform_changes(Window::over(&bytes), handle, 256, 5);
+    let output = plugin.output();
+    let counts: Vec<u32> =
+        output[..20].chunks_exact(4).map(|count| u32::from_le_bytes(count.try_into().unwrap())).collect();
+    assert_eq!(counts, [1, 1, 1, 1, 0], "what fails becomes no rows, also when it had begun");
+    for descriptor in output[20..][..4 * DESCRIPTOR_BYTES].chunks_exact(DESCRIPTOR_BYTES) {
+        let descriptor = Descriptor::from_bytes(descriptor.try_into().unwrap());
+        let (_, at, _) = ImageRef::parse(&output[descriptor.present as usize - 1..]).unwrap();
+        assert_eq!(Descriptor::new(at, descriptor.present - 1), descriptor);
+    }
+}
+
+#[test]
+fn changes_are_tested_natively() {
+    #[filter]
+    fn longer(change: &Change<Flight>) -> bool {
+        matches!((change.old(), change.new()), (Some(old), Some(new)) if new.distance.get() > old.distance.get())
+    }
+    let table = TestTable::new::<Flight>(&[("id", Type::Int), ("distance", Type::Int)]).unwrap();
+    let kept = |old: Option<&[Value]>, new: Option<&[Value]>| table.change(old, new).read(|raw| longer(&raw.read()));
+    let (short, long) = ([Value::Int(1), Value::Int(5)], [Value::Int(1), Value::Int(6)]);
+    assert!(kept(Some(&short), Some(&long)) && !kept(Some(&long), Some(&short)) && !kept(None, Some(&long)));
+    table.change(Some(&short), Some(&long)).read(|raw| {
+        let change: Change<Row> = raw.read();
+        assert!(change.changed_named("distance") && !change.changed_named("id"));
+        assert_eq!(change.op(), Op::Update);
+    });
 }
 
 #[test]

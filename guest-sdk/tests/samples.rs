@@ -1,9 +1,11 @@
 //! The sample plugins' own functions, run natively over images.
 
+use crossings::{Crossing, crossings};
 use guest_sdk::native::{TestTable, Type, Value, values};
 use guest_sdk::prelude::*;
 use late::{Late, late};
 use local_units::{Local, LocalUnits, local_units};
+use worse::{Worse, worse};
 
 #[test]
 fn late_takes_any_numeric_column() {
@@ -81,4 +83,40 @@ fn local_units_keeps_nulls() {
     let output = row.read(|row| values(&local_units(&params, &FromRow::from_row(row))));
     let unknown = Value::Text("unknown".into());
     assert_eq!(output, [Value::Null, Value::Null, Value::Null, Value::Null, Value::Null, unknown, Value::Null]);
+}
+
+#[test]
+fn worse_compares_both_rows() {
+    let table = TestTable::new::<worse::Flight>(&[("id", Type::Int), ("dep_delay", Type::Double)]).unwrap();
+    let row = |delay: Value| [Value::Int(1), delay];
+    let kept = |old: Option<Value>, new: Option<Value>| {
+        let (old, new) = (old.map(row), new.map(row));
+        let change = table.change(old.as_ref().map(|old| &old[..]), new.as_ref().map(|new| &new[..]));
+        change.read(|raw| worse(&Worse { minutes: 5 }, &raw.read()))
+    };
+    let float = |minutes| Some(Value::Float(minutes));
+    assert!(kept(float(1.0), float(6.0)) && kept(Some(Value::Null), float(5.0)));
+    assert!(!kept(float(1.0), float(5.9)) && !kept(float(9.0), float(1.0)) && !kept(float(9.0), float(9.0)));
+    assert!(!kept(None, float(99.0)) && !kept(float(99.0), None));
+}
+
+#[test]
+fn crossings_makes_a_row_of_each_threshold() {
+    let columns = [("carrier", Type::Text), ("flight", Type::Int), ("dep_delay", Type::Int)];
+    let table = TestTable::new::<crossings::Flight>(&columns).unwrap();
+    let row = |delay| [Value::Text("AA".into()), Value::Int(7), Value::Int(delay)];
+    let crossed = |old: Option<i64>, new: Option<i64>| -> Vec<(i64, bool)> {
+        let (old, new) = (old.map(row), new.map(row));
+        let change = table.change(old.as_ref().map(|old| &old[..]), new.as_ref().map(|new| &new[..]));
+        change.read(|raw| {
+            let made = crossings(&raw.read());
+            assert!(made.iter().all(|Crossing { carrier, flight, .. }| (*carrier, *flight) == (Some("AA"), Some(7))));
+            made.iter().map(|crossing| (crossing.minutes, crossing.over)).collect()
+        })
+    };
+    assert_eq!(crossed(Some(3), Some(100)), [(15, true), (60, true)]);
+    assert_eq!(crossed(Some(200), Some(59)), [(60, false), (180, false)]);
+    assert_eq!(crossed(None, Some(15)), [(15, true)]);
+    assert_eq!(crossed(Some(61), None), [(15, false), (60, false)]);
+    assert_eq!(crossed(Some(20), Some(21)), []);
 }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use wire::abi::ManifestLine;
+pub use wire::abi::PluginKind;
 use wire::{ColumnDecl, Kind, Schema, Type, Value};
 
 pub const DEFAULT_NAMESPACE: &str = "main";
@@ -150,17 +151,44 @@ impl Table {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum PluginKind {
-    RowFilter,
-    RowTransform,
+/// What happens to a row or change that a plugin fails on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum OnError {
+    /// The stream says so and waits for another version.
+    #[default]
+    Stop,
+    /// It is left out and noted.
+    Skip,
+    /// A filter lets it through, and it is noted.
+    Pass,
 }
 
-impl PluginKind {
+impl OnError {
     pub fn as_str(self) -> &'static str {
         match self {
-            PluginKind::RowFilter => "row_filter",
-            PluginKind::RowTransform => "row_transform",
+            OnError::Stop => "stop",
+            OnError::Skip => "skip",
+            OnError::Pass => "pass",
+        }
+    }
+}
+
+/// What the events of a live query are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Semantics {
+    /// Folded by key they give the result.
+    #[default]
+    Map,
+    /// Each commit's outputs once, in order; nothing to fold. What pipelines with a change filter or change transform
+    /// give.
+    Feed,
+}
+
+impl Semantics {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Semantics::Map => "map",
+            Semantics::Feed => "feed",
         }
     }
 }
@@ -202,6 +230,8 @@ pub struct Namespace {
     pub tables: BTreeMap<String, Arc<Table>>,
     /// By plugin name: the versions in ascending order; the last is active.
     pub plugins: BTreeMap<String, Vec<Arc<Plugin>>>,
+    /// The highest version that a deleted plugin of this name had: a number once given never means other bytes.
+    pub retired: BTreeMap<String, u32>,
 }
 
 /// One immutable snapshot.
@@ -239,7 +269,13 @@ impl Catalog {
     }
 
     pub fn put_namespace(&mut self, id: NamespaceId, name: &str) {
-        let namespace = Namespace { id, name: name.to_owned(), tables: BTreeMap::new(), plugins: BTreeMap::new() };
+        let namespace = Namespace {
+            id,
+            name: name.to_owned(),
+            tables: BTreeMap::new(),
+            plugins: BTreeMap::new(),
+            retired: BTreeMap::new(),
+        };
         self.namespaces.entry(name.to_owned()).or_insert(namespace);
         self.next_namespace = self.next_namespace.max(id.0 + 1);
     }
@@ -282,8 +318,23 @@ impl Catalog {
     }
 
     pub fn drop_plugin(&mut self, namespace: &str, name: &str) {
-        if let Some(namespace) = self.namespaces.get_mut(namespace) {
-            namespace.plugins.remove(name);
+        if let Some(namespace) = self.namespaces.get_mut(namespace)
+            && let Some(last) = namespace.plugins.remove(name).and_then(|versions| versions.last().cloned())
+        {
+            namespace.retired.insert(name.to_owned(), last.version);
         }
+    }
+
+    pub fn retire_plugin(&mut self, namespace: NamespaceId, name: &str, version: u32) {
+        if let Some(namespace) = self.namespaces.values_mut().find(|found| found.id == namespace) {
+            namespace.retired.insert(name.to_owned(), version);
+        }
+    }
+
+    /// The number for the next version of a plugin.
+    pub fn next_plugin_version(&self, namespace: &str, name: &str) -> u32 {
+        let retired = self.namespaces.get(namespace).and_then(|found| found.retired.get(name)).copied();
+        let active = self.plugin(namespace, name).map(|plugin| plugin.version);
+        active.max(retired).map_or(1, |version| version + 1)
     }
 }

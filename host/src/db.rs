@@ -5,10 +5,12 @@
 //! [`subscribe`]; what an upload goes through in [`install`].
 
 mod adapters;
+mod errors;
 mod idempotency;
 mod install;
 mod subscribe;
 mod system;
+pub mod trial;
 mod write;
 
 use std::collections::HashMap;
@@ -19,19 +21,21 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use tokio::sync::{RwLock, Semaphore, watch};
 
-use crate::catalog::{DEFAULT_NAMESPACE, Plugin};
+use crate::catalog::{DEFAULT_NAMESPACE, OnError, Plugin, Semantics};
 use crate::config::{Config, Role};
-use crate::live::{Encoder, Live, OldMode, Pipelines};
-use crate::plugins::PluginError;
+use crate::live::{Encoder, Live, OldMode, PipelineFault, Pipelines};
 use crate::plugins::registry::Plugins;
+use crate::plugins::{PluginError, PluginOptions};
 use crate::sql::session::Sql;
 use crate::sql::{OutputColumn, Overlay, Param, RequestEnv, RowStream, SqlError, StatementKind};
 use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
+pub use errors::PluginErrorEntry;
 pub use idempotency::Idempotency;
 pub use subscribe::LiveStream;
+pub use trial::{Trial, TrialRequest, TrialResult};
 
 /// Who asks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,7 +113,9 @@ pub struct LiveRequest {
     pub params: Vec<Param>,
     pub namespace: Option<String>,
     pub pipeline: Vec<StageRequest>,
-    pub snapshot: bool,
+    pub on_error: OnError,
+    /// Present rows first; where nothing is said, as the stream's semantics have it.
+    pub snapshot: Option<bool>,
     pub old: OldMode,
     /// `Last-Event-ID`.
     pub position: Option<String>,
@@ -131,6 +137,7 @@ pub enum LiveOutput {
         live_id: String,
         columns: Vec<OutputColumn>,
         key: Vec<String>,
+        semantics: Semantics,
         from: Option<String>,
     },
     /// Framed by the [`Encoder`] already.
@@ -140,12 +147,15 @@ pub enum LiveOutput {
         seq: Seq,
     },
     Resync(ResyncReason),
-    /// The pipeline failed; the stream waits for another version of the plugin.
-    PluginError {
+    /// Feed streams: another version of a plugin from here on.
+    Pipeline {
         plugin: String,
         version: u32,
-        cause: String,
-        message: String,
+        sha256: String,
+    },
+    /// The pipeline failed after `seq`; the stream waits for another version of the plugin, or for it to be tried again.
+    PluginError {
+        fault: PipelineFault,
         seq: Seq,
     },
     /// The stream waits (for another version of a failed plugin): a sign of life without a position.
@@ -200,9 +210,19 @@ impl Db {
     pub fn open(config: &Config, encoder: Arc<dyn Encoder>, metrics: Arc<Metrics>) -> Result<Db, DbError> {
         let store = Store::open(&config.store)?;
         let source = Box::new(adapters::StoredModules(store.clone()));
-        let plugins = Arc::new(Plugins::new(config.plugins.clone(), source, metrics.clone())?);
+        let options = PluginOptions { cache_dir: Some(config.data_dir.join("compiled")), ..config.plugins.clone() };
+        let plugins = Arc::new(Plugins::new(options, source, metrics.clone())?);
+        let catalog = store.catalog();
+        let known = |sha256: &str| {
+            let plugins = catalog.namespaces().flat_map(|namespace| namespace.plugins.values().flatten());
+            plugins.into_iter().any(|plugin| plugin.sha256 == sha256)
+        };
+        plugins.sweep_cache(known);
         let pipelines = (0..config.live.workers)
-            .map(|index| Box::new(adapters::WorkerPipelines::new(plugins.worker(index))) as Box<dyn Pipelines>)
+            .map(|index| {
+                let errors = errors::PluginErrors(store.clone());
+                Box::new(adapters::WorkerPipelines::new(plugins.worker(index), errors)) as Box<dyn Pipelines>
+            })
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
         let sources = || system::Sources { store: store.clone(), live: live.clone(), metrics: metrics.clone() };

@@ -4,9 +4,11 @@
 //! - [`routes`]: which call does what; [`plugins`] are the calls about plugins.
 //! - [`auth`], [`tickets`]: who asks. [`request`], [`body`]: what they ask for.
 //! - [`json`], [`results`]: rows as JSON. [`sse`], [`stream`]: live events. [`error`]: problems.
+//! - [`client`]: the other side, for the command line.
 
 pub mod auth;
 pub mod body;
+pub mod client;
 pub mod error;
 pub mod json;
 pub mod plugins;

@@ -10,10 +10,12 @@
 //! - [`live`]: who listens to what; groups, workers, replay, cursors.
 //! - [`db`]: joins the four above: execute, subscribe, install a plugin. The write path is one function there.
 //! - [`http`]: hyper. Routes, JSON, server-sent events, identity, errors to status.
+//! - [`cli`]: the commands beside `serve`.
 //!
 //! Arrow's `RecordBatch` is the vocabulary for rows in columns from `sql` upwards; DataFusion's own types stay in `sql`.
 
 pub mod catalog;
+pub mod cli;
 pub mod config;
 pub mod db;
 pub mod http;

@@ -44,16 +44,18 @@ mod tail;
 mod tests;
 mod worker;
 
+use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use arrow::record_batch::RecordBatch;
 use bytes::Bytes;
 use wire::image::ImageAt;
-use wire::{ImageRef, Schema, Scope};
+use wire::{ChangeAt, ImageRef, Op, Schema, Scope};
 
-use crate::catalog::{Stage, Table};
+use crate::catalog::{OnError, Semantics, Stage, Table};
 pub use crate::config::LiveOptions;
 use crate::store::keys::KeyRange;
 use crate::store::{Commit, Epoch, Seq, Store, StoreError};
@@ -78,23 +80,61 @@ pub trait Program: Send + Sync {
 #[error("{0}")]
 pub struct ProgramError(pub String);
 
-/// A pipeline failed: on which row, why. Shown to the subscriber in a `plugin-error` event.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("plugin {plugin}: {message}")]
+/// A pipeline failed: which plugin, why. Shown to the subscriber in a `plugin-error` event.
+#[derive(Clone, Debug)]
 pub struct PipelineFault {
-    pub plugin: String,
-    pub version: u32,
-    pub sha256: String,
+    /// `None`: no plugin is to blame, or none is known to be.
+    pub plugin: Option<Box<Stage>>,
     pub cause: &'static str,
     pub message: String,
+    /// It may be tried again after this long; else another version has to come.
+    pub retry_after: Option<Duration>,
+}
+
+impl fmt::Display for PipelineFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.plugin {
+            Some(plugin) => write!(f, "plugin {}: {}", plugin.name, self.message),
+            None => f.write_str(&self.message),
+        }
+    }
+}
+
+impl std::error::Error for PipelineFault {}
+
+/// On which way something comes through a pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// A commit, when it is new.
+    Live,
+    /// A commit out of the change log.
+    Replay,
+    /// Present rows.
+    Snapshot,
+}
+
+/// What a pipeline is run over: bytes, and what they are.
+#[derive(Clone, Copy)]
+pub struct Batch<'a> {
+    pub seq: Seq,
+    pub pass: Pass,
+    /// What places count from: the commit's section of the group's scope, or a buffer of its own.
+    pub base: &'a [u8],
 }
 
 /// The plugins of one worker thread.
 pub trait Pipelines: Send {
     /// Configures the group's pipeline; an id for `run`.
     fn open(&mut self, group: &GroupSpec) -> Result<u64, PipelineFault>;
-    /// Rows lie at `places` from the start of `base`; `commit` is set when `base` is that commit's shared section.
-    fn run(&mut self, id: u64, commit: Option<Seq>, base: &[u8], places: &[ImageAt]) -> Result<Piped, PipelineFault>;
+    /// Of a group with map semantics: rows.
+    fn run(&mut self, id: u64, batch: Batch<'_>, places: &[ImageAt]) -> Result<Piped, PipelineFault>;
+    /// Of a group with feed semantics: changes.
+    fn run_changes(
+        &mut self,
+        id: u64,
+        batch: Batch<'_>,
+        changes: &[ChangeAt],
+    ) -> Result<Vec<ChangeOutput>, PipelineFault>;
     fn close(&mut self, id: u64);
 }
 
@@ -103,6 +143,15 @@ pub trait Pipelines: Send {
 pub struct Piped {
     pub keep: Vec<bool>,
     pub output: Option<Vec<Vec<u8>>>,
+}
+
+/// One row that a change gave; `index` is the change's place among those that went in.
+#[derive(Debug)]
+pub struct ChangeOutput {
+    pub index: usize,
+    pub op: Op,
+    /// `None` without a transform: the change's own new row, or of a delete the old one.
+    pub image: Option<Vec<u8>>,
 }
 
 /// Turns the events of one commit (or a piece of a snapshot) into the bytes that every subscriber of the group gets.
@@ -130,6 +179,8 @@ pub struct GroupSpec {
     pub program: Arc<dyn Program>,
     /// Stages of the pipeline; empty without plugins. Opaque to this module.
     pub stages: Vec<Stage>,
+    pub semantics: Semantics,
+    pub on_error: OnError,
     /// The output schema of the pipeline's last transform.
     pub output: Option<Schema>,
     pub old: OldMode,

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use host::cli;
 use host::config::{Config, Flags, LogFormat};
 use host::db::Db;
 use host::http::routes::App;
 use host::http::{auth, server, sse};
+use host::plugins::compiler;
 use host::telemetry::{self, Metrics};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -34,6 +36,16 @@ struct Cli {
 enum Command {
     /// Runs the server.
     Serve(Serve),
+    /// Runs SQL on a server.
+    Sql(cli::Sql),
+    /// Prints a live query's events as they come.
+    Live(cli::LiveQuery),
+    /// Makes, tests and uploads plugins.
+    #[command(subcommand)]
+    Plugin(cli::Plugin),
+    /// Compiles a module from stdin to stdout: what the server starts for each upload.
+    #[command(name = compiler::COMMAND, hide = true)]
+    CompileModule { seconds: u64 },
 }
 
 #[derive(Args)]
@@ -53,8 +65,14 @@ struct Serve {
 }
 
 fn main() -> ExitCode {
-    let Command::Serve(args) = Cli::parse().command;
-    match serve(args) {
+    let done = match Cli::parse().command {
+        Command::Serve(args) => serve(args),
+        Command::Sql(args) => return cli::sql(args),
+        Command::Live(args) => return cli::live(args),
+        Command::Plugin(command) => return cli::plugin(command),
+        Command::CompileModule { seconds } => return compiler::run(seconds),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             eprintln!("tidegate: {message}");
@@ -66,7 +84,9 @@ fn main() -> ExitCode {
 fn serve(args: Serve) -> Result<(), String> {
     let Serve { config, data_dir, bind, insecure_http } = args;
     let flags = Flags { config, data_dir, bind, insecure_http };
-    let config = Config::load(&flags, std::env::vars_os()).map_err(|error| error.to_string())?;
+    let mut config = Config::load(&flags, std::env::vars_os()).map_err(|error| error.to_string())?;
+    // This program, also when its file was replaced since: a child of another version would compile for another engine.
+    config.plugins.compiler = Some(PathBuf::from("/proc/self/exe"));
     telemetry::init(config.log_format == LogFormat::Json, &config.log_filter)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

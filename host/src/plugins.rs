@@ -2,15 +2,18 @@
 //!
 //! Read in this order: [`registry`] (what the rest of the server calls), [`pipeline`] (batches and stages),
 //! [`instance`] (one guest and its calls), [`window`] (the shared bytes, and why they are safe), [`engine`] (compiling,
-//! interrupting), [`check`] (uploads), then [`guest`], [`abi`] and [`params`] for the details.
+//! interrupting), [`compiler`] (the child that compiles), [`check`] (uploads), then [`guest`], [`abi`] and [`params`] for the details.
 //!
-//! Plugins are pure: instances are dropped and made again whenever that is convenient. User tables, compiling in a child
-//! process and a cache of compiled code are not here.
+//! Plugins are pure: instances are dropped and made again whenever that is convenient. What failed is remembered, and
+//! what fails too often rests: [`health`].
 
 pub mod abi;
+mod cache;
 pub mod check;
+pub mod compiler;
 pub mod engine;
 pub mod guest;
+pub mod health;
 pub mod instance;
 pub mod params;
 pub mod pipeline;
@@ -20,12 +23,14 @@ pub mod window;
 
 pub use registry::{ModuleSource, PluginWorker, Plugins};
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use wire::abi::ManifestLine;
-use wire::{ImageRef, Schema};
+use wire::{ChangeAt, ImageRef, Op, Schema};
 
 pub use crate::catalog::Stage;
-use crate::catalog::{PluginKind, Seq};
+use crate::catalog::{PluginKind, Semantics, Seq};
 pub use crate::config::PluginOptions;
 
 #[derive(Debug, thiserror::Error)]
@@ -36,12 +41,30 @@ pub enum PluginError {
     /// Parameters or columns do not fit. 400.
     #[error("{0}")]
     Params(String),
-    /// The guest failed while running: `index` is the row of the batch where known.
+    /// The guest failed while running: `index` is the row (or change) of the run, `stage` the place in the pipeline,
+    /// where known.
     #[error("plugin {plugin}: {message}")]
-    Fault { plugin: String, cause: FaultCause, index: Option<usize>, message: String },
+    Fault { plugin: String, stage: Option<usize>, cause: FaultCause, index: Option<usize>, message: String },
+    /// It failed too often and is not called for this long.
+    #[error("plugin {plugin} failed too often; it is tried again in {} s", .rest.as_secs_f32().ceil())]
+    Resting { plugin: String, stage: usize, rest: Duration },
     /// Our side: memory, mapping, a poisoned worker.
     #[error("plugin host: {0}")]
     Host(String),
+}
+
+/// An error of one stage of a pipeline.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct StageError {
+    pub stage: usize,
+    pub error: PluginError,
+}
+
+impl From<StageError> for PluginError {
+    fn from(error: StageError) -> PluginError {
+        error.error
+    }
 }
 
 /// Why a guest failed; also the label in metrics.
@@ -81,13 +104,30 @@ pub struct Inspected {
     pub manifest: Vec<ManifestLine>,
 }
 
-/// The rows of one call, where they lie, and whether the ring has them.
-pub struct Rows<'a> {
-    /// Set for live changes: the commit whose shared section `base` is; the ring may hold the same bytes.
+/// What is to be run through a pipeline: where it lies, and whether the ring has it.
+pub struct Input<'a, At> {
+    /// Set for commits: the one whose shared section `base` is; the ring may hold the same bytes.
     pub commit: Option<Seq>,
     /// Bytes that the places count from.
     pub base: &'a [u8],
-    pub places: &'a [wire::image::ImageAt],
+    pub places: &'a [At],
+}
+
+pub type Rows<'a> = Input<'a, wire::image::ImageAt>;
+pub type Changes<'a> = Input<'a, ChangeAt>;
+
+/// One row or change that failed while the pipeline went on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitFault {
+    /// Its place among what went in.
+    pub index: usize,
+    pub stage: usize,
+    pub cause: FaultCause,
+    pub message: String,
+    /// A filter let it through unjudged; else it was left out.
+    pub passed: bool,
+    /// It had failed before, and was not tried again.
+    pub known: bool,
 }
 
 /// What came out of a pipeline, one entry per row that went in.
@@ -96,6 +136,24 @@ pub struct Piped {
     pub keep: Vec<bool>,
     /// With a transform: for every row that was kept, in order, its output image; else the input stands.
     pub output: Option<Vec<Vec<u8>>>,
+    pub faults: Vec<UnitFault>,
+}
+
+/// What came out of a pipeline with changes.
+#[derive(Debug, Default)]
+pub struct PipedChanges {
+    /// In the order of the changes that went in; a change may have several, or none.
+    pub outputs: Vec<ChangeOutput>,
+    pub faults: Vec<UnitFault>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangeOutput {
+    /// The change it was made of.
+    pub index: usize,
+    pub op: Op,
+    /// `None` without a transform: the change's own new row, or of a delete the old one.
+    pub image: Option<Vec<u8>>,
 }
 
 impl Piped {
@@ -115,6 +173,8 @@ pub struct Opened {
     pub id: PipelineId,
     /// The output columns of the last transform; `None` when all stages are filters.
     pub output: Option<Schema>,
+    /// Feed where a stage sees changes: then [`PluginWorker::run_changes`] runs it, else [`PluginWorker::run`].
+    pub semantics: Semantics,
 }
 
 #[cfg(test)]

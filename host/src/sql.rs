@@ -9,6 +9,7 @@ pub mod error;
 pub mod functions;
 pub mod gate;
 pub mod information;
+pub mod json_row;
 pub mod live;
 pub mod planner;
 pub mod provider;

@@ -7,6 +7,7 @@
 mod clock;
 pub mod commit;
 mod ddl;
+mod faults;
 #[cfg(test)]
 mod fixtures;
 mod high_water;
@@ -179,6 +180,7 @@ struct Inner {
     /// The two newest, in this order; the second may be that of a commit still being written. Snapshots find theirs here.
     catalogs: ArcSwap<[Arc<Catalog>; 2]>,
     failure: OnceLock<String>,
+    faults: faults::Faults,
     retention: Arc<Signal>,
     trimming: Mutex<()>,
     /// Held while receipts are written or swept.
@@ -191,6 +193,7 @@ impl Store {
         let opened = open::open(options)?;
         let catalog = Arc::new(opened.catalog);
         let inner = Arc::new(Inner {
+            faults: faults::Faults::open(&opened.db),
             db: Arc::new(opened.db),
             cache: opened.cache,
             path: options.path.clone(),

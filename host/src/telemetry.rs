@@ -25,6 +25,8 @@ pub struct Metrics {
     /// CPU nanoseconds in guests.
     pub plugin_nanos: Counter,
     pub plugin_failures: Counter,
+    /// The same by plugin and cause.
+    pub plugin_failure_causes: Family<Vec<(&'static str, String)>, Counter>,
     pub plugin_instances: Gauge,
     /// Counters that plugins keep themselves, by plugin and name.
     pub plugin_metrics: Family<Vec<(&'static str, String)>, Counter<f64>>,
@@ -63,6 +65,7 @@ impl Metrics {
         for (name, help, gauge) in metrics.gauges() {
             registry.register(name, help, gauge.clone());
         }
+        registry.register("plugin_faults", "Failures of plugins by cause", metrics.plugin_failure_causes.clone());
         registry.register("plugin_metric", "Counters that plugins keep themselves", metrics.plugin_metrics.clone());
         registry.register_collector(Box::new(PluginSeconds(metrics.plugin_nanos.clone())));
         (metrics, Exposition(registry))

@@ -124,6 +124,47 @@ async fn a_plugin_written_by_hand_works_as_well() {
     assert_eq!(live.fold.rows.len(), 1 + 150, "several batches of one commit");
 }
 
+/// One predicate as SQL and as plugins of several languages: one stream. The rows are those of the ABI's vectors among
+/// others: NULL, older than the column, exactly at the limit.
+#[tokio::test]
+async fn one_predicate_in_every_language_gives_one_stream() {
+    let server = TestServer::start().await;
+    let db = flights(&server).await;
+    let samples = [
+        ("long_haul", Some(plugin("long_haul.wat"))),
+        ("long_haul_c", tests::optional_plugin("long_haul_c.wasm")),
+        ("long_haul_as", tests::optional_plugin("long_haul_as.wasm")),
+    ];
+    let mut streams = vec![db.live("SELECT id, distance FROM flights WHERE distance >= 1089").await];
+    for (name, module) in samples {
+        let Some(module) = module else { continue };
+        db.put_plugin(name, module).await;
+        for _ in 0..2 {
+            let stage = format!("{name}:{{\"miles\":1089}}");
+            streams.push(db.live(LiveQuery::new("SELECT id, distance FROM flights").plugin(&stage)).await);
+        }
+    }
+    for live in &mut streams {
+        live.until_uptodate().await;
+    }
+    let values: Vec<String> =
+        (0..500).map(|i| format!("({}, 'UA', 1, 'EWR', 'X', {}, NULL)", 100 + i, i * 7 % 2300)).collect();
+    db.sql(&format!("INSERT INTO flights VALUES {}", values.join(", "))).await;
+    db.sql("UPDATE flights SET distance = NULL WHERE id % 5 = 0").await;
+    db.sql("UPDATE flights SET distance = distance + 100 WHERE id % 3 = 0; DELETE FROM flights WHERE id % 7 = 0").await;
+    let last = seq(&db.sql("UPDATE flights SET distance = 1089 WHERE id % 11 = 0").await);
+    let mut told = Vec::new();
+    for live in &mut streams {
+        // Everything but the ids, which belong to a stream.
+        let events = live.until_seq(last).await;
+        told.push(events.into_iter().map(|event| (event.name, event.data)).collect::<Vec<_>>());
+    }
+    assert!(told[0].len() > 300, "{} events", told[0].len());
+    for (stream, events) in told.iter().enumerate() {
+        assert!(events == &told[0], "stream {stream} differs");
+    }
+}
+
 #[tokio::test]
 async fn parameters_and_columns_are_checked_at_subscribe_time() {
     let server = TestServer::start().await;

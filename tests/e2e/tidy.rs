@@ -19,7 +19,8 @@ const RULES: &[(&str, &[&str], &[&str])] = &[
         &["catalog", "config", "db", "live", "plugins", "sql", "store", "telemetry"],
         &["hyper", "hyper_util", "axum"],
     ),
-    ("main", &["config", "db", "http", "telemetry"], &[]),
+    ("cli", &["catalog", "config", "db", "http", "plugins", "telemetry"], &[]),
+    ("main", &["cli", "config", "db", "http", "plugins", "telemetry"], &[]),
 ];
 
 /// The only files where `unsafe` may stand.

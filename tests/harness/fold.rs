@@ -37,7 +37,7 @@ impl Fold {
                 self.resyncs += 1;
                 self.void();
             }
-            "pipeline" | "plugin-error" | "failed" | "closed" => {}
+            "change" | "pipeline" | "plugin-error" | "failed" | "closed" => {}
             other => return Err(format!("an event of a name that nobody knows: {other}")),
         }
         if let Some(id) = &event.id {

@@ -25,12 +25,25 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The bytes of a built plugin, `late.wasm` or `long_haul.wat`. `tests/run.sh` builds them and says where they are.
 pub fn plugin(file: &str) -> Vec<u8> {
+    let path = plugin_path(file);
+    std::fs::read(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}; `sh tests/run.sh` builds the plugins", path.display()))
+}
+
+fn plugin_path(file: &str) -> std::path::PathBuf {
     let folder = std::env::var("TIDEGATE_PLUGINS").map(std::path::PathBuf::from).unwrap_or_else(|_| {
         server::target_dir().parent().expect("the profile's folder lies in the target folder").join("plugins")
     });
-    let path = folder.join(file);
-    std::fs::read(&path)
-        .unwrap_or_else(|error| panic!("{}: {error}; `sh tests/run.sh` builds the plugins", path.display()))
+    folder.join(file)
+}
+
+/// The same of a sample whose compiler may not be here.
+pub fn optional_plugin(file: &str) -> Option<Vec<u8>> {
+    let module = std::fs::read(plugin_path(file)).ok();
+    if module.is_none() {
+        eprintln!("{file} was not built: its compiler is not here (SAMPLES=\"c assemblyscript\" installs it)");
+    }
+    module
 }
 
 /// The first seed of random runs where nobody asks for another. Fixed, so that the same commit passes or fails everywhere

@@ -18,7 +18,7 @@ use crate::client::Client;
 const START_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Token of the administrator, given by environment; the others are in the configuration file.
-const ADMIN_TOKEN: &str = "the-administrators-token-of-these-tests-0001";
+pub const ADMIN_TOKEN: &str = "the-administrators-token-of-these-tests-0001";
 
 /// User and role of the tokens in the configuration file.
 const USERS: [(&str, &str); 4] = [("alice", "user"), ("bob", "user"), ("al", "user"), ("robot", "service")];
@@ -196,6 +196,8 @@ pub fn command(config: &Path, data_dir: &Path) -> Command {
             command.env_remove(name);
         }
     }
+    // Plugins are pure, so losing an instance between two calls may change nothing: in every test they are lost.
+    command.env("TIDEGATE_PLUGINS__DROP_INSTANCES_SEED", "1");
     command.env("TIDEGATE_ADMIN_TOKEN", ADMIN_TOKEN).arg("serve").arg("--config").arg(config);
     command.arg("--data-dir").arg(data_dir);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -283,7 +285,7 @@ pub fn target_dir() -> PathBuf {
     deps.parent().expect("test programs lie in deps/ of the profile's folder").to_owned()
 }
 
-fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     std::env::var_os("TIDEGATE_BIN").map_or_else(|| target_dir().join("tidegate"), PathBuf::from)
 }
 

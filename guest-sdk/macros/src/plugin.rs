@@ -2,9 +2,12 @@
 //! and, in wasm, the exports.
 
 use proc_macro2::{Group, Ident, Span, TokenStream, TokenTree};
-use quote::{ToTokens, quote, quote_spanned};
+use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::spanned::Spanned;
-use syn::{Error, FnArg, GenericParam, ItemFn, Result, ReturnType, Type};
+use syn::{
+    Error, Expr, ExprLit, FnArg, GenericArgument, GenericParam, ItemFn, Lit, MetaNameValue, PathArguments, Result,
+    ReturnType, Type,
+};
 
 use crate::text;
 
@@ -24,9 +27,7 @@ impl Kind {
 }
 
 pub fn expand(kind: Kind, arguments: TokenStream, item: TokenStream) -> Result<TokenStream> {
-    if !arguments.is_empty() {
-        return Err(Error::new_spanned(arguments, format!("#[{}] takes no arguments", kind.name())));
-    }
+    let pass = Pass::parse(kind, arguments)?;
     let function: ItemFn = syn::parse2(item)
         .map_err(|error| Error::new(error.span(), format!("#[{}] goes on a function: {error}", kind.name())))?;
     let signature = Signature::of(kind, &function)?;
@@ -35,7 +36,7 @@ pub fn expand(kind: Kind, arguments: TokenStream, item: TokenStream) -> Result<T
         Kind::Filter => filter(&function, &signature),
         Kind::Transform => transform(&function, &signature),
     };
-    let export = export(kind, &function, &signature);
+    let export = export(kind, pass, &function, &signature);
     Ok(quote! {
         #function
 
@@ -52,10 +53,34 @@ pub fn expand(kind: Kind, arguments: TokenStream, item: TokenStream) -> Result<T
     })
 }
 
+/// Whether a live query may ask for rows to be let through that the filter fails on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Pass(bool);
+
+impl Pass {
+    fn parse(kind: Kind, arguments: TokenStream) -> Result<Self> {
+        if arguments.is_empty() {
+            return Ok(Pass(true));
+        }
+        let known = if kind == Kind::Filter { "only `pass = false`" } else { "no arguments" };
+        let refused = Error::new_spanned(&arguments, format!("#[{}] takes {known}", kind.name()));
+        match syn::parse2::<MetaNameValue>(arguments) {
+            Ok(MetaNameValue { path, value: Expr::Lit(ExprLit { lit: Lit::Bool(value), .. }), .. })
+                if kind == Kind::Filter && path.is_ident("pass") =>
+            {
+                Ok(Pass(value.value))
+            }
+            _ => Err(refused),
+        }
+    }
+}
+
 /// What a plugin's function takes and gives, lifetimes left to inference.
 struct Signature {
     params: Option<Type>,
+    /// Of a change: the type of its rows.
     row: Type,
+    change: bool,
     output: Type,
 }
 
@@ -76,15 +101,49 @@ impl Signature {
         };
         let arguments: Vec<&FnArg> = signature.inputs.iter().collect();
         match arguments[..] {
-            [row] => Ok(Signature { params: None, row: referenced(row)?, output }),
-            [params, row] => Ok(Signature { params: Some(referenced(params)?), row: referenced(row)?, output }),
-            _ => refuse(&signature.ident, "a plugin's function takes `(&Params, &Row)`, or `(&Row)` alone"),
+            [row] => Ok(Signature::new(None, referenced(row)?, output)),
+            [params, row] => Ok(Signature::new(Some(referenced(params)?), referenced(row)?, output)),
+            _ => {
+                let takes =
+                    "a plugin's function takes `(&Params, &Row)` or `(&Params, &Change<Row>)`, or the second alone";
+                refuse(&signature.ident, takes)
+            }
+        }
+    }
+
+    fn new(params: Option<Type>, row: Type, output: Type) -> Self {
+        match change_of(&row) {
+            Some(row) => Signature { params, row, change: true, output },
+            None => Signature { params, row, change: false, output },
+        }
+    }
+
+    /// The trait of a filter or transform, and what it is given.
+    fn input(&self, name: &str) -> (Ident, TokenStream) {
+        if self.change {
+            (format_ident!("Change{name}"), quote!(::guest_sdk::change::RawChange<'_>))
+        } else {
+            (format_ident!("{name}"), quote!(::guest_sdk::row::Row<'_>))
         }
     }
 
     fn params(&self) -> TokenStream {
         self.params.as_ref().map_or_else(|| quote!(()), ToTokens::to_token_stream)
     }
+}
+
+/// The `R` of a `Change<R>`, which is told by its name; `Row` where it names none.
+fn change_of(ty: &Type) -> Option<Type> {
+    let Type::Path(path) = ty else { return None };
+    let last = path.path.segments.last().filter(|last| last.ident == "Change")?;
+    let named = match &last.arguments {
+        PathArguments::AngleBracketed(arguments) => arguments.args.iter().find_map(|argument| match argument {
+            GenericArgument::Type(ty) => Some(ty.clone()),
+            _ => None,
+        }),
+        _ => None,
+    };
+    named.or_else(|| syn::parse2(quote_spanned!(last.span()=> ::guest_sdk::row::Row<'_>)).ok())
 }
 
 /// The `T` of an argument `&T`.
@@ -139,46 +198,73 @@ fn filter(function: &ItemFn, signature: &Signature) -> TokenStream {
     let call = call(function, signature);
     let (params, output) = (signature.params(), &signature.output);
     let verdict = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Verdict>::verdict(answer));
-    quote! {
-        impl ::guest_sdk::plugin::Describe for Plugin {
-            type Params = #params;
-            const READS: &'static [::guest_sdk::row::ColumnSpec] = READS;
-        }
-        impl ::guest_sdk::plugin::Filter for Plugin {
+    let (kind, input) = signature.input("Filter");
+    let answer = quote! {
+        impl ::guest_sdk::plugin::#kind for Plugin {
             #[inline]
             fn keep(
                 params: &Parameters,
-                row: &::guest_sdk::row::Row<'_>,
+                input: &#input,
             ) -> ::guest_sdk::__private::Result<bool, ::guest_sdk::__private::String> {
                 #call
                 #verdict
             }
         }
+    };
+    quote! {
+        impl ::guest_sdk::plugin::Describe for Plugin {
+            type Params = #params;
+            const READS: &'static [::guest_sdk::row::ColumnSpec] = READS;
+        }
+        #answer
     }
 }
 
 fn transform(function: &ItemFn, signature: &Signature) -> TokenStream {
     let call = call(function, signature);
     let (params, output) = (signature.params(), &signature.output);
-    let columns = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Transformed>::COLUMNS);
-    let write = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Transformed>::write(answer, image));
+    let answers = if signature.change { quote!(Expanded) } else { quote!(Transformed) };
+    let columns = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::#answers>::COLUMNS);
+    let answer = if signature.change {
+        let each = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Expanded>::each(answer, row));
+        quote! {
+            impl ::guest_sdk::plugin::ChangeTransform for Plugin {
+                #[inline]
+                fn expand(
+                    params: &Parameters,
+                    input: &::guest_sdk::change::RawChange<'_>,
+                    row: &mut dyn FnMut(&dyn Fn(&mut ::guest_sdk::__private::ImageBuilder)),
+                ) -> ::guest_sdk::__private::Result<(), ::guest_sdk::__private::String> {
+                    #call
+                    #each
+                }
+            }
+        }
+    } else {
+        let write = quote_spanned! {output.span()=>
+            <#output as ::guest_sdk::output::Transformed>::write(answer, image)
+        };
+        quote! {
+            impl ::guest_sdk::plugin::Transform for Plugin {
+                #[inline]
+                fn apply(
+                    params: &Parameters,
+                    input: &::guest_sdk::row::Row<'_>,
+                    image: &mut ::guest_sdk::__private::ImageBuilder,
+                ) -> ::guest_sdk::__private::Result<(), ::guest_sdk::__private::String> {
+                    #call
+                    #write
+                }
+            }
+        }
+    };
     quote! {
         impl ::guest_sdk::plugin::Describe for Plugin {
             type Params = #params;
             const READS: &'static [::guest_sdk::row::ColumnSpec] = READS;
             const OUTPUT: &'static [(&'static str, ::guest_sdk::__private::Type, bool)] = #columns;
         }
-        impl ::guest_sdk::plugin::Transform for Plugin {
-            #[inline]
-            fn apply(
-                params: &Parameters,
-                row: &::guest_sdk::row::Row<'_>,
-                image: &mut ::guest_sdk::__private::ImageBuilder,
-            ) -> ::guest_sdk::__private::Result<(), ::guest_sdk::__private::String> {
-                #call
-                #write
-            }
-        }
+        #answer
     }
 }
 
@@ -186,21 +272,27 @@ fn transform(function: &ItemFn, signature: &Signature) -> TokenStream {
 fn call(function: &ItemFn, signature: &Signature) -> TokenStream {
     let (name, row) = (&function.sig.ident, &signature.row);
     let params = signature.params.as_ref().map(|_| quote!(params,));
-    let read = quote_spanned!(row.span()=> <#row as ::guest_sdk::row::FromRow<'_>>::from_row(row));
+    let read = if signature.change {
+        quote_spanned!(row.span()=> input.read::<#row>())
+    } else {
+        quote_spanned!(row.span()=> <#row as ::guest_sdk::row::FromRow<'_>>::from_row(input))
+    };
     quote! {
         let _ = params;
-        let row = #read;
-        let answer = #name(#params &row);
+        let input = #read;
+        let answer = #name(#params &input);
     }
 }
 
-fn export(kind: Kind, function: &ItemFn, signature: &Signature) -> TokenStream {
-    let kind = Ident::new(kind.name(), Span::call_site());
+fn export(kind: Kind, Pass(pass): Pass, function: &ItemFn, signature: &Signature) -> TokenStream {
+    let told = format!("{}_{}", if signature.change { "change" } else { "row" }, kind.name());
+    let kind = Ident::new(if signature.change { &told } else { kind.name() }, Span::call_site());
     let row = &signature.row;
     let name = text::json_string(&text::name(&function.sig.ident));
     let doc = text::doc(&function.attrs).map(|doc| format!(",\"doc\":{}", text::json_string(&doc))).unwrap_or_default();
     // The version here is the SDK's own, compared with the host's before anything runs.
-    let line = format!("{{\"plugin\":{{\"abi\":1,\"name\":{name}{doc}}}}}\n");
+    let pass = if pass { "" } else { ",\"pass\":false" };
+    let line = format!("{{\"plugin\":{{\"abi\":1,\"kind\":\"{told}\"{pass},\"name\":{name}{doc}}}}}\n");
     quote! {
         #[cfg(target_arch = "wasm32")]
         ::guest_sdk::__export!(#kind, Plugin, &[

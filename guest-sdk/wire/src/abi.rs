@@ -21,7 +21,7 @@ pub mod export {
     pub const CONFIGURE: &str = "tg_configure";
     /// `(handle: i32)`: the parameters are not used any more.
     pub const RELEASE: &str = "tg_release";
-    /// `(handle: i32, descriptors: i32, n: i32) -> i64`: bit i set = row i is kept; bits ≥ n must be 0.
+    /// `(handle: i32, descriptors: i32, n: i32) -> i64`: bit i set = row (or change) i is kept; bits ≥ n must be 0.
     pub const FILTER: &str = "tg_filter";
     /// `(handle: i32, descriptors: i32, n: i32) -> i64`: address (low 32 bits) and length (high) of the output.
     pub const TRANSFORM: &str = "tg_transform";
@@ -85,6 +85,44 @@ impl Descriptor {
     pub fn from_bytes(bytes: [u8; DESCRIPTOR_BYTES]) -> Self {
         let part = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
         Descriptor { present: part(0), slots: part(4), heap: part(8), columns: part(12) }
+    }
+}
+
+/// Bytes of a [`ChangeDescriptor`].
+pub const CHANGE_DESCRIPTOR_BYTES: usize = 48;
+
+/// One change of a batch for the kinds that see changes: twelve little-endian u32, offsets as in [`Descriptor`]. An
+/// image that is not there has 0 columns, so that each of its columns reads as NULL.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChangeDescriptor {
+    /// An [`Op`](crate::Op) as a number.
+    pub op: u32,
+    /// Offset of the bitmap of changed columns: bit i of byte i/8 = column i differs (a missing image counts as NULLs).
+    pub changed: u32,
+    /// How many columns the bitmap speaks of; a higher one did not change.
+    pub columns: u32,
+    pub old: Descriptor,
+    pub new: Descriptor,
+}
+
+impl ChangeDescriptor {
+    #[inline]
+    pub fn to_bytes(self) -> [u8; CHANGE_DESCRIPTOR_BYTES] {
+        let mut out = [0; CHANGE_DESCRIPTOR_BYTES];
+        for (chunk, part) in out.chunks_exact_mut(4).zip([self.op, self.changed, self.columns]) {
+            chunk.copy_from_slice(&part.to_le_bytes());
+        }
+        out[16..32].copy_from_slice(&self.old.to_bytes());
+        out[32..].copy_from_slice(&self.new.to_bytes());
+        out
+    }
+
+    #[inline]
+    pub fn from_bytes(bytes: [u8; CHANGE_DESCRIPTOR_BYTES]) -> Self {
+        let part = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
+        let image =
+            |i: usize| Descriptor { present: part(i), slots: part(i + 4), heap: part(i + 8), columns: part(i + 12) };
+        ChangeDescriptor { op: part(0), changed: part(4), columns: part(8), old: image(16), new: image(32) }
     }
 }
 
@@ -180,13 +218,52 @@ impl Configured {
 pub const MANIFEST_SECTION: &str = "tidegate";
 pub const MANIFEST_MAX_BYTES: usize = 64 * 1024;
 
+/// What a plugin is given and what it answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PluginKind {
+    /// Row → keep it or not.
+    RowFilter,
+    /// Row → row with other columns.
+    RowTransform,
+    /// Change → keep it or not.
+    ChangeFilter,
+    /// Change → any number of rows.
+    ChangeTransform,
+}
+
+impl PluginKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PluginKind::RowFilter => "row_filter",
+            PluginKind::RowTransform => "row_transform",
+            PluginKind::ChangeFilter => "change_filter",
+            PluginKind::ChangeTransform => "change_transform",
+        }
+    }
+
+    pub fn is_filter(self) -> bool {
+        matches!(self, PluginKind::RowFilter | PluginKind::ChangeFilter)
+    }
+
+    /// Whether it is given whole changes; else rows.
+    pub fn sees_changes(self) -> bool {
+        matches!(self, PluginKind::ChangeFilter | PluginKind::ChangeTransform)
+    }
+}
+
 /// One line of the manifest. Unknown fields and kinds are refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ManifestLine {
-    /// `{"plugin":{"abi":1}}`
+    /// `{"plugin":{"abi":1,"kind":"change_filter"}}`; without a kind it is the row kind of its export.
     Plugin {
         abi: u32,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        kind: Option<PluginKind>,
+        /// `false`: a filter whose failures must not let rows through unjudged (`on_error=pass` is refused).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pass: Option<bool>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         name: Option<String>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -257,6 +334,12 @@ mod tests {
         let descriptor = Descriptor { present: 1, slots: 2, heap: 0x0304, columns: 5 };
         assert_eq!(descriptor.to_bytes(), [1, 0, 0, 0, 2, 0, 0, 0, 4, 3, 0, 0, 5, 0, 0, 0]);
         assert_eq!(Descriptor::from_bytes(descriptor.to_bytes()), descriptor);
+
+        let old = Descriptor::default();
+        let change = ChangeDescriptor { op: 1, changed: 0x0102, columns: 3, old, new: descriptor };
+        assert_eq!(change.to_bytes()[..16], [1, 0, 0, 0, 2, 1, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!((&change.to_bytes()[16..32], &change.to_bytes()[32..]), (&[0; 16][..], &descriptor.to_bytes()[..]));
+        assert_eq!(ChangeDescriptor::from_bytes(change.to_bytes()), change);
 
         let configure = Configure { params: descriptor, reads: 6, reads_len: 7, schema: 8, schema_len: 9 };
         assert_eq!(configure.to_bytes()[16..], [6, 0, 0, 0, 7, 0, 0, 0, 8, 0, 0, 0, 9, 0, 0, 0]);

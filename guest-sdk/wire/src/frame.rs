@@ -31,7 +31,15 @@ pub enum Op {
 }
 
 impl Op {
-    fn from_byte(byte: u8) -> Option<Op> {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Op::Insert => "insert",
+            Op::Update => "update",
+            Op::Delete => "delete",
+        }
+    }
+
+    pub fn from_byte(byte: u8) -> Option<Op> {
         match byte {
             1 => Some(Op::Insert),
             2 => Some(Op::Update),
@@ -222,7 +230,7 @@ impl FrameBuilder {
         };
         let columns = meta.kinds.len() as u16;
         let (old_image, new_image) = (whole_image(old, columns)?, whole_image(new, columns)?);
-        let changed = changed_bitmap(meta.kinds, old_image.map(|i| i.0), new_image.map(|i| i.0));
+        let changed = changed_columns(meta.kinds, old_image.map(|i| i.0), new_image.map(|i| i.0));
 
         // The parts in order: header, varint + bitmap, tag [+ old image], tag [+ new image].
         let mut tail = Vec::with_capacity(changed.len() + old.map_or(0, <[u8]>::len) + new.map_or(0, <[u8]>::len) + 8);
@@ -295,7 +303,8 @@ fn whole_image(bytes: Option<ImageBytes<'_>>, columns: u16) -> Result<Option<(Im
     Ok(Some((image, at)))
 }
 
-fn changed_bitmap(kinds: &[Kind], old: Option<ImageRef<'_>>, new: Option<ImageRef<'_>>) -> Vec<u8> {
+/// The bitmap of changed columns: bit i of byte i/8 = column i, of that kind, differs (a missing image counts as NULLs).
+pub fn changed_columns(kinds: &[Kind], old: Option<ImageRef<'_>>, new: Option<ImageRef<'_>>) -> Vec<u8> {
     let mut changed = alloc::vec![0u8; kinds.len().div_ceil(8)];
     for (i, kind) in kinds.iter().enumerate() {
         let column = i as u16;
@@ -337,6 +346,29 @@ pub struct ChangeView<'a> {
     pub changed: &'a [u8],
     pub old: Option<(ImageRef<'a>, ImageAt)>,
     pub new: Option<(ImageRef<'a>, ImageAt)>,
+}
+
+/// Where the parts of a change lie, from some base. What a pipeline is given: images that do not concern it (a row that
+/// does not match) are taken out, and the op follows from which ones are left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChangeAt {
+    /// The bitmap of changed columns, and how many columns it speaks of; of use only while both images are there.
+    pub changed: u32,
+    pub columns: u16,
+    pub old: Option<ImageAt>,
+    pub new: Option<ImageAt>,
+}
+
+impl ChangeAt {
+    /// `None`: nothing is left of the change.
+    pub fn op(&self) -> Option<Op> {
+        match (self.old, self.new) {
+            (None, Some(_)) => Some(Op::Insert),
+            (Some(_), Some(_)) => Some(Op::Update),
+            (Some(_), None) => Some(Op::Delete),
+            (None, None) => None,
+        }
+    }
 }
 
 impl<'a> FrameView<'a> {
@@ -397,6 +429,16 @@ impl<'a> ChangeView<'a> {
         }
         let offset = (start - section) as u32;
         Ok(ChangeView { header, op, offset, changed, old, new })
+    }
+
+    /// Its places, counted from the section's first byte.
+    pub fn at(&self) -> ChangeAt {
+        ChangeAt {
+            changed: self.offset + self.header.changed,
+            columns: self.header.columns,
+            old: self.old.map(|(_, at)| at),
+            new: self.new.map(|(_, at)| at),
+        }
     }
 
     pub fn is_changed(&self, column: u16) -> bool {
@@ -478,6 +520,13 @@ mod tests {
             for (section, typed) in view.sections.iter().zip(&typed.sections) {
                 for (change, typed) in section.changes.iter().zip(&typed.changes) {
                     prop_assert_eq!(change.header, typed.header);
+                    let at = change.at();
+                    prop_assert_eq!(&section.bytes[at.changed as usize..][..change.changed.len()], change.changed);
+                    prop_assert_eq!(at.op(), Some(change.op));
+                    // With one image alone, that image's bitmap says which columns differ from NULL.
+                    if let (Some(one), None) | (None, Some(one)) = (at.old, at.new) {
+                        prop_assert_eq!(&section.bytes[one.present as usize..][..change.changed.len()], change.changed);
+                    }
                     // The header's offsets, from the change's start, are where the images really lie.
                     for (image, present, slots, heap) in [
                         (change.old, change.header.old_present, change.header.old_slots, change.header.old_heap),

@@ -20,6 +20,6 @@ pub mod frame;
 pub mod image;
 pub mod value;
 
-pub use frame::{CatalogEvent, ChangeView, Frame, FrameBuilder, FrameError, FrameView, Op, Scope};
+pub use frame::{CatalogEvent, ChangeAt, ChangeView, Frame, FrameBuilder, FrameError, FrameView, Op, Scope};
 pub use image::{ImageBuilder, ImageError, ImageRef};
 pub use value::{ColumnDecl, Kind, Schema, Type, Value};

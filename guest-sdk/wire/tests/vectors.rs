@@ -1,7 +1,8 @@
 //! The vectors that guests in other languages test themselves with, held against this crate.
 
 use wire::abi::{
-    CONFIGURE_BYTES, Configure, Configured, DESCRIPTOR_BYTES, Descriptor, Read, decode_schema, encode_schema,
+    CHANGE_DESCRIPTOR_BYTES, CONFIGURE_BYTES, ChangeDescriptor, Configure, Configured, DESCRIPTOR_BYTES, Descriptor,
+    Read, decode_schema, encode_schema,
 };
 use wire::{ColumnDecl, ImageBuilder, ImageRef, Kind, Schema, Type, Value};
 
@@ -196,4 +197,64 @@ fn batch() {
         assert_eq!(image.int(0), Some(i as i64 + 1));
     }
     assert_eq!(Some(answer), kept);
+}
+
+/// Plays the guest of the vector of changes, and reads what a change transform answers.
+#[test]
+fn changes() {
+    let mut window = vec![0xaa; 1024];
+    let (mut batch, mut kept, mut expanded) = (Vec::new(), None, None);
+    for block in blocks(include_str!("../../vectors/changes.txt")) {
+        for (word, rest) in &block.lines {
+            match *word {
+                "at" => window[numbers(rest)[0] as usize..][..block.bytes.len()].copy_from_slice(&block.bytes),
+                "configure" | "row" => {}
+                "filter" => batch = numbers(rest),
+                "kept" => kept = Some(numbers(rest)[0] as u64),
+                "output" => {
+                    let rows = block.lines.iter().filter(|(word, _)| *word == "row").map(|(_, rest)| *rest);
+                    expanded = Some((numbers(rest)[0] as usize, rows.collect::<Vec<_>>(), block.bytes.clone()));
+                }
+                other => panic!("no such line: {other}"),
+            }
+        }
+    }
+    let distance = |at: Descriptor| -> Option<i64> {
+        let there = 3 < at.columns && window[at.present as usize] >> 3 & 1 == 1;
+        there.then(|| i64::from_le_bytes(window[at.slots as usize + 24..][..8].try_into().unwrap()))
+    };
+    let (mut answer, mut ops) = (0, Vec::new());
+    for i in 0..batch[1] as usize {
+        let at = batch[0] as usize + i * CHANGE_DESCRIPTOR_BYTES;
+        let bytes = window[at..][..CHANGE_DESCRIPTOR_BYTES].try_into().unwrap();
+        let change = ChangeDescriptor::from_bytes(bytes);
+        assert_eq!((change.to_bytes(), change.columns), (bytes, 4));
+        for image in [change.old, change.new].into_iter().filter(|image| image.columns > 0) {
+            let (_, place, _) = ImageRef::parse(&window[image.present as usize - 1..]).unwrap();
+            assert_eq!(Descriptor::new(place, image.present - 1), image);
+        }
+        // The bitmap says what comparing the images says.
+        let changed = window[change.changed as usize] >> 3 & 1 == 1;
+        assert_eq!(changed, distance(change.old) != distance(change.new), "change {i}");
+        answer |= u64::from(changed && distance(change.new).is_some_and(|miles| miles >= 1000)) << i;
+        ops.push(change.op);
+    }
+    assert_eq!((Some(answer), ops), (kept, vec![1, 2, 2, 2, 3]));
+
+    let (n, rows, bytes) = expanded.unwrap();
+    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+    let counts: Vec<u32> = (0..n).map(|i| word(i * 4)).collect();
+    assert_eq!(counts, [0, 2, 1]);
+    for (i, row) in rows.into_iter().enumerate() {
+        let at = n * 4 + i * DESCRIPTOR_BYTES;
+        let descriptor = Descriptor::from_bytes(bytes[at..][..DESCRIPTOR_BYTES].try_into().unwrap());
+        let (image, place, _) = ImageRef::parse(&bytes[descriptor.present as usize - 1..]).unwrap();
+        assert_eq!(Descriptor::new(place, descriptor.present - 1), descriptor);
+        for (column, text) in row.split(" | ").enumerate() {
+            match value(text) {
+                None => assert!(image.is_null(column as u16)),
+                Some((kind, value)) => assert_eq!(image.value(column as u16, type_of(kind)), Ok(value)),
+            }
+        }
+    }
 }

@@ -101,4 +101,11 @@ pub struct PluginOptions {
     pub compile_time: Duration,
     pub workers: usize,
     pub instances_per_worker: usize,
+    /// For tests: from the start on, instances are dropped at random between calls. 0: they are not.
+    pub drop_instances_seed: u64,
+    /// The program that compiles modules in a process of its own: a `tidegate`, asked by `compile-module`. Without one
+    /// they are compiled on a thread of this process, which no limit but its patience holds.
+    pub compiler: Option<PathBuf>,
+    /// Where compiled modules are kept over restarts.
+    pub cache_dir: Option<PathBuf>,
 }

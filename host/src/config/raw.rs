@@ -94,6 +94,7 @@ section!(RawPlugins {
     compile_ms: u64,
     output_bytes: Size,
     log_bytes: Size,
+    drop_instances_seed: u64,
 });
 section!(RawLog { format: String, filter: String });
 
@@ -460,6 +461,9 @@ impl RawPlugins {
             compile_time: millis(&at("compile_ms"), self.compile_ms, 15_000, 100, 120_000)?,
             workers,
             instances_per_worker: instances,
+            drop_instances_seed: self.drop_instances_seed.unwrap_or(0),
+            compiler: None,
+            cache_dir: None,
         })
     }
 }

@@ -6,13 +6,18 @@ use std::sync::Arc;
 use ::arrow::record_batch::RecordBatch;
 use bytes::Bytes;
 use wire::image::ImageAt;
-use wire::{FrameView, ImageRef, Schema, Scope};
+use wire::{ChangeAt, FrameView, ImageRef, Schema, Scope};
 
-use crate::live::{GroupSpec, Piped, PipelineFault, Pipelines, Program, ProgramError};
-use crate::plugins::registry::{ModuleSource, PluginWorker, Plugins};
-use crate::plugins::{PipelineId, PluginError, Rows, Stage};
+use super::errors::{self, PluginErrors};
+use crate::catalog::Table;
+use crate::live::{Batch, ChangeOutput, GroupSpec, Pass, Piped, PipelineFault, Pipelines, Program, ProgramError};
+use crate::plugins::registry::{ModuleSource, Owner, PluginWorker, Plugins};
+use crate::plugins::{Changes, PipelineId, PluginError, Rows, Stage, UnitFault};
 use crate::sql::live::LivePlan;
-use crate::store::{Commit, Seq, Store};
+use crate::store::{Commit, Seq, Store, StoreError};
+
+/// The store's setting with the key of the compiled modules' MACs.
+const CACHE_KEY: &str = "plugin_cache_key";
 
 /// Module bytes for `plugins`, from the store.
 pub(super) struct StoredModules(pub(super) Store);
@@ -20,6 +25,16 @@ pub(super) struct StoredModules(pub(super) Store);
 impl ModuleSource for StoredModules {
     fn wasm(&self, sha256: &str) -> Result<Option<Bytes>, String> {
         self.0.plugin_wasm(sha256).map_err(|error| error.to_string())
+    }
+
+    fn secret(&self) -> Result<[u8; 32], String> {
+        let told = |error: StoreError| error.to_string();
+        if let Some(kept) = self.0.meta_get(CACHE_KEY).map_err(told)? {
+            return kept.try_into().map_err(|_| format!("the setting {CACHE_KEY} has the wrong length"));
+        }
+        let secret: [u8; 32] = rand::random();
+        self.0.meta_put(CACHE_KEY, &secret).map_err(told)?;
+        Ok(secret)
     }
 }
 
@@ -43,34 +58,112 @@ impl Program for PlanProgram {
 /// One worker's plugins for `live`.
 pub(super) struct WorkerPipelines {
     worker: PluginWorker,
-    /// What the open pipelines consist of, to name the stage that failed.
-    stages: HashMap<u64, Vec<Stage>>,
+    errors: PluginErrors,
+    open: HashMap<u64, OpenGroup>,
+}
+
+/// What is known of an open pipeline's group, to name the stage that failed and to note what it failed on.
+struct OpenGroup {
+    stages: Vec<Stage>,
+    table: Arc<Table>,
+    scope: Scope,
+    live_id: String,
 }
 
 impl WorkerPipelines {
-    pub(super) fn new(worker: PluginWorker) -> Self {
-        WorkerPipelines { worker, stages: HashMap::new() }
+    pub(super) fn new(worker: PluginWorker, errors: PluginErrors) -> Self {
+        WorkerPipelines { worker, errors, open: HashMap::new() }
+    }
+
+    fn group(&self, id: u64) -> Result<&OpenGroup, PipelineFault> {
+        let closed = || PluginError::Host(format!("pipeline {id} is not open"));
+        self.open.get(&id).ok_or_else(|| fault(closed(), &[]))
+    }
+}
+
+impl OpenGroup {
+    /// Only the shared section of a commit can lie in a ring; everything else is handed over as bytes.
+    fn in_ring(&self, batch: Batch<'_>) -> Option<Seq> {
+        (batch.pass != Pass::Snapshot && self.scope == Scope::Shared).then_some(batch.seq)
+    }
+
+    /// Notes what failed while the pipeline went on: each unit when it is new, and once more if a replay is the first to
+    /// meet it (the server may have been restarted since).
+    fn note<At>(
+        &self,
+        errors: &PluginErrors,
+        batch: Batch<'_>,
+        faults: &[UnitFault],
+        images: impl Fn(&At) -> (Option<ImageAt>, Option<ImageAt>),
+        places: &[At],
+    ) {
+        let new = |fault: &&UnitFault| !fault.known || batch.pass == Pass::Live;
+        let entries = faults.iter().filter(new).filter_map(|fault| {
+            let stage = self.stages.get(fault.stage)?;
+            let (old, row) = images(places.get(fault.index)?);
+            Some(errors::Entry {
+                table: &self.table,
+                scope: &self.scope,
+                live_id: &self.live_id,
+                stage,
+                fault,
+                old,
+                row,
+            })
+        });
+        errors.append(batch.seq, batch.base, entries);
     }
 }
 
 impl Pipelines for WorkerPipelines {
     fn open(&mut self, group: &GroupSpec) -> Result<u64, PipelineFault> {
         let input = group.table.schema();
-        let opened = self.worker.open(group.table.namespace, &group.stages, &input);
-        let id = opened.map_err(|error| fault(error, &group.stages))?.id.0;
-        self.stages.insert(id, group.stages.clone());
+        let owner = match &group.scope {
+            Scope::Shared => Owner::shared(group.table.namespace),
+            Scope::User(user) => Owner::user(group.table.namespace, user),
+        };
+        let opened = self.worker.open(owner, &group.stages, &input, group.on_error);
+        let id = opened.map_err(|error| fault_at(Some(error.stage), error.error, &group.stages))?.id.0;
+        let open = OpenGroup {
+            stages: group.stages.clone(),
+            table: group.table.clone(),
+            scope: group.scope.clone(),
+            live_id: group.live_id.clone(),
+        };
+        self.open.insert(id, open);
         Ok(id)
     }
 
-    fn run(&mut self, id: u64, commit: Option<Seq>, base: &[u8], places: &[ImageAt]) -> Result<Piped, PipelineFault> {
-        let rows = Rows { commit, base, places };
-        let stages = self.stages.get(&id).map_or(&[][..], Vec::as_slice);
-        let piped = self.worker.run(PipelineId(id), rows).map_err(|error| fault(error, stages))?;
+    fn run(&mut self, id: u64, batch: Batch<'_>, places: &[ImageAt]) -> Result<Piped, PipelineFault> {
+        let commit = self.group(id)?.in_ring(batch);
+        let piped = self.worker.run(PipelineId(id), Rows { commit, base: batch.base, places });
+        let group = self.group(id)?;
+        let piped = piped.map_err(|error| fault(error, &group.stages))?;
+        group.note(&self.errors, batch, &piped.faults, |at| (None, Some(*at)), places);
         Ok(Piped { keep: piped.keep, output: piped.output })
     }
 
+    fn run_changes(
+        &mut self,
+        id: u64,
+        batch: Batch<'_>,
+        changes: &[ChangeAt],
+    ) -> Result<Vec<ChangeOutput>, PipelineFault> {
+        let commit = self.group(id)?.in_ring(batch);
+        let piped = self.worker.run_changes(PipelineId(id), Changes { commit, base: batch.base, places: changes });
+        let group = self.group(id)?;
+        let piped = piped.map_err(|error| fault(error, &group.stages))?;
+        group.note(&self.errors, batch, &piped.faults, |at| (at.old, at.new), changes);
+        let output = |output: crate::plugins::ChangeOutput| ChangeOutput {
+            index: output.index,
+            op: output.op,
+            image: output.image,
+        };
+        Ok(piped.outputs.into_iter().map(output).collect())
+    }
+
     fn close(&mut self, id: u64) {
-        self.stages.remove(&id);
+        self.open.remove(&id);
         self.worker.close(PipelineId(id));
     }
 }
@@ -89,17 +182,51 @@ pub(super) fn publish_section(plugins: &Plugins, commit: &Arc<Commit>) {
 }
 
 fn fault(error: PluginError, stages: &[Stage]) -> PipelineFault {
-    let (name, cause, message) = match error {
-        PluginError::Fault { plugin, cause, message, .. } => (Some(plugin), cause.as_str(), message),
-        PluginError::Params(message) | PluginError::Refused(message) => (None, "configure", message),
-        PluginError::Host(message) => (None, "host", message),
+    fault_at(None, error, stages)
+}
+
+/// The fault with the plugin that is to blame, where the error says which stage it was, or the caller knows.
+fn fault_at(known: Option<usize>, error: PluginError, stages: &[Stage]) -> PipelineFault {
+    let (stage, cause, message, retry_after) = match error {
+        PluginError::Fault { stage, cause, message, .. } => (stage, cause.as_str(), message, None),
+        PluginError::Resting { stage, rest, .. } => {
+            let message = format!("it failed too often and rests for {} s", rest.as_secs_f32().ceil());
+            (Some(stage), "breaker", message, Some(rest))
+        }
+        PluginError::Params(message) | PluginError::Refused(message) => (None, "configure", message, None),
+        // No plugin's doing, wherever it happened.
+        PluginError::Host(message) => return PipelineFault { plugin: None, cause: "host", message, retry_after: None },
     };
-    let stage = stages.iter().find(|stage| Some(&stage.name) == name.as_ref()).or(stages.first());
-    PipelineFault {
-        plugin: name.or_else(|| stage.map(|stage| stage.name.clone())).unwrap_or_default(),
-        version: stage.map_or(0, |stage| stage.version),
-        sha256: stage.map_or_else(String::new, |stage| stage.sha256.clone()),
-        cause,
-        message,
+    let plugin = stage.or(known).and_then(|stage| stages.get(stage)).cloned().map(Box::new);
+    PipelineFault { plugin, cause, message, retry_after }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::plugins::FaultCause;
+
+    #[test]
+    fn a_fault_names_the_plugin_that_failed_or_none() {
+        let stage =
+            |version| Stage { name: "twice".to_owned(), version, sha256: version.to_string(), params: String::new() };
+        let stages = [stage(1), stage(2)];
+        let version = |fault: PipelineFault| fault.plugin.map(|plugin| plugin.version);
+        let failed = |stage| PluginError::Fault {
+            plugin: "twice".to_owned(),
+            stage,
+            cause: FaultCause::Trap,
+            index: None,
+            message: String::new(),
+        };
+        assert_eq!(version(fault(failed(Some(1)), &stages)), Some(2), "the same plugin in two versions");
+        assert_eq!(version(fault(failed(None), &stages)), None);
+        assert_eq!(version(fault(PluginError::Host("no memory".to_owned()), &stages)), None);
+        assert_eq!(version(fault_at(Some(1), PluginError::Params("no".to_owned()), &stages)), Some(2));
+        let rest = Duration::from_secs(2);
+        let resting = fault(PluginError::Resting { plugin: "twice".to_owned(), stage: 0, rest }, &stages);
+        assert_eq!((resting.cause, resting.retry_after, version(resting)), ("breaker", Some(rest), Some(1)));
     }
 }

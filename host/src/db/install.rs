@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::{Db, DbError, Identity, Installed, blocking, now_micros, unknown_namespace};
-use crate::catalog::{NamespaceId, Plugin};
+use crate::catalog::{Catalog, NamespaceId, Plugin};
 use crate::config::Role;
 use crate::plugins::Inspected;
 use crate::store::{CatalogWrite, CommitError, Seq, Transaction};
@@ -39,12 +39,57 @@ impl Db {
             if let Some(plugin) = active.filter(|plugin| plugin.sha256 == inspected.sha256) {
                 return Ok(Installed { plugin: plugin.clone(), seq: snapshot.seq(), unchanged: true });
             }
-            let version = active.map_or(1, |plugin| plugin.version + 1);
+            let version = catalog.next_plugin_version(namespace, name);
             let plugin = Arc::new(describe(who, (found.id, namespace), name, version, &inspected));
             let write = CatalogWrite::PutPlugin { plugin: plugin.clone(), wasm: inspected.wasm.clone() };
             match self.catalog_commit(found.id, snapshot.seq(), write).await? {
                 Some(seq) => return Ok(Installed { plugin, seq, unchanged: false }),
                 None => continue,
+            }
+        }
+        Err(DbError::Conflict)
+    }
+
+    /// Makes an earlier version's module the active one again: as a version of its own, because a version's number says
+    /// when it was active. Without a number, the version before the active one.
+    pub async fn roll_back(
+        &self,
+        who: &Identity,
+        namespace: &str,
+        name: &str,
+        version: Option<u32>,
+    ) -> Result<Installed, DbError> {
+        self.check_open()?;
+        may_install(who)?;
+        for _ in 0..TRIES {
+            let snapshot = self.inner.store.snapshot();
+            let catalog = snapshot.catalog();
+            let versions = versions(catalog, namespace, name)?;
+            let target = match version {
+                Some(version) => versions.iter().find(|plugin| plugin.version == version),
+                None => versions.iter().rev().nth(1),
+            };
+            let (Some(target), Some(active)) = (target, versions.last()) else {
+                let known: Vec<String> = versions.iter().map(|plugin| plugin.version.to_string()).collect();
+                let wanted =
+                    version.map_or_else(|| "earlier version".to_owned(), |version| format!("version {version}"));
+                let message = format!("plugin \"{name}\" has no {wanted}; there are {}", known.join(", "));
+                return Err(DbError::NotFound(message));
+            };
+            if target.sha256 == active.sha256 {
+                return Ok(Installed { plugin: active.clone(), seq: snapshot.seq(), unchanged: true });
+            }
+            let wasm = self.inner.store.plugin_wasm(&target.sha256)?;
+            let wasm = wasm.ok_or_else(|| DbError::Internal(format!("the module {} is not stored", target.sha256)))?;
+            let plugin = Arc::new(Plugin {
+                version: catalog.next_plugin_version(namespace, name),
+                uploaded_at: now_micros(),
+                uploaded_by: who.user.to_string(),
+                ..Plugin::clone(target)
+            });
+            let write = CatalogWrite::PutPlugin { plugin: plugin.clone(), wasm };
+            if let Some(seq) = self.catalog_commit(plugin.namespace, snapshot.seq(), write).await? {
+                return Ok(Installed { plugin, seq, unchanged: false });
             }
         }
         Err(DbError::Conflict)
@@ -106,6 +151,40 @@ impl Db {
     }
 }
 
+fn versions<'c>(catalog: &'c Catalog, namespace: &str, name: &str) -> Result<&'c [Arc<Plugin>], DbError> {
+    let found = catalog.namespace(namespace).ok_or_else(|| unknown_namespace(namespace))?;
+    found.plugins.get(name).map(Vec::as_slice).ok_or_else(|| {
+        DbError::NotFound(format!(
+            "namespace \"{namespace}\" has no plugin \"{name}\"; upload it with PUT /v1/plugins/{namespace}/{name}"
+        ))
+    })
+}
+
+/// The version that `name`, `name@3` or `name@sha256:…` means.
+pub(super) fn stored_version(catalog: &Catalog, namespace: &str, asked: &str) -> Result<Arc<Plugin>, DbError> {
+    let (name, pin) = match asked.split_once('@') {
+        Some((name, pin)) => (name, Some(pin)),
+        None => (asked, None),
+    };
+    let versions = versions(catalog, namespace, name)?;
+    let wanted = match pin {
+        None => versions.last(),
+        Some(pin) => match pin.strip_prefix("sha256:") {
+            Some(hash) => versions.iter().rev().find(|plugin| plugin.sha256.eq_ignore_ascii_case(hash)),
+            None => {
+                let version: u32 = pin.parse().map_err(|_| {
+                    DbError::BadRequest(format!("\"{asked}\": after @ comes a version number or sha256:…"))
+                })?;
+                versions.iter().find(|plugin| plugin.version == version)
+            }
+        },
+    };
+    wanted.cloned().ok_or_else(|| {
+        let known: Vec<String> = versions.iter().map(|plugin| plugin.version.to_string()).collect();
+        DbError::NotFound(format!("plugin \"{asked}\": no such version; there are {}", known.join(", ")))
+    })
+}
+
 fn describe(
     who: &Identity,
     (namespace, namespace_name): (NamespaceId, &str),
@@ -128,7 +207,7 @@ fn describe(
     }
 }
 
-fn may_install(who: &Identity) -> Result<(), DbError> {
+pub(super) fn may_install(who: &Identity) -> Result<(), DbError> {
     if who.role == Role::Admin {
         return Ok(());
     }

@@ -6,18 +6,24 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::adapters::PlanProgram;
+use super::install::stored_version;
 use super::{Db, DbError, Identity, LiveOutput, LiveRequest, ResyncReason, StageRequest, blocking};
-use crate::catalog::{Catalog, Plugin, TableKind};
+use crate::catalog::{Catalog, OnError, Semantics};
 use crate::live::position::Position;
 use crate::live::{Delivery, EndReason, From, GroupSpec, SubscribeError, Subscription};
 use crate::plugins::Stage;
-use crate::sql::{OutputColumn, SqlError};
+use crate::sql::OutputColumn;
 use crate::store::{Seq, StoreError};
+
+/// A wait without an end, for timers that need one.
+const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The most stages of one pipeline.
 const MAX_STAGES: usize = 8;
@@ -38,8 +44,13 @@ enum State {
     Running(Subscription),
     /// To be compiled and joined again; the next event says why.
     Rejoin(Rejoin),
-    /// The pipeline failed: until another version of one of its plugins is active.
-    AwaitPlugin(watch::Receiver<u64>),
+    /// The pipeline failed behind this position: until another version of one of its plugins is active, or the plugin
+    /// has rested.
+    AwaitPlugin {
+        catalog: watch::Receiver<u64>,
+        seq: Seq,
+        rested: Option<Instant>,
+    },
     Done,
 }
 
@@ -49,6 +60,14 @@ enum Rejoin {
     Resync(ResyncReason),
     /// A plugin of the pipeline changed at this position: void only if this stream follows that change.
     Plugin(Seq),
+}
+
+/// What a stream says before its events.
+enum Opening {
+    Plain,
+    Resync(ResyncReason),
+    /// A feed that goes on with other versions than it had.
+    OtherVersions,
 }
 
 /// A request compiled against one catalog.
@@ -64,7 +83,12 @@ impl Db {
     pub async fn subscribe(&self, who: &Identity, request: LiveRequest) -> Result<LiveStream, DbError> {
         self.check_open()?;
         let compiled = self.compile(who, &request).await?;
-        let (from, resync) = self.resolve_position(&request, &compiled.spec)?;
+        if compiled.spec.semantics == Semantics::Feed && request.snapshot == Some(true) {
+            return Err(DbError::BadRequest(
+                "a pipeline that sees changes has no snapshot: leave `snapshot` out, or say false".into(),
+            ));
+        }
+        let (from, opening) = self.resolve_position(&request, &compiled.spec)?;
         let mut stream = LiveStream {
             db: self.clone(),
             who: who.clone(),
@@ -74,7 +98,7 @@ impl Db {
             state: State::Done,
             queue: VecDeque::new(),
         };
-        stream.join(from, resync).await?;
+        stream.join(from, opening).await?;
         Ok(stream)
     }
 
@@ -85,17 +109,19 @@ impl Db {
         blocking(move || {
             let plan = db.inner.sql.live(&request.sql, &env)?;
             let table = plan.table.clone();
-            if !request.pipeline.is_empty() && table.kind == TableKind::User {
-                return Err(DbError::Sql(SqlError::Unsupported {
-                    what: "a pipeline on a user table".into(),
-                    hint: Some("plugins run on shared tables".into()),
-                    position: None,
-                }));
-            }
             let stages = resolve_stages(&env.catalog, &env.namespace, &table.namespace_name, &request.pipeline)?;
-            let output = match stages.is_empty() {
-                true => None,
-                false => db.inner.plugins.check(table.namespace, &stages, &table.schema())?,
+            let (output, semantics) = match stages.is_empty() {
+                true if request.on_error != OnError::Stop => {
+                    return Err(DbError::BadRequest(
+                        "`on_error` says what happens when a plugin fails: name one".into(),
+                    ));
+                }
+                true => (None, Semantics::Map),
+                false => {
+                    let checked =
+                        db.inner.plugins.check(table.namespace, &stages, &table.schema(), request.on_error)?;
+                    (checked.output, checked.semantics)
+                }
             };
             let columns = match &output {
                 Some(schema) => {
@@ -103,7 +129,7 @@ impl Db {
                 }
                 None => plan.columns.clone(),
             };
-            let fingerprint = Fingerprint::new(&plan, &stages, request.old);
+            let fingerprint = Fingerprint::new(&plan, &stages, &request, semantics);
             let key = fingerprint.key();
             let spec = GroupSpec {
                 live_id: fingerprint.live_id(),
@@ -113,6 +139,8 @@ impl Db {
                 range: plan.range.clone(),
                 program: Arc::new(PlanProgram(plan)),
                 stages,
+                semantics,
+                on_error: request.on_error,
                 output,
                 old: request.old,
                 fingerprint: fingerprint.text(),
@@ -124,33 +152,31 @@ impl Db {
     }
 
     /// Where to start, and what to say first.
-    fn resolve_position(
-        &self,
-        request: &LiveRequest,
-        spec: &GroupSpec,
-    ) -> Result<(From, Option<ResyncReason>), DbError> {
+    fn resolve_position(&self, request: &LiveRequest, spec: &GroupSpec) -> Result<(From, Opening), DbError> {
         let Some(text) = &request.position else {
-            return Ok((if request.snapshot { From::Snapshot } else { From::Now }, None));
+            let snapshot = request.snapshot.unwrap_or(true);
+            return Ok((if snapshot { From::Snapshot } else { From::Now }, Opening::Plain));
         };
         let position: Position = text.parse().map_err(|_| {
             DbError::BadRequest(
                 "the position (Last-Event-ID) is not one that this server gave; start without it".into(),
             )
         })?;
-        let resync = |reason| Ok((From::Snapshot, Some(reason)));
+        let resync = |reason| Ok((From::Snapshot, Opening::Resync(reason)));
         if position.epoch != spec.epoch.0 {
             return resync(ResyncReason::Epoch);
         }
-        match Fingerprint::compare(&position.fingerprint, &spec.fingerprint) {
-            Same::All => {}
+        let same_versions = match Fingerprint::compare(&position.fingerprint, &spec.fingerprint) {
+            Same::All => true,
             Same::OtherQuery => {
                 return Err(DbError::BadRequest(
                     "the position (Last-Event-ID) belongs to another live query; start this one without it".into(),
                 ));
             }
             Same::OtherSchema => return resync(ResyncReason::Schema),
+            Same::OtherPipeline if spec.semantics == Semantics::Feed => false,
             Same::OtherPipeline => return resync(ResyncReason::Plugin),
-        }
+        };
         let seq = Seq(position.seq);
         if seq > self.inner.store.applied() {
             return resync(ResyncReason::Epoch);
@@ -158,7 +184,7 @@ impl Db {
         if seq < self.inner.store.log_floor() {
             return resync(ResyncReason::Expired);
         }
-        Ok((From::After(seq), None))
+        Ok((From::After(seq), if same_versions { Opening::Plain } else { Opening::OtherVersions }))
     }
 }
 
@@ -189,11 +215,16 @@ impl LiveStream {
                         });
                     }
                 }
-                State::AwaitPlugin(catalog) => {
-                    match tokio::time::timeout(self.db.inner.heartbeat, catalog.changed()).await {
-                        Err(_elapsed) => return Some(LiveOutput::Waiting),
-                        Ok(Err(_closed)) => self.end(closed_by(&DbError::Closed)),
-                        Ok(Ok(())) => self.retry_plugin().await,
+                State::AwaitPlugin { catalog, seq, rested } => {
+                    let (seq, heartbeat) = (*seq, self.db.inner.heartbeat);
+                    let rested = rested.map_or_else(|| Instant::now() + FAR, |rested| rested);
+                    tokio::select! {
+                        changed = tokio::time::timeout(heartbeat, catalog.changed()) => match changed {
+                            Err(_elapsed) => return Some(LiveOutput::Waiting),
+                            Ok(Err(_closed)) => self.end(closed_by(&DbError::Closed)),
+                            Ok(Ok(())) => self.retry_plugin(seq).await,
+                        },
+                        () = tokio::time::sleep_until(rested) => self.state = State::Rejoin(Rejoin::Plugin(seq)),
                     }
                 }
             }
@@ -201,17 +232,39 @@ impl LiveStream {
     }
 
     /// Start, where necessary a resync, and then the group's events.
-    async fn join(&mut self, from: From, resync: Option<ResyncReason>) -> Result<(), DbError> {
-        let live = &self.db.inner.live;
-        let (subscription, from, resync) = match live.subscribe(self.compiled.spec.clone(), from).await {
-            Ok(subscription) => (subscription, from, resync),
+    async fn join(&mut self, from: From, opening: Opening) -> Result<(), DbError> {
+        let (live, from) = (&self.db.inner.live, self.start(from));
+        let (subscription, from, opening) = match live.subscribe(self.compiled.spec.clone(), from).await {
+            Ok(subscription) => (subscription, from, opening),
             // The log was trimmed between our look at it and the group's.
             Err(SubscribeError::Expired) => {
-                let subscription = live.subscribe(self.compiled.spec.clone(), From::Snapshot).await;
-                (subscription.map_err(subscribe_error)?, From::Snapshot, Some(ResyncReason::Expired))
+                let from = self.start(From::Snapshot);
+                let subscription = live.subscribe(self.compiled.spec.clone(), from).await.map_err(subscribe_error)?;
+                (subscription, from, Opening::Resync(ResyncReason::Expired))
             }
             Err(error) => return Err(subscribe_error(error)),
         };
+        self.say_start(from);
+        match opening {
+            Opening::Plain => {}
+            Opening::Resync(reason) => self.queue.push_back(LiveOutput::Resync(reason)),
+            Opening::OtherVersions => self.queue.extend(self.compiled.spec.stages.iter().map(another_version)),
+        }
+        self.state = State::Running(subscription);
+        self.check_activation(from).await
+    }
+
+    /// A feed has no present rows: it starts with the next commit.
+    fn start(&self, from: From) -> From {
+        match from {
+            From::Snapshot | From::Now if self.compiled.spec.semantics == Semantics::Feed => {
+                From::After(self.db.inner.store.applied())
+            }
+            from => from,
+        }
+    }
+
+    fn say_start(&mut self, from: From) {
         let from = match from {
             From::After(seq) => Some(self.position(seq)),
             From::Snapshot | From::Now => None,
@@ -221,16 +274,14 @@ impl LiveStream {
             live_id: spec.live_id.clone(),
             columns: self.compiled.columns.clone(),
             key: spec.table.key_schema().columns.into_iter().map(|column| column.name).collect(),
+            semantics: spec.semantics,
             from,
         });
-        self.queue.extend(resync.map(LiveOutput::Resync));
-        self.state = State::Running(subscription);
-        self.check_activation().await
     }
 
     /// A plugin may have been activated between compiling and joining, and the worker may have passed that commit
     /// already: then nobody would tell this stream. Seen here, it compiles again.
-    async fn check_activation(&mut self) -> Result<(), DbError> {
+    async fn check_activation(&mut self, from: From) -> Result<(), DbError> {
         if self.compiled.spec.stages.is_empty()
             || self.db.inner.store.catalog().version == self.compiled.catalog_version
         {
@@ -238,39 +289,61 @@ impl LiveStream {
         }
         let now = self.db.compile(&self.who, &self.request).await?;
         if now.spec.fingerprint != self.compiled.spec.fingerprint {
-            self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Plugin));
+            // A feed has delivered nothing since `from`: it goes on from there.
+            self.state = State::Rejoin(match from {
+                From::After(seq) if self.compiled.spec.semantics == Semantics::Feed => Rejoin::Plugin(seq),
+                _ => Rejoin::Resync(ResyncReason::Plugin),
+            });
         }
         Ok(())
     }
 
     async fn rejoin(&mut self, rejoin: Rejoin) -> Result<(), DbError> {
         let compiled = self.db.compile(&self.who, &self.request).await?;
-        let same = compiled.spec.fingerprint == self.compiled.spec.fingerprint;
         self.uses = PluginUses::new(&self.db, &compiled.spec);
-        self.compiled = compiled;
+        let before = std::mem::replace(&mut self.compiled, compiled);
         match rejoin {
-            // Pinned to a version that is still there: the change was none of ours, and the stream goes on where it was
-            // (seq 0: its snapshot was not complete, so nothing is held that could go on).
-            Rejoin::Plugin(seq) if same && seq > Seq(0) => {
-                match self.db.inner.live.subscribe(self.compiled.spec.clone(), From::After(seq)).await {
+            Rejoin::Plugin(seq) if self.goes_on(&before, seq) => {
+                let from = From::After(seq);
+                match self.db.inner.live.subscribe(self.compiled.spec.clone(), from).await {
                     Ok(subscription) => self.state = State::Running(subscription),
                     Err(SubscribeError::Expired) => {
-                        return self.join(From::Snapshot, Some(ResyncReason::Expired)).await;
+                        return self.join(From::Snapshot, Opening::Resync(ResyncReason::Expired)).await;
                     }
                     Err(error) => return Err(subscribe_error(error)),
                 }
-                self.check_activation().await
+                let stages = before.spec.stages.iter().zip(&self.compiled.spec.stages);
+                let other = stages.filter(|(before, now)| before != now).map(|(_, now)| another_version(now));
+                self.queue.extend(other.collect::<Vec<_>>());
+                if before.columns != self.compiled.columns {
+                    self.say_start(from);
+                }
+                self.check_activation(from).await
             }
-            Rejoin::Plugin(_) => self.join(From::Snapshot, Some(ResyncReason::Plugin)).await,
-            Rejoin::Resync(reason) => self.join(From::Snapshot, Some(reason)).await,
+            Rejoin::Plugin(_) => self.join(From::Snapshot, Opening::Resync(ResyncReason::Plugin)).await,
+            Rejoin::Resync(reason) => self.join(From::Snapshot, Opening::Resync(reason)).await,
+        }
+    }
+
+    /// Whether what the client holds at a position is still good.
+    fn goes_on(&self, before: &Compiled, seq: Seq) -> bool {
+        let (before, now) = (&before.spec, &self.compiled.spec);
+        match (before.semantics, now.semantics) {
+            // A feed holds nothing: it goes on with the other version, each change through one of the two. What was
+            // logged before the table was altered the new plan cannot read.
+            (Semantics::Feed, Semantics::Feed) => before.table.schema_version == now.table.schema_version,
+            // Pinned to a version that is still there, or tried again: the change was none of ours (seq 0: the snapshot
+            // was not complete, so nothing is held that could go on).
+            (Semantics::Map, Semantics::Map) => before.fingerprint == now.fingerprint && seq > Seq(0),
+            _ => false,
         }
     }
 
     /// After a failure: goes on once the pipeline would be another one.
-    async fn retry_plugin(&mut self) {
+    async fn retry_plugin(&mut self, seq: Seq) {
         match self.db.compile(&self.who, &self.request).await {
             Ok(compiled) if compiled.spec.fingerprint != self.compiled.spec.fingerprint => {
-                self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Plugin));
+                self.state = State::Rejoin(Rejoin::Plugin(seq));
             }
             Ok(_) => {}
             Err(error) => self.end(closed_by(&error)),
@@ -293,22 +366,14 @@ impl LiveStream {
         match reason {
             EndReason::PluginChanged { seq, .. } => self.state = State::Rejoin(Rejoin::Plugin(seq)),
             EndReason::Pipeline { fault, seq } => {
-                tracing::warn!(
-                    plugin = fault.plugin,
-                    version = fault.version,
-                    cause = fault.cause,
-                    seq = seq.0,
-                    "a plugin failed; its live stream waits"
-                );
+                tracing::warn!(cause = fault.cause, seq = seq.0, "{fault}; its live stream waits");
                 // Subscribed before the event is told, so that an upload right after it is not missed.
-                self.state = State::AwaitPlugin(self.db.inner.catalog_version.subscribe());
-                self.queue.push_back(LiveOutput::PluginError {
-                    plugin: fault.plugin,
-                    version: fault.version,
-                    cause: fault.cause.to_owned(),
-                    message: fault.message,
+                self.state = State::AwaitPlugin {
+                    catalog: self.db.inner.catalog_version.subscribe(),
                     seq,
-                });
+                    rested: fault.retry_after.map(|rest| Instant::now() + rest),
+                };
+                self.queue.push_back(LiveOutput::PluginError { fault, seq });
             }
             EndReason::Program { message, .. } => self.end(LiveOutput::Failed { message }),
             EndReason::TableDropped => self.end(LiveOutput::Closed {
@@ -342,6 +407,10 @@ impl LiveStream {
         let spec = &self.compiled.spec;
         Position { epoch: spec.epoch.0, seq: seq.0, fingerprint: spec.fingerprint.clone() }.to_string()
     }
+}
+
+fn another_version(stage: &Stage) -> LiveOutput {
+    LiveOutput::Pipeline { plugin: stage.name.clone(), version: stage.version, sha256: stage.sha256.clone() }
 }
 
 fn closed_by(error: &DbError) -> LiveOutput {
@@ -379,34 +448,9 @@ fn resolve_stages(
 }
 
 fn resolve_stage(catalog: &Catalog, namespace: &str, stage: &StageRequest) -> Result<Stage, DbError> {
-    let (name, pin) = match stage.plugin.split_once('@') {
-        Some((name, pin)) => (name, Some(pin)),
-        None => (stage.plugin.as_str(), None),
-    };
-    let versions = catalog.namespace(namespace).and_then(|found| found.plugins.get(name));
-    let Some(versions) = versions else {
-        return Err(DbError::NotFound(format!(
-            "namespace \"{namespace}\" has no plugin \"{name}\"; upload it with PUT /v1/plugins/{namespace}/{name}"
-        )));
-    };
-    let wanted: Option<&Arc<Plugin>> = match pin {
-        None => versions.last(),
-        Some(pin) => match pin.strip_prefix("sha256:") {
-            Some(hash) => versions.iter().rev().find(|plugin| plugin.sha256.eq_ignore_ascii_case(hash)),
-            None => {
-                let version: u32 = pin.parse().map_err(|_| {
-                    DbError::BadRequest(format!("\"{}\": after @ comes a version number or sha256:…", stage.plugin))
-                })?;
-                versions.iter().find(|plugin| plugin.version == version)
-            }
-        },
-    };
-    let plugin = wanted.ok_or_else(|| {
-        let known: Vec<String> = versions.iter().map(|plugin| plugin.version.to_string()).collect();
-        DbError::NotFound(format!("plugin \"{}\": no such version; there are {}", stage.plugin, known.join(", ")))
-    })?;
+    let plugin = stored_version(catalog, namespace, &stage.plugin)?;
     Ok(Stage {
-        name: name.to_owned(),
+        name: plugin.name.clone(),
         version: plugin.version,
         sha256: plugin.sha256.clone(),
         params: stage.params.to_string(),
@@ -424,10 +468,10 @@ struct Fingerprint {
 }
 
 impl Fingerprint {
-    fn new(plan: &crate::sql::live::LivePlan, stages: &[Stage], old: crate::live::OldMode) -> Self {
+    fn new(plan: &crate::sql::live::LivePlan, stages: &[Stage], request: &LiveRequest, semantics: Semantics) -> Self {
         let mut query = Sha256::new();
         query.update(plan.fingerprint.to_le_bytes());
-        query.update(format!("{:?} {old:?}", plan.scope));
+        query.update(format!("{:?} {:?} {:?} {semantics:?}", plan.scope, request.old, request.on_error));
         let mut schema = Sha256::new();
         schema.update(plan.table.id.0.to_le_bytes());
         schema.update(plan.table.schema_version.to_le_bytes());
@@ -437,6 +481,13 @@ impl Fingerprint {
             for part in [&stage.name, &stage.sha256, &stage.params] {
                 pipeline.update((part.len() as u64).to_le_bytes());
                 pipeline.update(part.as_bytes());
+            }
+            // A feed goes on over versions. Its plugins and their parameters are then part of what was asked.
+            if semantics == Semantics::Feed {
+                for part in [&stage.name, &stage.params] {
+                    query.update((part.len() as u64).to_le_bytes());
+                    query.update(part.as_bytes());
+                }
             }
         }
         Fingerprint {

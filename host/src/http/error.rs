@@ -174,6 +174,9 @@ impl From<PluginError> for Problem {
             PluginError::Fault { plugin, cause, .. } => Problem::new(422, "plugin_failed", detail)
                 .with("plugin", json!(plugin))
                 .with("cause", json!(cause.as_str())),
+            PluginError::Resting { plugin, rest, .. } => Problem::new(503, "plugin_resting", detail)
+                .with("plugin", json!(plugin))
+                .retry_after(u32::try_from(rest.as_secs()).unwrap_or(u32::MAX).max(1)),
             PluginError::Host(_) => server_fault(&detail),
         }
     }

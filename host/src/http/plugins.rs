@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 
+use arrow::record_batch::RecordBatch;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, Uri};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use wire::abi::ManifestLine;
 
@@ -13,9 +15,10 @@ use super::auth::Caller;
 use super::body::receive;
 use super::error::Problem;
 use super::json::time;
-use super::request::{no_parameters, once, pairs, unknown_parameter};
+use super::request::{no_parameters, once, pairs, parse, unknown_parameter};
 use super::routes::{App, media_type, wrong_type};
-use crate::catalog::{DEFAULT_NAMESPACE, Plugin};
+use crate::catalog::{DEFAULT_NAMESPACE, Plugin, PluginKind};
+use crate::db::{PluginErrorEntry, Trial, TrialRequest, TrialResult};
 
 type Names = HashMap<String, String>;
 type Answer = Result<(StatusCode, Json<Value>), Problem>;
@@ -88,22 +91,165 @@ pub async fn delete(State(app): State<App>, Caller(who): Caller, Path(path): Pat
     Ok((StatusCode::OK, Json(json!({"name": name, "namespace": namespace, "seq": seq.0}))))
 }
 
-/// `POST …/rollback` and `…/try` are in the contract but not built. With the short path the action is where a name
-/// would be.
-pub async fn act(Path(path): Path<Names>) -> Problem {
-    match path.get("action").or(path.get("name")).map(String::as_str) {
-        Some("rollback") => Problem::not_implemented("rolling a plugin back"),
-        Some("try") => Problem::not_implemented("trying a plugin without a live query"),
-        _ => Problem::new(405, "method_not_allowed", "POST is not possible here; upload a plugin with PUT"),
+/// `GET /v1/plugins/{namespace}/{name}/errors?limit=N`: what it failed on while its live queries went on.
+pub async fn errors(State(app): State<App>, Caller(who): Caller, Path(path): Path<Names>, uri: Uri) -> Answer {
+    let mut limit = None;
+    for (name, value) in pairs(&uri)? {
+        match name.as_str() {
+            "limit" => once(&mut limit, "limit", value)?,
+            _ => return Err(unknown_parameter(&name, "limit")),
+        }
     }
+    let limit = match limit.as_deref().map(str::parse) {
+        None => ERRORS,
+        Some(Ok(limit)) => limit,
+        Some(Err(_)) => return Err(Problem::bad_request("`limit` is a number")),
+    };
+    match path.get("action").map(String::as_str) {
+        Some("errors") => {}
+        _ => return Err(Problem::new(404, "not_found", "of a plugin there is `errors` to look at")),
+    }
+    let (namespace, name) = names(&path);
+    let (db, namespace, name) = (app.db.clone(), namespace.to_owned(), name.to_owned());
+    let entries = tokio::task::spawn_blocking(move || db.plugin_errors(&who, &namespace, Some(&name), limit)).await;
+    let entries = entries.map_err(|error| Problem::internal(error.to_string()))??;
+    let errors = entries.iter().map(failure).collect::<Result<Vec<_>, Problem>>()?;
+    Ok((StatusCode::OK, Json(json!({"errors": errors}))))
+}
+
+/// Shown where no limit is named.
+const ERRORS: usize = 100;
+
+fn failure(entry: &PluginErrorEntry) -> Result<Value, Problem> {
+    let object = |batch: &Option<RecordBatch>| match batch {
+        None => Ok(Value::Null),
+        Some(batch) => Ok::<_, Problem>(objects(batch)?.pop().unwrap_or_default()),
+    };
+    Ok(json!({
+        "number": entry.number,
+        "namespace": entry.namespace,
+        "plugin": entry.plugin,
+        "version": entry.version,
+        "sha256": entry.sha256,
+        "table": entry.table,
+        "user": entry.user,
+        "live_id": entry.live_id,
+        "seq": entry.seq.0,
+        "at": moment(entry.at),
+        "cause": entry.cause,
+        "message": entry.message,
+        "action": entry.action,
+        "old": object(&entry.old)?,
+        "row": object(&entry.row)?,
+    }))
+}
+
+fn moment(micros: i64) -> String {
+    let mut text = Vec::new();
+    time::timestamp(micros.div_euclid(1_000_000), micros.rem_euclid(1_000_000) * 1_000, &mut text);
+    String::from_utf8_lossy(&text).trim_matches('"').to_owned()
+}
+
+/// `POST …/rollback` and `…/try`. With the short path the action is where a name would be, and the name where a
+/// namespace would.
+pub async fn act(
+    State(app): State<App>,
+    Caller(who): Caller,
+    Path(path): Path<Names>,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer {
+    no_parameters(&uri)?;
+    let part = |name: &str| path.get(name).map_or("", String::as_str);
+    let (namespace, name, action) = match path.contains_key("action") {
+        true => (part("namespace"), part("name"), part("action")),
+        false => (DEFAULT_NAMESPACE, part("namespace"), part("name")),
+    };
+    if !matches!(action, "rollback" | "try") {
+        return Err(Problem::new(405, "method_not_allowed", "POST is not possible here; upload a plugin with PUT"));
+    }
+    let received = receive(&headers, body, app.options.body_bytes, &app.budget).await?;
+    if action == "rollback" {
+        let RawRollback { version } = match received.bytes.is_empty() {
+            true => RawRollback { version: None },
+            false => parse("the request body", &received.bytes)?,
+        };
+        let installed = app.db.roll_back(&who, namespace, name, version).await?;
+        let mut answer = shown(&installed.plugin, true);
+        answer["seq"] = json!(installed.seq.0);
+        answer["unchanged"] = json!(installed.unchanged);
+        return Ok((StatusCode::OK, Json(answer)));
+    }
+    let raw: RawTrial = parse("the request body", &received.bytes)?;
+    let request = TrialRequest {
+        plugin: name.to_owned(),
+        params: raw.params.into(),
+        table: raw.table,
+        rows: raw.rows,
+        old: raw.old,
+    };
+    let trial = app.db.try_plugin(&who, namespace, request).await?;
+    Ok((StatusCode::OK, Json(trial_answer(&trial)?)))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRollback {
+    version: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTrial {
+    #[serde(default)]
+    params: serde_json::Map<String, Value>,
+    table: Option<String>,
+    #[serde(default)]
+    rows: Vec<Option<serde_json::Map<String, Value>>>,
+    #[serde(default)]
+    old: Vec<Option<serde_json::Map<String, Value>>>,
+}
+
+pub fn trial_answer(trial: &Trial) -> Result<Value, Problem> {
+    let result = |result: &TrialResult| match result {
+        TrialResult::Kept(keep) => Ok(json!({"keep": keep})),
+        TrialResult::Failed { cause, message } => Ok(json!({"error": {"cause": cause.as_str(), "message": message}})),
+        TrialResult::Made(batch) => {
+            let mut rows = batch.as_ref().map_or(Ok(Vec::new()), objects)?;
+            match trial.kind {
+                PluginKind::ChangeTransform => Ok(json!({"rows": rows})),
+                _ => Ok(json!({"row": rows.pop()})),
+            }
+        }
+    };
+    let results = trial.results.iter().map(result).collect::<Result<Vec<_>, Problem>>()?;
+    let columns = trial.output.iter().flat_map(|schema| &schema.columns);
+    let columns: Vec<Value> =
+        columns.map(|column| json!({"name": column.name, "type": column.ty.to_string()})).collect();
+    Ok(json!({
+        "name": trial.plugin,
+        "version": trial.version,
+        "kind": trial.kind.as_str(),
+        "columns": columns,
+        "results": results,
+        "elapsed_us": trial.elapsed.as_micros() as u64,
+    }))
+}
+
+/// The rows of a batch as JSON objects.
+fn objects(batch: &RecordBatch) -> Result<Vec<Value>, Problem> {
+    let rows = super::json::Rows::new(batch).map_err(|error| Problem::internal(error.to_string()))?;
+    let object = |row| {
+        let mut text = Vec::new();
+        rows.object(row, &mut text);
+        serde_json::from_slice(&text).map_err(|error| Problem::internal(error.to_string()))
+    };
+    (0..batch.num_rows()).map(object).collect()
 }
 
 /// A plugin version as clients see it.
 fn shown(plugin: &Plugin, active: bool) -> Value {
-    let mut uploaded_at = Vec::new();
-    let micros = plugin.uploaded_at;
-    time::timestamp(micros.div_euclid(1_000_000), micros.rem_euclid(1_000_000) * 1_000, &mut uploaded_at);
-    let uploaded_at = String::from_utf8_lossy(&uploaded_at);
     json!({
         "name": plugin.name,
         "namespace": plugin.namespace_name,
@@ -115,7 +261,7 @@ fn shown(plugin: &Plugin, active: bool) -> Value {
         "parameters": parameters(&plugin.manifest),
         "columns": columns(&plugin.manifest),
         "size": plugin.size,
-        "uploaded_at": uploaded_at.trim_matches('"'),
+        "uploaded_at": moment(plugin.uploaded_at),
         "uploaded_by": plugin.uploaded_by,
     })
 }
@@ -147,7 +293,7 @@ mod tests {
     use wire::abi::{ColumnType, ParamType};
 
     use super::*;
-    use crate::catalog::{NamespaceId, PluginKind};
+    use crate::catalog::NamespaceId;
 
     #[test]
     fn a_version_is_shown_whole() {
@@ -160,7 +306,7 @@ mod tests {
             kind: PluginKind::RowFilter,
             abi: 1,
             manifest: vec![
-                ManifestLine::Plugin { abi: 1, name: None, doc: None },
+                ManifestLine::Plugin { abi: 1, kind: None, pass: None, name: None, doc: None },
                 ManifestLine::Param {
                     name: "minutes".to_owned(),
                     r#type: ParamType::Int,

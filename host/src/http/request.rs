@@ -10,6 +10,7 @@ use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
 use super::error::Problem;
+use crate::catalog::OnError;
 use crate::db::{Idempotency, LiveRequest, SqlRequest, StageRequest};
 use crate::live::OldMode;
 use crate::sql::Param;
@@ -27,7 +28,7 @@ struct RawSql<'a> {
 }
 
 /// Parses a JSON document; errors say where.
-fn parse<'a, T: Deserialize<'a>>(what: &str, text: &'a [u8]) -> Result<T, Problem> {
+pub fn parse<'a, T: Deserialize<'a>>(what: &str, text: &'a [u8]) -> Result<T, Problem> {
     let text = std::str::from_utf8(text)
         .map_err(|e| bad_json(format!("{what} is not UTF-8")).with("position", json!(e.valid_up_to())))?;
     if let Some(position) = too_deep(text) {
@@ -243,13 +244,13 @@ pub fn live_from_json(body: &[u8]) -> Result<LiveRequest, Problem> {
     if raw.last_rows.is_some() {
         return Err(Problem::not_implemented("`last_rows`"));
     }
-    on_error(raw.on_error.as_deref())?;
     Ok(LiveRequest {
         sql: raw.sql,
         params: params(raw.params.as_deref().unwrap_or_default())?,
         namespace: raw.namespace,
         pipeline: raw.pipeline.unwrap_or_default().into_iter().map(RawStage::check).collect(),
-        snapshot: raw.snapshot.unwrap_or(true),
+        on_error: on_error(raw.on_error.as_deref())?,
+        snapshot: raw.snapshot,
         old: old_mode(raw.old.as_deref())?,
         position: raw.last_event_id,
     })
@@ -284,8 +285,8 @@ pub fn live_from_query(uri: &Uri) -> Result<LiveQuery, Problem> {
             _ => return Err(unknown_parameter(&name, LIVE_PARAMETERS)),
         }
     }
-    on_error(error.as_deref())?;
-    let options = list.is_some() || namespace.is_some() || old.is_some() || snapshot.is_some() || !pipeline.is_empty();
+    let on_error = on_error(error.as_deref())?;
+    let options = [&list, &namespace, &old, &error, &snapshot].into_iter().any(Option::is_some) || !pipeline.is_empty();
     let Some(sql) = sql else {
         if options || query.ticket.is_none() {
             return Err(Problem::bad_request("the query parameter `sql` is missing"));
@@ -297,7 +298,8 @@ pub fn live_from_query(uri: &Uri) -> Result<LiveQuery, Problem> {
         params: list.as_deref().map(params_text).transpose()?.unwrap_or_default(),
         namespace,
         pipeline,
-        snapshot: flag("snapshot", snapshot.as_deref(), true)?,
+        on_error,
+        snapshot: flag("snapshot", snapshot.as_deref())?,
         old: old_mode(old.as_deref())?,
         position: None,
     });
@@ -323,11 +325,12 @@ fn stage(text: &str) -> Result<StageRequest, Problem> {
     Ok(StageRequest { plugin: plugin.to_owned(), params: params.into() })
 }
 
-fn on_error(value: Option<&str>) -> Result<(), Problem> {
+fn on_error(value: Option<&str>) -> Result<OnError, Problem> {
     match value {
-        None | Some("stop") => Ok(()),
-        Some(mode @ ("skip" | "pass")) => Err(Problem::not_implemented(&format!("`on_error={mode}`"))),
-        Some(other) => Err(Problem::bad_request(format!("`on_error` is `stop`, not {other:?}"))),
+        None | Some("stop") => Ok(OnError::Stop),
+        Some("skip") => Ok(OnError::Skip),
+        Some("pass") => Ok(OnError::Pass),
+        Some(other) => Err(Problem::bad_request(format!("`on_error` is `stop`, `skip` or `pass`, not {other:?}"))),
     }
 }
 
@@ -340,11 +343,11 @@ fn old_mode(value: Option<&str>) -> Result<OldMode, Problem> {
     }
 }
 
-fn flag(name: &str, value: Option<&str>, default: bool) -> Result<bool, Problem> {
+fn flag(name: &str, value: Option<&str>) -> Result<Option<bool>, Problem> {
     match value {
-        None => Ok(default),
-        Some("true") => Ok(true),
-        Some("false") => Ok(false),
+        None => Ok(None),
+        Some("true") => Ok(Some(true)),
+        Some("false") => Ok(Some(false)),
         Some(other) => Err(Problem::bad_request(format!("`{name}` is `true` or `false`, not {other:?}"))),
     }
 }
@@ -440,9 +443,10 @@ mod tests {
 
     #[test]
     fn the_two_ways_to_ask_for_a_live_query_agree() {
-        let uri = "/v1/live?sql=S&plugin=a%402:%7B%22x%22:1%7D&plugin=b&old=full&snapshot=false&params=%5B1%5D";
+        let uri =
+            "/v1/live?sql=S&plugin=a%402:%7B%22x%22:1%7D&plugin=b&old=full&snapshot=false&on_error=skip&params=%5B1%5D";
         let get = live_from_query(&uri.parse().unwrap()).unwrap().request.unwrap();
-        let body = br#"{"sql":"S","params":[1],"snapshot":false,"old":"full",
+        let body = br#"{"sql":"S","params":[1],"snapshot":false,"old":"full","on_error":"skip",
                         "pipeline":[{"plugin":"a","version":2,"params":{"x":1}},{"plugin":"b"}]}"#;
         let post = live_from_json(body).unwrap();
         assert_eq!(format!("{get:?}"), format!("{post:?}"));
@@ -450,13 +454,14 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for body in [r#"{"queries":[]}"#, r#"{"sql":"S","last_rows":5}"#, r#"{"sql":"S","on_error":"skip"}"#] {
+        for body in [r#"{"queries":[]}"#, r#"{"sql":"S","last_rows":5}"#] {
             assert_eq!(live_from_json(body.as_bytes()).unwrap_err().status(), 501, "{body}");
         }
         assert!(live_from_json(br#"{"sql":"S","on_error":"never"}"#).is_err());
         assert_eq!(live_from_query(&"/v1/live?sql=S&last_rows=1".parse().unwrap()).unwrap_err().status(), 501);
         assert!(live_from_query(&"/v1/live".parse().unwrap()).is_err());
         assert!(live_from_query(&"/v1/live?ticket=t&old=full".parse().unwrap()).is_err());
+        assert!(live_from_query(&"/v1/live?ticket=t&on_error=skip".parse().unwrap()).is_err());
         let only = live_from_query(&"/v1/live?ticket=t&last_event_id=1".parse().unwrap()).unwrap();
         assert!(only.request.is_none() && only.ticket.is_some() && only.last_event_id.is_some());
     }

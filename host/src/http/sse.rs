@@ -19,7 +19,8 @@ use super::json::{Rows, time};
 use crate::db::{LiveOutput, ResyncReason};
 use crate::live::event::{CommitEvents, EventOp, EventRow};
 use crate::live::position::Position;
-use crate::live::{Encoder, GroupSpec, OldMode};
+use crate::live::{Encoder, GroupSpec, OldMode, PipelineFault};
+use crate::store::Seq;
 
 /// Encodes the events of rows.
 pub struct Events;
@@ -64,6 +65,7 @@ fn encode(position: &Position, mode: OldMode, events: &CommitEvents, out: &mut V
             EventOp::Insert => b"event: insert\n",
             EventOp::Update => b"event: update\n",
             EventOp::Deleted | EventOp::MovedOut => b"event: delete\n",
+            EventOp::Change(_) => b"event: change\n",
         });
         // Only the last event of a commit has an id: a reconnect never lands inside a transaction.
         if index == last && !events.snapshot {
@@ -78,7 +80,11 @@ fn encode(position: &Position, mode: OldMode, events: &CommitEvents, out: &mut V
 
 impl Batches<'_> {
     fn data(&mut self, event: &EventRow, snapshot: bool, out: &mut Vec<u8>) {
-        out.extend_from_slice(b"{\"key\":");
+        out.push(b'{');
+        if let EventOp::Change(op) = event.op {
+            write!(out, "\"op\":\"{}\",", op.as_str()).expect("writing to memory cannot fail");
+        }
+        out.extend_from_slice(b"\"key\":");
         self.keys.object(event.key, out);
         match (event.op, event.new, event.old) {
             (EventOp::Insert, Some(new), _) => {
@@ -95,7 +101,7 @@ impl Batches<'_> {
                 self.changed(old, out);
                 expires(event, out);
             }
-            (EventOp::Update, Some(new), None) => {
+            (EventOp::Update, Some(new), None) | (EventOp::Change(_), Some(new), _) => {
                 out.extend_from_slice(b",\"row\":");
                 self.new.object(new, out);
                 expires(event, out);
@@ -202,23 +208,21 @@ pub fn output(output: LiveOutput) -> Bytes {
     let mut out = Vec::new();
     match output {
         LiveOutput::Encoded(bytes) => return bytes,
-        LiveOutput::Start { live_id, columns, key, from } => {
+        LiveOutput::Start { live_id, columns, key, semantics, from } => {
             let columns: Vec<Value> =
                 columns.iter().map(|c| json!({"name": c.name, "type": c.ty.to_string()})).collect();
             let from = from.unwrap_or_else(|| "snapshot".to_owned());
-            let data = json!({"live_id": live_id, "columns": columns, "key": key, "semantics": "map",
+            let data = json!({"live_id": live_id, "columns": columns, "key": key, "semantics": semantics.as_str(),
                               "mode": "incremental", "from": from});
             frame("start", None, &data, &mut out);
         }
         LiveOutput::UpToDate { position, seq } => frame("uptodate", Some(&position), &json!({"seq": seq.0}), &mut out),
         LiveOutput::Resync(reason) => frame("resync", None, &json!({"reason": reason_name(reason)}), &mut out),
-        LiveOutput::PluginError { plugin, version, cause, message, seq } => {
-            let problem = Problem::new(422, "plugin_failed", format!("plugin {plugin}: {message}"))
-                .with("plugin", json!(plugin))
-                .with("version", json!(version))
-                .with("cause", json!(cause))
-                .with("seq", json!(seq.0));
-            frame("plugin-error", None, &problem.body(), &mut out);
+        LiveOutput::Pipeline { plugin, version, sha256 } => {
+            frame("pipeline", None, &json!({"plugin": plugin, "version": version, "sha256": sha256}), &mut out);
+        }
+        LiveOutput::PluginError { fault, seq } => {
+            frame("plugin-error", None, &plugin_error(fault, seq).body(), &mut out)
         }
         LiveOutput::Waiting => out.extend_from_slice(b": waiting\n\n"),
         LiveOutput::Failed { message } => {
@@ -229,6 +233,17 @@ pub fn output(output: LiveOutput) -> Bytes {
         }
     }
     Bytes::from(out)
+}
+
+fn plugin_error(fault: PipelineFault, seq: Seq) -> Problem {
+    let mut problem = Problem::new(422, "plugin_failed", fault.to_string());
+    if let Some(plugin) = &fault.plugin {
+        problem = problem.with("plugin", json!(plugin.name)).with("version", json!(plugin.version));
+    }
+    if let Some(rest) = fault.retry_after {
+        problem = problem.with("retry_after_ms", json!(rest.as_millis() as u64));
+    }
+    problem.with("cause", json!(fault.cause)).with("seq", json!(seq.0))
 }
 
 fn reason_name(reason: ResyncReason) -> &'static str {
@@ -247,10 +262,11 @@ mod tests {
     use arrow::array::{ArrayRef, Int64Array, StringArray};
     use arrow::datatypes::{DataType, Field, Schema};
     use arrow::record_batch::RecordBatch;
+    use wire::Op;
 
     use super::*;
+    use crate::catalog::{Semantics, Stage};
     use crate::sql::OutputColumn;
-    use crate::store::Seq;
 
     fn keys(ids: &[i64]) -> RecordBatch {
         let schema = Schema::new(vec![Field::new("id", DataType::Int64, false)]);
@@ -328,6 +344,20 @@ mod tests {
     }
 
     #[test]
+    fn outputs_of_changes() {
+        let events = vec![
+            event(EventOp::Change(Op::Delete), 0, Some(0), None),
+            event(EventOp::Change(Op::Update), 1, Some(1), None),
+        ];
+        let expect = "event: change\n\
+            data: {\"op\":\"delete\",\"key\":{\"id\":1},\"row\":{\"id\":1,\"name\":\"b\\r\\nid: 9\"}}\n\n\
+            event: change\n\
+            id: beef-42-1.2.3\n\
+            data: {\"op\":\"update\",\"key\":{\"id\":2},\"row\":{\"id\":2,\"name\":null}}\n\n";
+        assert_eq!(encoded(OldMode::Changed, &commit(false, events)), expect);
+    }
+
+    #[test]
     fn rows_of_stream_tables_say_when_they_expire() {
         let expires = Some(1_767_323_045_000_001);
         let insert = EventRow { expires, ..event(EventOp::Insert, 1, Some(1), None) };
@@ -347,7 +377,13 @@ mod tests {
     fn control_events() {
         let text = |of: LiveOutput| String::from_utf8(output(of).to_vec()).unwrap();
         let columns = vec![OutputColumn { name: "id".to_owned(), ty: wire::Type::BigInt }];
-        let start = LiveOutput::Start { live_id: "l1".to_owned(), columns, key: vec!["id".to_owned()], from: None };
+        let start = LiveOutput::Start {
+            live_id: "l1".to_owned(),
+            columns,
+            key: vec!["id".to_owned()],
+            semantics: Semantics::Map,
+            from: None,
+        };
         assert_eq!(
             text(start),
             "event: start\ndata: {\"live_id\":\"l1\",\"columns\":[{\"name\":\"id\",\"type\":\"BIGINT\"}],\
@@ -356,13 +392,19 @@ mod tests {
         let uptodate = LiveOutput::UpToDate { position: "a-1-b".to_owned(), seq: Seq(1) };
         assert_eq!(text(uptodate), "event: uptodate\nid: a-1-b\ndata: {\"seq\":1}\n\n");
         assert_eq!(text(LiveOutput::Resync(ResyncReason::Epoch)), "event: resync\ndata: {\"reason\":\"epoch\"}\n\n");
-        let fault = LiveOutput::PluginError {
-            plugin: "late".to_owned(),
-            version: 2,
-            cause: "trap".to_owned(),
+        let stage = Stage { name: "late".to_owned(), version: 2, sha256: "ab".to_owned(), params: String::new() };
+        let pipeline = LiveOutput::Pipeline { plugin: "late".to_owned(), version: 2, sha256: "ab".to_owned() };
+        assert_eq!(text(pipeline), "event: pipeline\ndata: {\"plugin\":\"late\",\"version\":2,\"sha256\":\"ab\"}\n\n");
+        let fault = PipelineFault {
+            plugin: Some(Box::new(stage)),
+            cause: "trap",
             message: "one\ntwo".to_owned(),
-            seq: Seq(9),
+            retry_after: None,
         };
+        let nobody = PipelineFault { plugin: None, retry_after: Some(Duration::from_secs(2)), ..fault.clone() };
+        let nobody = text(LiveOutput::PluginError { fault: nobody, seq: Seq(9) });
+        assert!(!nobody.contains("\"plugin\"") && nobody.contains("\"retry_after_ms\":2000"), "{nobody}");
+        let fault = LiveOutput::PluginError { fault, seq: Seq(9) };
         let fault = text(fault);
         assert!(fault.starts_with("event: plugin-error\ndata: {") && fault.ends_with("}\n\n"), "{fault}");
         assert!(fault.contains("\"cause\":\"trap\"") && fault.contains("\"seq\":9"), "{fault}");

@@ -129,14 +129,15 @@ impl Drop for TicketUse {
 
 /// Equal in everything but the position.
 fn same(a: &LiveRequest, b: &LiveRequest) -> bool {
-    let LiveRequest { sql, params, namespace, pipeline, snapshot, old, position: _ } = a;
+    let LiveRequest { sql, params, namespace, pipeline, on_error, snapshot, old, position: _ } = a;
     (sql, params, namespace, pipeline) == (&b.sql, &b.params, &b.namespace, &b.pipeline)
-        && (snapshot, old) == (&b.snapshot, &b.old)
+        && (on_error, snapshot, old) == (&b.on_error, &b.snapshot, &b.old)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::OnError;
     use crate::config::Role;
     use crate::live::OldMode;
 
@@ -150,7 +151,8 @@ mod tests {
             params: Vec::new(),
             namespace: None,
             pipeline: Vec::new(),
-            snapshot: true,
+            on_error: OnError::Stop,
+            snapshot: None,
             old: OldMode::Changed,
             position: Some("1-2-3".to_owned()),
         }

@@ -10,11 +10,11 @@ use arrow::datatypes::{DataType, Float32Type, Float64Type};
 use arrow::record_batch::RecordBatch;
 use wire::frame::SectionView;
 use wire::image::ImageAt;
-use wire::{ImageRef, Schema, Scope};
+use wire::{ChangeAt, ImageRef, Op, Schema};
 
 use super::event::{CommitEvents, EventOp, EventRow};
-use super::{GroupSpec, Piped, PipelineFault, Pipelines, ProgramError};
-use crate::catalog::TableId;
+use super::{Batch, GroupSpec, Pass, Piped, PipelineFault, Pipelines, ProgramError};
+use crate::catalog::{Semantics, TableId};
 use crate::store::Seq;
 
 /// Why a commit or a piece could not be evaluated.
@@ -37,11 +37,13 @@ pub(super) struct Rows<'a> {
     schema_version: Option<u32>,
 }
 
-/// One change: its images as indices of [`Rows::images`].
+/// One change: its images as indices of [`Rows::images`], and where its bitmap of changed columns lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RowChange {
     old: Option<usize>,
     new: Option<usize>,
+    changed: u32,
+    columns: u16,
     /// Of a row of a snapshot; those of a commit expire with the commit.
     expires: Option<i64>,
 }
@@ -52,7 +54,8 @@ impl<'a> Rows<'a> {
         for change in section.changes.iter().filter(|change| change.header.table == table.0) {
             let old = change.old.map(|(image, at)| rows.push(image, at));
             let new = change.new.map(|(image, at)| rows.push(image, at));
-            rows.changes.push(RowChange { old, new, expires: None });
+            let ChangeAt { changed, columns, .. } = change.at();
+            rows.changes.push(RowChange { old, new, changed, columns, expires: None });
             rows.schema_version = Some(change.header.schema_version);
         }
         rows
@@ -68,7 +71,7 @@ impl<'a> Rows<'a> {
         let mut rows = Rows::default();
         for (image, at, expires) in images {
             let new = Some(rows.push(image, at));
-            rows.changes.push(RowChange { old: None, new, expires });
+            rows.changes.push(RowChange { old: None, new, changed: 0, columns: 0, expires });
         }
         rows
     }
@@ -84,10 +87,15 @@ impl<'a> Rows<'a> {
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
     pub seq: Seq,
-    /// Rows of a snapshot: they lie in a buffer of their own, not in a commit's section.
-    pub snapshot: bool,
-    /// What the places of [`Rows`] count from.
+    pub pass: Pass,
+    /// What the places of [`Rows`] count from: the commit's section, or a buffer of the snapshot's own.
     pub base: &'a [u8],
+}
+
+impl<'a> Source<'a> {
+    fn batch(self) -> Batch<'a> {
+        Batch { seq: self.seq, pass: self.pass, base: self.base }
+    }
 }
 
 /// A group's query on one worker: its programs and, where it has plugins, the opened pipeline.
@@ -103,6 +111,9 @@ pub(super) fn evaluate(
     source: Source<'_>,
     rows: &Rows<'_>,
 ) -> Result<Option<CommitEvents>, Fault> {
+    if query.spec.semantics == Semantics::Feed {
+        return outputs(query, source, rows);
+    }
     let Some(shown) = show(query, source, rows)? else { return Ok(None) };
     let expire = query.spec.table.expires(rows.committed_at);
     let mut same = RowEquality::new(&shown.batch);
@@ -110,7 +121,7 @@ pub(super) fn evaluate(
     for change in &rows.changes {
         let row = |image: Option<usize>| image.and_then(|image| shown.rows[image]);
         let Some(op) = decide(row(change.old), row(change.new), change.new.is_some(), &mut same)? else { continue };
-        let expires = row(change.new).and(if source.snapshot { change.expires } else { expire });
+        let expires = row(change.new).and(if source.pass == Pass::Snapshot { change.expires } else { expire });
         events.push(EventRow { op, key: key_images.len(), new: row(change.new), old: row(change.old), expires });
         key_images.extend(change.new.or(change.old).map(|image| rows.images[image]));
     }
@@ -120,7 +131,74 @@ pub(super) fn evaluate(
     let keys = query.spec.program.batch(query.key, &key_images)?;
     // Both sides are rows of one batch; a clone of it shares its columns.
     let (new, old) = (shown.batch.clone(), shown.batch.clone());
-    Ok(Some(CommitEvents { seq: source.seq, snapshot: source.snapshot, events, keys, new, old }))
+    let snapshot = source.pass == Pass::Snapshot;
+    Ok(Some(CommitEvents { seq: source.seq, snapshot, events, keys, new, old }))
+}
+
+/// Feed semantics: what the pipeline makes of the changes, one event each.
+fn outputs(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result<Option<CommitEvents>, Fault> {
+    let spec = query.spec;
+    let Some((pipelines, id)) = &mut query.pipeline else {
+        return Err(ProgramError("a feed without a pipeline".to_owned()).into());
+    };
+    let matching = matching(spec, rows)?;
+    let (mut changes, mut places) = (Vec::new(), Vec::new());
+    for change in &rows.changes {
+        // The predicate speaks of rows: an image that does not match is no part of the change.
+        let matched = |image: Option<usize>| image.filter(|image| matching[*image]);
+        let change = RowChange { old: matched(change.old), new: matched(change.new), ..*change };
+        let place = |image: Option<usize>| image.map(|image| rows.places[image]);
+        let RowChange { old, new, changed, columns, .. } = change;
+        let at = ChangeAt { changed, columns, old: place(old), new: place(new) };
+        if at.op().is_some() {
+            changes.push(change);
+            places.push(at);
+        }
+    }
+    if places.is_empty() {
+        return Ok(None);
+    }
+    let outputs = pipelines.run_changes(*id, source.batch(), &places)?;
+    if outputs.is_empty() {
+        return Ok(None);
+    }
+    let expire = spec.table.expires(rows.committed_at);
+    let (mut events, mut keys, mut own, mut made) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for output in outputs {
+        let change = changes.get(output.index).ok_or_else(|| answer("named a change that it was not given"))?;
+        let key = change.new.or(change.old).ok_or_else(|| answer("named a change without rows"))?;
+        let shown = if output.op == Op::Delete { change.old } else { change.new };
+        let (row, expires) = (keys.len(), if output.op == Op::Delete { None } else { expire });
+        events.push(EventRow { op: EventOp::Change(output.op), key: row, new: Some(row), old: None, expires });
+        keys.push(rows.images[key]);
+        match output.image {
+            Some(image) => made.push(image),
+            None => own.push(rows.images[shown.ok_or_else(|| answer("kept a row that is not there"))?]),
+        }
+    }
+    let new = match &spec.output {
+        Some(schema) => spec.program.batch(schema, &parse_all(&made)?)?,
+        None => spec.program.project(&own)?,
+    };
+    if new.num_rows() != events.len() {
+        return Err(answer("made rows for some of its outputs only").into());
+    }
+    let keys = spec.program.batch(query.key, &keys)?;
+    let old = new.clone();
+    Ok(Some(CommitEvents { seq: source.seq, snapshot: false, events, keys, new, old }))
+}
+
+fn answer(what: &str) -> ProgramError {
+    ProgramError(format!("the pipeline {what}"))
+}
+
+/// Which images the predicate takes.
+fn matching(spec: &GroupSpec, rows: &Rows<'_>) -> Result<Vec<bool>, ProgramError> {
+    let matching = spec.program.matches(&rows.images)?;
+    if matching.len() != rows.images.len() {
+        return Err(ProgramError("the predicate did not answer for every row".to_owned()));
+    }
+    Ok(matching)
 }
 
 /// What a change is to somebody who holds the earlier result. `old` and `new` are the output rows before and after, if
@@ -149,19 +227,14 @@ struct Shown {
 /// `None`: no image is in the result, which is the answer for most commits of a table with many groups.
 fn show(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result<Option<Shown>, Fault> {
     let spec = query.spec;
-    let matching = spec.program.matches(&rows.images)?;
-    if matching.len() != rows.images.len() {
-        return Err(ProgramError("the predicate did not answer for every row".to_owned()).into());
-    }
+    let matching = matching(spec, rows)?;
     let mut kept: Vec<usize> = (0..rows.images.len()).filter(|image| matching[*image]).collect();
     let mut output = None;
     if let Some((pipelines, id)) = &mut query.pipeline
         && !kept.is_empty()
     {
-        // Only the shared section of a live commit can lie in a ring; everything else is handed over as bytes.
-        let commit = (!source.snapshot && spec.scope == Scope::Shared).then_some(source.seq);
         let places: Vec<ImageAt> = kept.iter().map(|image| rows.places[*image]).collect();
-        let piped = pipelines.run(*id, commit, source.base, &places)?;
+        let piped = pipelines.run(*id, source.batch(), &places)?;
         (kept, output) = keep(spec, kept, piped)?;
     }
     if kept.is_empty() {

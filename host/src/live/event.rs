@@ -1,6 +1,7 @@
 //! What happened to a group's result at one commit: rows in columns, to be encoded once.
 
 use arrow::record_batch::RecordBatch;
+use wire::Op;
 
 use crate::store::Seq;
 
@@ -12,6 +13,8 @@ pub enum EventOp {
     Deleted,
     /// The row is still there but no longer in the result.
     MovedOut,
+    /// Feed semantics: one output of a change, in `new`.
+    Change(Op),
 }
 
 /// One event; the numbers are rows of the batches in [`CommitEvents`].
@@ -19,7 +22,7 @@ pub enum EventOp {
 pub struct EventRow {
     pub op: EventOp,
     pub key: usize,
-    /// Row of `new` (insert, update).
+    /// Row of `new` (insert, update, change).
     pub new: Option<usize>,
     /// Row of `old` (update, delete).
     pub old: Option<usize>,

@@ -10,7 +10,7 @@ use super::evaluate::{Fault, Query, Rows, Source, evaluate};
 use super::log::{LogError, read_piece};
 use super::subscription::EndReason;
 use super::worker::{Shared, outdated};
-use super::{Encoder, GroupSpec};
+use super::{Encoder, GroupSpec, Pass};
 use crate::store::snapshot::RowScan;
 use crate::store::{Seq, Store, StoreError};
 
@@ -107,7 +107,7 @@ pub(super) fn snapshot_piece(
         let (image, place, _) = ImageRef::parse(&base[start..]).map_err(|error| damaged("a stored row", error))?;
         images.push((image, shifted(place, start), expires));
     }
-    let source = Source { seq: scan.seq, snapshot: true, base: &base };
+    let source = Source { seq: scan.seq, pass: Pass::Snapshot, base: &base };
     let events = evaluate(query, source, &Rows::present(images))?;
     let mut out = Vec::new();
     if let Some(events) = &events {
@@ -159,7 +159,7 @@ fn replay_commit(
     if rows.schema_version() != Some(query.spec.table.schema_version) {
         return Ok(());
     }
-    let source = Source { seq, snapshot: false, base: section.bytes };
+    let source = Source { seq, pass: Pass::Replay, base: section.bytes };
     if let Some(events) = evaluate(query, source, &rows)? {
         encoder.encode(query.spec, &events, out);
     }

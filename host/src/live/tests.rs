@@ -13,7 +13,7 @@ use arrow::util::display::array_value_to_string;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use wire::image::ImageAt;
-use wire::{ColumnDecl, ImageBuilder, ImageRef, Kind, Schema, Scope, Type, Value};
+use wire::{ChangeAt, ColumnDecl, ImageBuilder, ImageRef, Kind, Schema, Scope, Type, Value};
 
 use super::event::{CommitEvents, EventOp};
 use super::*;
@@ -131,9 +131,9 @@ impl Pipelines for Doubler {
         Ok(7)
     }
 
-    fn run(&mut self, id: u64, _: Option<Seq>, base: &[u8], places: &[ImageAt]) -> Result<Piped, PipelineFault> {
+    fn run(&mut self, id: u64, batch: Batch<'_>, places: &[ImageAt]) -> Result<Piped, PipelineFault> {
         assert_eq!(id, 7);
-        let values: Vec<i64> = places.iter().map(|at| int_at(base, at, 1)).collect();
+        let values: Vec<i64> = places.iter().map(|at| int_at(batch.base, at, 1)).collect();
         if values.contains(&FAULT_VALUE) {
             return Err(fault());
         }
@@ -146,19 +146,41 @@ impl Pipelines for Doubler {
         Ok(Piped { output: Some(output.collect()), keep })
     }
 
+    /// Every change that is there twice: once as it is, once with its `a` doubled.
+    fn run_changes(
+        &mut self,
+        _: u64,
+        batch: Batch<'_>,
+        changes: &[ChangeAt],
+    ) -> Result<Vec<ChangeOutput>, PipelineFault> {
+        let mut outputs = Vec::new();
+        for (index, change) in changes.iter().enumerate() {
+            let op = change.op().expect("only changes with a row that matched come here");
+            let shown = change.new.or(change.old).expect("just looked at");
+            let a = int_at(batch.base, &shown, 1);
+            if a == FAULT_VALUE {
+                return Err(fault());
+            }
+            for times in [1, 2] {
+                let mut builder = ImageBuilder::new(1);
+                builder.set_int(0, a * times);
+                outputs.push(ChangeOutput { index, op, image: Some(builder.finish()) });
+            }
+        }
+        Ok(outputs)
+    }
+
     fn close(&mut self, _: u64) {
         self.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
+fn stage() -> Stage {
+    Stage { name: "doubler".to_owned(), version: 1, sha256: "00".to_owned(), params: "{}".to_owned() }
+}
+
 fn fault() -> PipelineFault {
-    PipelineFault {
-        plugin: "doubler".to_owned(),
-        version: 1,
-        sha256: "00".to_owned(),
-        cause: "failed",
-        message: "no".to_owned(),
-    }
+    PipelineFault { plugin: Some(Box::new(stage())), cause: "failed", message: "no".to_owned(), retry_after: None }
 }
 
 // ---- an encoder: one line an event ----
@@ -183,6 +205,7 @@ impl Encoder for Lines {
                 EventOp::Update => "update",
                 EventOp::Deleted => "deleted",
                 EventOp::MovedOut => "moved_out",
+                EventOp::Change(op) => op.as_str(),
             };
             let key = text(&events.keys, Some(event.key));
             let line = format!(
@@ -313,8 +336,6 @@ impl World {
     }
 
     fn spec(&self, least: i64, piped: bool) -> Arc<GroupSpec> {
-        let stage =
-            |version| Stage { name: "doubler".to_owned(), version, sha256: "00".to_owned(), params: "{}".to_owned() };
         Arc::new(GroupSpec {
             key: format!("{} {piped}", least).into_bytes(),
             live_id: "l".to_owned(),
@@ -322,12 +343,53 @@ impl World {
             scope: Scope::Shared,
             range: KeyRange::all(),
             program: Arc::new(Least(least)),
-            stages: if piped { vec![stage(1)] } else { Vec::new() },
+            stages: if piped { vec![stage()] } else { Vec::new() },
+            semantics: Semantics::Map,
+            on_error: OnError::Stop,
             output: piped.then(doubled),
             old: OldMode::Changed,
             fingerprint: "f".to_owned(),
             epoch: self.store.epoch(),
         })
+    }
+
+    /// The same query as a feed.
+    fn feed(&self, least: i64) -> Arc<GroupSpec> {
+        let map = self.spec(least, true);
+        Arc::new(GroupSpec {
+            key: format!("{least} feed").into_bytes(),
+            live_id: map.live_id.clone(),
+            table: map.table.clone(),
+            scope: map.scope.clone(),
+            range: map.range.clone(),
+            program: map.program.clone(),
+            stages: map.stages.clone(),
+            semantics: Semantics::Feed,
+            on_error: OnError::Stop,
+            output: map.output.clone(),
+            old: map.old,
+            fingerprint: map.fingerprint.clone(),
+            epoch: map.epoch,
+        })
+    }
+
+    /// What a feed gives after a position, up to a commit.
+    async fn fed(&self, least: i64, after: Seq, until: Seq) -> Vec<String> {
+        let mut subscription = self.live.subscribe(self.feed(least), From::After(after)).await.unwrap();
+        let mut lines = Vec::new();
+        loop {
+            match subscription.next().await {
+                Delivery::Events { bytes, .. } => {
+                    lines.extend(std::str::from_utf8(&bytes).unwrap().lines().map(|line| {
+                        // Without the seq, and without the old side, which a feed has not.
+                        line.split(' ').skip(1).take(3).collect::<Vec<_>>().join(" ")
+                    }));
+                }
+                Delivery::UpToDate(seq) if seq >= until => return lines,
+                Delivery::UpToDate(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     /// What the query gives at a position.
@@ -655,7 +717,7 @@ async fn a_failing_pipeline_ends_its_group_and_no_other() {
     let last = world.put(4, 20).await;
 
     let EndReason::Pipeline { fault, seq } = piped.end(&world).await else { panic!("the pipeline failed") };
-    assert_eq!((fault.plugin.as_str(), seq), ("doubler", good));
+    assert_eq!((fault.plugin.unwrap().name.as_str(), seq), ("doubler", good));
     assert_eq!(piped.held, BTreeMap::from([(1, "20".to_owned())]), "all before the commit, nothing of it");
     assert!(matches!(piped.next(&world).await, Delivery::End(_)), "it stays ended");
     plain.until(&world, last).await;
@@ -673,6 +735,56 @@ async fn a_failing_pipeline_ends_its_group_and_no_other() {
     let one = Client::settled(&world, 0, true).await;
     assert_eq!(world.pipelines.load(Ordering::Relaxed), 1, "pipelines of ended and left groups are closed");
     world.finish_with(vec![one]);
+}
+
+#[tokio::test]
+async fn a_feed_gives_what_the_pipeline_makes_of_each_change() {
+    let mut world = World::new(unhurried(), 1000).await;
+    let start = world.store.applied();
+    let mut early = world.live.subscribe(world.feed(10), From::After(start)).await.unwrap();
+    world.put(1, 5).await;
+    world.put(1, 12).await;
+    let middle = world.put(1, 13).await;
+    world.write(&[(2, Some((Some(20), "x".into()))), (1, Some((Some(3), "x".into())))]).await;
+    world.write(&[(2, None)]).await;
+    let end = world.put(3, 9).await;
+    // A row that does not match is no part of a change: into the result is an insert, out of it a delete.
+    let all = [
+        "insert 1 12",
+        "insert 1 24",
+        "update 1 13",
+        "update 1 26",
+        "insert 2 20",
+        "insert 2 40",
+        "delete 1 13",
+        "delete 1 26",
+        "delete 2 20",
+        "delete 2 40",
+    ];
+    assert_eq!(world.fed(10, start, end).await, all, "replayed");
+    assert_eq!(world.fed(10, middle, end).await, all[4..], "from a position on");
+    let mut live = String::new();
+    while live.lines().count() < all.len() {
+        match early.next().await {
+            Delivery::Events { bytes, .. } => live.push_str(std::str::from_utf8(&bytes).unwrap()),
+            Delivery::UpToDate(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    let bad = world.put(4, FAULT_VALUE).await;
+    world.put(5, 30).await;
+    loop {
+        match early.next().await {
+            Delivery::UpToDate(_) => {}
+            Delivery::End(EndReason::Pipeline { seq, .. }) => {
+                assert_eq!(seq, end, "nothing of the commit that failed, and everything before it");
+                break;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    drop(early);
+    assert_eq!(world.fed(10, bad, bad).await, ["insert 5 30", "insert 5 60"]);
 }
 
 #[tokio::test]

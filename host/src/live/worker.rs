@@ -26,7 +26,7 @@ use super::job::{Job, JobError, Piece, Replayed, SnapshotScan, Work, replay_piec
 use super::log::{LogError, LogPiece, read_piece};
 use super::subscription::EndReason;
 use super::tail::{CommitTail, CommitsAfter, GroupEnd};
-use super::{Encoder, GroupSpec, LiveOptions, PipelineFault, Pipelines};
+use super::{Encoder, GroupSpec, LiveOptions, Pass, PipelineFault, Pipelines};
 use crate::catalog::{Catalog, NamespaceId, TableId};
 use crate::store::{Seq, Store};
 use crate::telemetry::Metrics;
@@ -393,7 +393,7 @@ impl Worker {
     }
 
     fn section(&mut self, seq: Seq, committed_at: i64, section: &SectionView<'_>) {
-        let source = Source { seq, snapshot: false, base: section.bytes };
+        let source = Source { seq, pass: Pass::Live, base: section.bytes };
         let mut tables: Vec<TableId> = Vec::new();
         for table in section.changes.iter().map(|change| TableId(change.header.table)) {
             if !tables.contains(&table) {

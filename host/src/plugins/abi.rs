@@ -5,6 +5,9 @@ use wire::abi::{DESCRIPTOR_BYTES, Descriptor};
 use wire::image::{MAX_COLUMNS, SLOT_BYTES};
 use wire::{ColumnDecl, ImageBuilder, Kind, Schema, Type};
 
+/// Bytes of how many rows one change was made into.
+const COUNT_BYTES: usize = 4;
+
 /// Longest schema message that a guest may answer.
 pub const SCHEMA_BYTES: u32 = 256 * 1024;
 const MAX_NAME_BYTES: usize = 128;
@@ -60,6 +63,36 @@ pub fn output_images(output: &[u8], n: usize, schema: &Schema) -> Result<Vec<Vec
         images.push(builder.finish());
     }
     Ok(images)
+}
+
+/// The images of a change transform's output, for each change of the batch any number: `n` counts (u32), then as many
+/// descriptors as they add up to, then what those point to. `most` bounds the images together, because descriptors may
+/// point to the same bytes again and again.
+pub fn output_changes(output: &[u8], n: usize, schema: &Schema, most: usize) -> Result<Vec<Vec<Vec<u8>>>, String> {
+    let short = |what: &str| format!("the output has {} bytes, too few for {what}", output.len());
+    let counts = output.get(..n * COUNT_BYTES).ok_or_else(|| short(&format!("{n} counts")))?;
+    let mut descriptors = output[n * COUNT_BYTES..].chunks_exact(DESCRIPTOR_BYTES);
+    let mut builder = ImageBuilder::new(schema.slots());
+    let (mut changes, mut bytes, mut row) = (Vec::with_capacity(n), 0, 0);
+    for count in counts.chunks_exact(COUNT_BYTES) {
+        let mut images = Vec::new();
+        for _ in 0..u32::from_le_bytes([count[0], count[1], count[2], count[3]]) {
+            let descriptor = descriptors.next().ok_or_else(|| short("as many descriptors as it counts"))?;
+            let mut fixed = [0; DESCRIPTOR_BYTES];
+            fixed.copy_from_slice(descriptor);
+            builder.clear();
+            copy_row(output, Descriptor::from_bytes(fixed), schema, &mut builder)
+                .map_err(|error| format!("output row {row}: {error}"))?;
+            let image = builder.finish();
+            (bytes, row) = (bytes + image.len(), row + 1);
+            if bytes > most {
+                return Err(format!("its rows have over {most} bytes together"));
+            }
+            images.push(image);
+        }
+        changes.push(images);
+    }
+    Ok(changes)
 }
 
 fn copy_row(output: &[u8], at: Descriptor, schema: &Schema, builder: &mut ImageBuilder) -> Result<(), String> {
@@ -225,7 +258,47 @@ mod tests {
         assert!(output_schema(&encode(&Schema::default())).unwrap_err().contains("0 columns"));
     }
 
+    #[test]
+    fn a_change_may_become_any_number_of_rows() {
+        let rows = output(&[row(1, "a"), row(2, "b")]);
+        let with_counts = |counts: &[u32]| {
+            let shift = (counts.len() * COUNT_BYTES) as u32;
+            let mut bytes: Vec<u8> = counts.iter().flat_map(|count| count.to_le_bytes()).collect();
+            for descriptor in rows[..2 * DESCRIPTOR_BYTES].chunks_exact(DESCRIPTOR_BYTES) {
+                let mut at = Descriptor::from_bytes(descriptor.try_into().unwrap());
+                (at.present, at.slots, at.heap) = (at.present + shift, at.slots + shift, at.heap + shift);
+                bytes.extend_from_slice(&at.to_bytes());
+            }
+            bytes.extend_from_slice(&rows[2 * DESCRIPTOR_BYTES..]);
+            bytes
+        };
+        let made = output_changes(&with_counts(&[0, 2, 0]), 3, &schema(), 1000).unwrap();
+        let ids = |images: &Vec<Vec<u8>>| -> Vec<i64> {
+            images.iter().map(|image| ImageRef::parse(image).unwrap().0.int(0).unwrap()).collect()
+        };
+        assert_eq!(made.iter().map(ids).collect::<Vec<_>>(), [vec![], vec![1, 2], vec![]]);
+        for (bytes, n, most, expected) in [
+            (with_counts(&[1, 1]), 4, 1000, "output row"),
+            (with_counts(&[u32::MAX]), 1, 1000, "output row 2"),
+            (with_counts(&[1, 1]), 2, 60, "over 60 bytes together"),
+            (vec![0; 7], 2, 1000, "too few for 2 counts"),
+            (vec![1, 0, 0, 0], 1, 1000, "as many descriptors as it counts"),
+        ] {
+            let error = output_changes(&bytes, n, &schema(), most).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn any_output_of_changes_is_taken_or_refused_without_panic(bytes in any::<Vec<u8>>(), n in 0usize..4) {
+            if let Ok(changes) = output_changes(&bytes, n, &schema(), 10_000) {
+                for image in changes.iter().flatten() {
+                    ImageRef::parse(image).unwrap();
+                }
+            }
+        }
+
         #[test]
         fn any_output_is_taken_or_refused_without_panic(bytes in any::<Vec<u8>>(), n in 0usize..4) {
             if let Ok(images) = output_images(&bytes, n, &schema()) {

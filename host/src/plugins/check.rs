@@ -74,8 +74,46 @@ pub fn module(options: &PluginOptions, wasm: Bytes) -> Result<Checked, PluginErr
     // The manifest first: of a module for another ABI, that is the thing to say.
     let manifest = parse_manifest(&outline.manifest)?;
     outline.check_imports(types.as_ref())?;
-    let kind = outline.check_exports(types.as_ref())?;
+    let filter = outline.check_exports(types.as_ref())?;
+    let kind = kind_of(filter, &manifest)?;
     Ok(Checked { sha256: hex(&Sha256::digest(&wasm)), wasm, kind, manifest })
+}
+
+/// The module with this manifest instead of whatever it had.
+pub fn attach(options: &PluginOptions, wasm: &[u8], manifest: &str) -> Result<Vec<u8>, PluginError> {
+    let mut out = Vec::with_capacity(wasm.len() + manifest.len() + 32);
+    let mut from = 0;
+    for payload in Parser::new(0).parse_all(wasm) {
+        if let Payload::CustomSection(section) = payload.map_err(invalid)?
+            && section.name() == MANIFEST_SECTION
+        {
+            // A section is its id, the length of what follows, and that.
+            let content = section.range();
+            let head = 1 + leb(content.len()).len();
+            out.extend_from_slice(&wasm[from..content.start.saturating_sub(head).max(from)]);
+            from = content.end;
+        }
+    }
+    out.extend_from_slice(&wasm[from..]);
+    let content = [&leb(MANIFEST_SECTION.len())[..], MANIFEST_SECTION.as_bytes(), manifest.as_bytes()].concat();
+    out.push(0);
+    out.extend_from_slice(&leb(content.len()));
+    out.extend_from_slice(&content);
+    module(options, Bytes::from(out.clone()))?;
+    Ok(out)
+}
+
+fn leb(mut value: usize) -> Vec<u8> {
+    let mut out = Vec::new();
+    loop {
+        let byte = (value & 0x7f) as u8;
+        value >>= 7;
+        if value == 0 {
+            out.push(byte);
+            return out;
+        }
+        out.push(byte | 0x80);
+    }
 }
 
 /// Lower-case hex.
@@ -257,7 +295,8 @@ impl Outline {
         Ok(())
     }
 
-    fn check_exports(&self, types: TypesRef<'_>) -> Result<PluginKind, PluginError> {
+    /// Whether it is a filter; else it is a transform.
+    fn check_exports(&self, types: TypesRef<'_>) -> Result<bool, PluginError> {
         const I32: ValType = ValType::I32;
         let memory = self
             .exports
@@ -275,10 +314,10 @@ impl Outline {
         let filter = self.check_export(types, export::FILTER, run, false)?;
         let transform = self.check_export(types, export::TRANSFORM, run, false)?;
         match (filter, transform) {
-            (true, false) => Ok(PluginKind::RowFilter),
-            (false, true) => Ok(PluginKind::RowTransform),
+            (true, false) => Ok(true),
+            (false, true) => Ok(false),
             (true, true) => refuse(format!(
-                "the module exports both `{}` and `{}`; a plugin is one of the two for now: make two modules of it",
+                "the module exports both `{}` and `{}`; a plugin is one of the two: make two modules of it",
                 export::FILTER,
                 export::TRANSFORM
             )),
@@ -343,6 +382,24 @@ fn limit_body(body: &wasmparser::FunctionBody<'_>) -> Result<(), PluginError> {
         at_most("a function", locals, "locals", MAX_LOCALS, None)?;
     }
     Ok(())
+}
+
+/// The kind that the manifest says, which has to fit the export; without one the row kind of the export.
+fn kind_of(filter: bool, manifest: &[ManifestLine]) -> Result<PluginKind, PluginError> {
+    let said = manifest.iter().find_map(|line| match line {
+        ManifestLine::Plugin { kind, .. } => *kind,
+        _ => None,
+    });
+    match said {
+        None if filter => Ok(PluginKind::RowFilter),
+        None => Ok(PluginKind::RowTransform),
+        Some(kind) if kind.is_filter() == filter => Ok(kind),
+        Some(kind) => refuse(format!(
+            "the manifest says that the plugin is a {}, but the module exports `{}`",
+            kind.as_str(),
+            if filter { export::FILTER } else { export::TRANSFORM }
+        )),
+    }
 }
 
 /// The manifest's lines, checked to be usable.

@@ -1,6 +1,7 @@
 //! The engine: what guests may be made of, how they are compiled, and the clock that interrupts them.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -10,8 +11,11 @@ use std::time::{Duration, Instant};
 use wasmtime::{Config, InstancePre, Linker, Module, OptLevel, Strategy, WasmFeatures};
 use wire::abi::ManifestLine;
 
+use super::cache::{Cache, KEY_BYTES};
 use super::check::{self, Checked};
+use super::compiler;
 use super::guest::{self, Guest};
+use super::health::Health;
 use super::{ModuleSource, PluginError, PluginOptions};
 use crate::catalog::PluginKind;
 
@@ -25,13 +29,14 @@ const COMPILERS: usize = 2;
 const MODULES_KEPT: usize = 64;
 
 /// Cranelift recurses over what a module nests.
-const COMPILER_STACK_BYTES: usize = 8 * 1024 * 1024;
+pub const COMPILER_STACK_BYTES: usize = 8 * 1024 * 1024;
 
 /// A module that can be instantiated.
 pub struct Compiled {
     pub sha256: Arc<str>,
     pub kind: PluginKind,
     pub manifest: Vec<ManifestLine>,
+    pub health: Health,
     pub pre: InstancePre<Guest>,
 }
 
@@ -40,20 +45,38 @@ pub struct Engine {
     linker: Arc<Linker<Guest>>,
     pub ticker: Ticker,
     modules: Mutex<Modules>,
+    cache: Option<Cache>,
     permits: Arc<Permits>,
     compile_time: Duration,
 }
 
 impl Engine {
-    pub fn new(options: &PluginOptions) -> Result<Engine, PluginError> {
+    /// `secret`: the key of the cache's MACs, where the options name a folder for it.
+    pub fn new(
+        options: &PluginOptions,
+        secret: impl FnOnce() -> Result<[u8; KEY_BYTES], String>,
+    ) -> Result<Engine, PluginError> {
         let failed =
             |error: wasmtime::Error| PluginError::Host(format!("the WebAssembly engine cannot start: {error:#}"));
-        let wasm = wasmtime::Engine::new(&config(options)).map_err(failed)?;
+        let wasm = wasmtime::Engine::new(&config(Some(options))).map_err(failed)?;
         let mut linker = Linker::new(&wasm);
         guest::link(&mut linker).map_err(failed)?;
         let ticker =
             Ticker::start(wasm.clone()).map_err(|error| PluginError::Host(format!("no ticker thread: {error}")))?;
+        let cache = match &options.cache_dir {
+            None => None,
+            Some(folder) => {
+                let mut hasher = std::hash::DefaultHasher::new();
+                wasm.precompile_compatibility_hash().hash(&mut hasher);
+                let key = secret().map_err(PluginError::Host)?;
+                let cache = Cache::new(folder.clone(), key, hasher.finish()).map_err(|error| {
+                    PluginError::Host(format!("the folder {} cannot be made: {error}", folder.display()))
+                })?;
+                Some(cache)
+            }
+        };
         Ok(Engine {
+            cache,
             wasm,
             linker: Arc::new(linker),
             ticker,
@@ -82,12 +105,16 @@ impl Engine {
                 checked.sha256
             )));
         }
-        self.compile(&checked)
+        self.compile(options, &checked)
     }
 
-    /// Compiles on a thread of its own, so that a caller waits no longer than the limit.
-    pub fn compile(&self, checked: &Checked) -> Result<Arc<Compiled>, PluginError> {
+    /// Compiles in a child process where the options name a program for that, else on a thread of its own; either way a
+    /// caller waits no longer than the limit. What was compiled before is loaded from the cache.
+    pub fn compile(&self, options: &PluginOptions, checked: &Checked) -> Result<Arc<Compiled>, PluginError> {
         let deadline = Instant::now() + self.compile_time;
+        if let Some(module) = self.cached(&checked.sha256) {
+            return self.keep(checked, module);
+        }
         let permit = Permits::take(&self.permits, deadline).ok_or_else(|| {
             PluginError::Refused("other modules are being compiled; try again in a moment".to_owned())
         })?;
@@ -95,44 +122,96 @@ impl Engine {
         if let Some(module) = self.modules().get(&checked.sha256) {
             return Ok(module);
         }
-        let receive = self.start_compiler(checked, permit)?;
-        let too_long = || {
-            PluginError::Refused(format!(
-                "the module takes longer than {} s to compile: make it smaller, or raise plugins.compile_time",
-                self.compile_time.as_secs_f32()
-            ))
-        };
-        let pre = match receive.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(_) if Instant::now() > deadline => return Err(too_long()),
-            Ok(Ok(pre)) => pre,
-            Ok(Err(error)) => return Err(PluginError::Refused(format!("the module does not compile: {error:#}"))),
-            Err(RecvTimeoutError::Timeout) => return Err(too_long()),
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(PluginError::Refused("the compiler failed on the module".to_owned()));
+        let code = match &options.compiler {
+            Some(program) => {
+                let code = compiler::compile(program, checked.wasm.clone(), deadline);
+                drop(permit);
+                code.map_err(|error| match error {
+                    PluginError::Refused(message) if message.is_empty() => self.too_long(),
+                    other => other,
+                })?
             }
+            None => self.on_a_thread(checked, permit, deadline)?,
         };
+        let module = self
+            .load(&code)
+            .map_err(|error| PluginError::Host(format!("what was compiled just now cannot be loaded: {error:#}")))?;
+        if let Some(cache) = &self.cache {
+            cache.store(&checked.sha256, &code);
+        }
+        self.keep(checked, module)
+    }
+
+    fn on_a_thread(&self, checked: &Checked, permit: Permit, deadline: Instant) -> Result<Vec<u8>, PluginError> {
+        let receive = self.start_compiler(checked, permit)?;
+        match receive.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(_) if Instant::now() > deadline => Err(self.too_long()),
+            Ok(Ok(code)) => Ok(code),
+            Ok(Err(error)) => Err(PluginError::Refused(format!("the module does not compile: {error:#}"))),
+            Err(RecvTimeoutError::Timeout) => Err(self.too_long()),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(PluginError::Refused("the compiler failed on the module".to_owned()))
+            }
+        }
+    }
+
+    fn too_long(&self) -> PluginError {
+        PluginError::Refused(format!(
+            "the module takes longer than {} s to compile: make it smaller, or raise plugins.compile_ms",
+            self.compile_time.as_secs_f32()
+        ))
+    }
+
+    fn start_compiler(&self, checked: &Checked, permit: Permit) -> Result<Receiver<CompileResult>, PluginError> {
+        let (send, receive) = mpsc::sync_channel(1);
+        let (engine, wasm) = (self.wasm.clone(), checked.wasm.clone());
+        let job = move || {
+            let code = engine.precompile_module(&wasm);
+            drop(permit);
+            // The caller may have given up.
+            let _ = send.send(code);
+        };
+        let thread = thread::Builder::new().name("plugin-compile".to_owned()).stack_size(COMPILER_STACK_BYTES);
+        thread.spawn(job).map_err(|error| PluginError::Host(format!("no thread to compile on: {error}")))?;
+        Ok(receive)
+    }
+
+    /// Compiled code from the cache, if this very engine can run it.
+    fn cached(&self, sha256: &str) -> Option<Module> {
+        let code = self.cache.as_ref()?.load(sha256)?;
+        self.load(&code)
+            .inspect_err(
+                |error| tracing::warn!(sha256, %error, "a compiled plugin cannot be loaded; it is compiled again"),
+            )
+            .ok()
+    }
+
+    fn load(&self, code: &[u8]) -> wasmtime::Result<Module> {
+        // SAFETY: loading compiled code is running it. These bytes were made by wasmtime: in this process, or in our
+        // child, which got the module and nothing else; or they come from the cache, which has checked their MAC in
+        // memory, on these very bytes. wasmtime itself checks that they were made by its own version and settings.
+        unsafe { Module::deserialize(&self.wasm, code) }
+    }
+
+    fn keep(&self, checked: &Checked, module: Module) -> Result<Arc<Compiled>, PluginError> {
+        let pre = self.linker.instantiate_pre(&module);
+        let pre = pre.map_err(|error| PluginError::Refused(format!("the module cannot be linked: {error:#}")))?;
         let module = Arc::new(Compiled {
             sha256: checked.sha256.as_str().into(),
             kind: checked.kind,
             manifest: checked.manifest.clone(),
+            health: Health::default(),
             pre,
         });
         self.modules().put(module.clone());
         Ok(module)
     }
 
-    fn start_compiler(&self, checked: &Checked, permit: Permit) -> Result<Receiver<CompileResult>, PluginError> {
-        let (send, receive) = mpsc::sync_channel(1);
-        let (engine, linker, wasm) = (self.wasm.clone(), self.linker.clone(), checked.wasm.clone());
-        let job = move || {
-            let pre = Module::new(&engine, &wasm).and_then(|module| linker.instantiate_pre(&module));
-            drop(permit);
-            // The caller may have given up.
-            let _ = send.send(pre);
-        };
-        let thread = thread::Builder::new().name("plugin-compile".to_owned()).stack_size(COMPILER_STACK_BYTES);
-        thread.spawn(job).map_err(|error| PluginError::Host(format!("no thread to compile on: {error}")))?;
-        Ok(receive)
+    /// Forgets the compiled code of all modules but these.
+    pub fn sweep_cache(&self, needed: impl Fn(&str) -> bool) {
+        if let Some(cache) = &self.cache {
+            cache.sweep(needed);
+        }
     }
 
     fn modules(&self) -> MutexGuard<'_, Modules> {
@@ -140,9 +219,15 @@ impl Engine {
     }
 }
 
-type CompileResult = wasmtime::Result<InstancePre<Guest>>;
+type CompileResult = wasmtime::Result<Vec<u8>>;
 
-fn config(options: &PluginOptions) -> Config {
+/// The work of the compiling child. What a module compiles to does not depend on the limits of the server's options.
+pub fn precompile(wasm: &[u8]) -> Result<Vec<u8>, String> {
+    let engine = wasmtime::Engine::new(&config(None)).map_err(|error| format!("{error:#}"))?;
+    engine.precompile_module(wasm).map_err(|error| format!("{error:#}"))
+}
+
+fn config(options: Option<&PluginOptions>) -> Config {
     let mut config = Config::new();
     config
         .strategy(Strategy::Cranelift)
@@ -150,7 +235,6 @@ fn config(options: &PluginOptions) -> Config {
         .cranelift_nan_canonicalization(true)
         .epoch_interruption(true)
         .consume_fuel(false)
-        .max_wasm_stack(options.stack_bytes)
         // The window's pages stay where they were mapped; the default reservation keeps bounds checks away.
         .memory_may_move(false)
         // One module compiles on one core: the others belong to queries and live streams.
@@ -168,6 +252,9 @@ fn config(options: &PluginOptions) -> Config {
         WasmFeatures::COMPONENT_MODEL,
     ] {
         config.wasm_features(feature, false);
+    }
+    if let Some(options) = options {
+        config.max_wasm_stack(options.stack_bytes);
     }
     config
 }

@@ -15,7 +15,7 @@ use super::guest::{self, Guest, Misuse, OutOfTime};
 use super::registry::Shared;
 use super::window::{self, GuestWindow, Mapping, PART_ROWS_AT, Ring, WindowError, WorkerPart};
 use super::{FaultCause, PluginError, abi, check};
-use crate::catalog::{NamespaceId, PluginKind};
+use crate::catalog::NamespaceId;
 
 /// What a guest's allocator may need around the window to align it.
 const WINDOW_SLACK: usize = 2 * WINDOW_ALIGN as usize;
@@ -26,6 +26,8 @@ pub struct CallFault {
     pub cause: FaultCause,
     /// Not the guest's doing: the machine has no memory or mappings left.
     pub host: bool,
+    /// The instance could not be made or configured: no row is to blame.
+    pub whole: bool,
     /// The row of the batch, where the guest named one.
     pub row: Option<usize>,
     pub message: String,
@@ -33,23 +35,27 @@ pub struct CallFault {
 
 impl CallFault {
     pub fn new(cause: FaultCause, message: impl Into<String>) -> CallFault {
-        CallFault { cause, host: false, row: None, message: message.into() }
+        CallFault { cause, host: false, whole: false, row: None, message: message.into() }
     }
 
     /// A fault that this guest, in this call, told of one row.
     pub fn at(cause: FaultCause, row: Option<usize>, message: String) -> CallFault {
-        CallFault { cause, host: false, row, message }
+        CallFault { cause, host: false, whole: false, row, message }
     }
 
     pub fn host(message: String) -> CallFault {
-        CallFault { cause: FaultCause::Memory, host: true, row: None, message }
+        CallFault { cause: FaultCause::Memory, host: true, whole: true, row: None, message }
     }
 
-    pub fn of(self, plugin: &str, index: Option<usize>) -> PluginError {
+    fn whole(self) -> CallFault {
+        CallFault { whole: true, ..self }
+    }
+
+    pub fn of(self, plugin: &str, stage: Option<usize>, index: Option<usize>) -> PluginError {
         if self.host {
             return PluginError::Host(self.message);
         }
-        PluginError::Fault { plugin: plugin.to_owned(), cause: self.cause, index, message: self.message }
+        PluginError::Fault { plugin: plugin.to_owned(), stage, cause: self.cause, index, message: self.message }
     }
 }
 
@@ -66,15 +72,38 @@ pub struct Setup {
     pub input: Vec<u8>,
 }
 
-/// The two parts that make the windows of one worker in one namespace.
+/// Whose rows a space holds: those of shared tables, or of user tables, one user at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SpaceKind {
+    Shared,
+    Users,
+}
+
+/// The two parts that make the windows of one worker in one namespace. User tables have a space of their own: an
+/// instance maps the parts it is made with, so one that serves shared tables can never see a user's row, and one that
+/// serves a user sees no part that another user's rows are in while it runs.
 pub struct Space {
     pub namespace: NamespaceId,
-    /// `Err`: no ring, only its length (throw-away instances).
+    /// `Err`: no ring, only its length (throw-away instances, user tables).
     pub ring: Result<Arc<Ring>, u32>,
     pub part: WorkerPart,
+    /// Whose rows the part may hold at present.
+    owner: Option<Arc<str>>,
 }
 
 impl Space {
+    pub fn new(namespace: NamespaceId, ring: Result<Arc<Ring>, u32>, part: WorkerPart) -> Space {
+        Space { namespace, ring, part, owner: None }
+    }
+
+    /// From here on the part is this user's: what it held of another one is wiped first.
+    pub fn enter(&mut self, user: Option<&Arc<str>>) {
+        if self.owner.as_ref() != user {
+            self.part.clear();
+            self.owner = user.cloned();
+        }
+    }
+
     fn ring(&self) -> Result<&Ring, u32> {
         self.ring.as_deref().map_err(|len| *len)
     }
@@ -121,10 +150,7 @@ impl Instance {
         let window = GuestWindow::open(&mut store, memory, addr, space.ring(), &space.part, shared.mapping)
             .map_err(|error| window_fault(error, &store))?;
 
-        let run = match module.kind {
-            PluginKind::RowFilter => export::FILTER,
-            PluginKind::RowTransform => export::TRANSFORM,
-        };
+        let run = if module.kind.is_filter() { export::FILTER } else { export::TRANSFORM };
         let run = func(&instance, &mut store, run)?;
         let configure = func(&instance, &mut store, export::CONFIGURE)?;
         let release = instance.get_func(&mut store, export::RELEASE).is_some();
@@ -150,10 +176,7 @@ impl Instance {
                 "tg_configure failed without saying why (it should call `fail`)",
             ));
         };
-        let output = match setup.module.kind {
-            PluginKind::RowFilter => None,
-            PluginKind::RowTransform => Some(self.read_schema(schema)?),
-        };
+        let output = (!setup.module.kind.is_filter()).then(|| self.read_schema(schema)).transpose()?;
         self.handles.insert(setup.key, Handle { number, output: output.clone() });
         Ok(output)
     }
@@ -226,7 +249,7 @@ impl Instance {
         Ok(kept)
     }
 
-    /// `tg_transform`: one image per row.
+    /// `tg_transform` of a row transform: one image per row.
     pub fn transform(
         &mut self,
         setup: &Setup,
@@ -234,6 +257,27 @@ impl Instance {
         part: &mut WorkerPart,
         used: usize,
     ) -> Result<Vec<Vec<u8>>, CallFault> {
+        let output = self.output(setup, rows, part, used)?;
+        let schema = self.output_schema(setup)?;
+        abi::output_images(&output, rows, schema).map_err(|message| CallFault::new(FaultCause::Output, message))
+    }
+
+    /// `tg_transform` of a change transform: for each change the images it was made into.
+    pub fn expand(
+        &mut self,
+        setup: &Setup,
+        changes: usize,
+        part: &mut WorkerPart,
+        used: usize,
+    ) -> Result<Vec<Vec<Vec<u8>>>, CallFault> {
+        let output = self.output(setup, changes, part, used)?;
+        let (schema, most) = (self.output_schema(setup)?, self.shared.options.output_bytes);
+        abi::output_changes(&output, changes, schema, most)
+            .map_err(|message| CallFault::new(FaultCause::Output, message))
+    }
+
+    /// The bytes that `tg_transform` answers, copied once.
+    fn output(&mut self, setup: &Setup, rows: usize, part: &mut WorkerPart, used: usize) -> Result<Vec<u8>, CallFault> {
         let packed = self.run(setup, rows, part, used)?;
         let (addr, len) = (packed as u32, (packed >> 32) as u32);
         let most = self.shared.options.output_bytes;
@@ -242,12 +286,12 @@ impl Instance {
                 format!("tg_transform answered {len} bytes; at most {most} are allowed (plugins.output_bytes)");
             return Err(CallFault::new(FaultCause::Output, message));
         }
-        let output = self
-            .take(addr, len)
-            .map_err(|message| CallFault::new(FaultCause::Output, format!("the output: {message}")))?;
+        self.take(addr, len).map_err(|message| CallFault::new(FaultCause::Output, format!("the output: {message}")))
+    }
+
+    fn output_schema(&self, setup: &Setup) -> Result<&Schema, CallFault> {
         let schema = self.handles.get(&setup.key).and_then(|handle| handle.output.as_ref());
-        let schema = schema.ok_or_else(|| CallFault::new(FaultCause::Abi, "a transform without an output schema"))?;
-        abi::output_images(&output, rows, schema).map_err(|message| CallFault::new(FaultCause::Output, message))
+        schema.ok_or_else(|| CallFault::new(FaultCause::Abi, "a transform without an output schema"))
     }
 
     fn run(&mut self, setup: &Setup, rows: usize, part: &mut WorkerPart, used: usize) -> Result<u64, CallFault> {
@@ -389,13 +433,16 @@ fn fault(error: &wasmtime::Error, guest: &Guest) -> CallFault {
     CallFault::new(FaultCause::Trap, message)
 }
 
+/// Which instance: of what module, for whose rows.
+type Key = (Arc<str>, NamespaceId, Option<Arc<str>>);
+
 /// The instances of one worker: at most so many, the longest unused goes first.
 pub struct Instances {
     shared: Arc<Shared>,
     limit: usize,
     clock: u64,
     random: u64,
-    map: HashMap<(Arc<str>, NamespaceId), (u64, Instance)>,
+    map: HashMap<Key, (u64, Instance)>,
 }
 
 impl Instances {
@@ -403,29 +450,31 @@ impl Instances {
         Instances { shared, limit: limit.max(1), clock: 0, random: 0, map: HashMap::new() }
     }
 
-    /// The instance of a setup's module, made where there is none, with the setup configured.
+    /// The instance of a setup's module for whoever the space is entered for, made where there is none, with the setup
+    /// configured.
     pub fn get(&mut self, setup: &Setup, space: &mut Space) -> Result<(&mut Instance, Option<Schema>), CallFault> {
-        self.drop_at_random(&setup.module.sha256, space.namespace);
+        let key = key(setup, space);
+        self.drop_at_random(&key);
         self.clock += 1;
-        let key = (setup.module.sha256.clone(), space.namespace);
         if !self.map.contains_key(&key) {
             self.make_room();
-            let instance = Instance::new(&self.shared, &setup.plugin, &setup.module, space)?;
+            let instance =
+                Instance::new(&self.shared, &setup.plugin, &setup.module, space).map_err(CallFault::whole)?;
             self.map.insert(key.clone(), (self.clock, instance));
         }
         let (used, instance) = self.map.get_mut(&key).expect("it was there or has just been put there");
         *used = self.clock;
-        let output = instance.configure(setup, &mut space.part)?;
+        let output = instance.configure(setup, &mut space.part).map_err(CallFault::whole)?;
         Ok((instance, output))
     }
 
     /// Drops the instance of a setup's module, if there is one.
-    pub fn forget(&mut self, setup: &Setup, namespace: NamespaceId) {
-        self.map.remove(&(setup.module.sha256.clone(), namespace));
+    pub fn forget(&mut self, setup: &Setup, space: &Space) {
+        self.map.remove(&key(setup, space));
     }
 
     pub fn release(&mut self, setup: &Setup, space: &Space) {
-        let key = (setup.module.sha256.clone(), space.namespace);
+        let key = key(setup, space);
         if let Some((_, instance)) = self.map.get_mut(&key)
             && let Err(fault) = instance.release(setup, &space.part)
         {
@@ -439,9 +488,13 @@ impl Instances {
         }
     }
 
-    /// All instances of a namespace: nothing there uses plugins any more.
-    pub fn leave(&mut self, namespace: NamespaceId) {
-        self.map.retain(|(_, of), _| *of != namespace);
+    /// All instances of a namespace for one user, or for shared tables: nothing there uses plugins any more.
+    pub fn leave(&mut self, namespace: NamespaceId, user: Option<&Arc<str>>) {
+        self.map.retain(|(_, of, owner), _| *of != namespace || owner.as_ref() != user);
+    }
+
+    pub fn clear(&mut self) {
+        self.map.clear();
     }
 
     fn make_room(&mut self) {
@@ -453,7 +506,7 @@ impl Instances {
     }
 
     /// Plugins are pure: losing an instance between two calls must change nothing. Tests switch this on to prove it.
-    fn drop_at_random(&mut self, sha256: &Arc<str>, namespace: NamespaceId) {
+    fn drop_at_random(&mut self, key: &Key) {
         let seed = self.shared.chaos();
         if seed == 0 {
             return;
@@ -464,7 +517,11 @@ impl Instances {
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         if self.random.is_multiple_of(3) {
-            self.map.remove(&(sha256.clone(), namespace));
+            self.map.remove(key);
         }
     }
+}
+
+fn key(setup: &Setup, space: &Space) -> Key {
+    (setup.module.sha256.clone(), space.namespace, space.owner.clone())
 }

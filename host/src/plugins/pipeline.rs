@@ -1,30 +1,65 @@
-//! Stages in order: batches of rows, described in place where the ring has them, else put into the worker part once;
-//! a failing batch is taken apart to find the row that fails alone.
+//! Stages in order: batches of rows or changes, described in place where the ring has them, else put into the worker part
+//! once; a failing batch is taken apart to find what fails alone.
+//!
+//! A pipeline is given rows, or changes: two images with what is different between them. Row kinds before a change kind
+//! look at both images of a change: a filter takes the image it does not keep out of the change, a transform makes
+//! both anew. A change transform turns changes into rows, which only row kinds can follow.
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
-use wire::abi::{DESCRIPTOR_BYTES, Descriptor, MAX_BATCH};
+use sha2::{Digest, Sha256};
+use wire::abi::{CHANGE_DESCRIPTOR_BYTES, ChangeDescriptor, DESCRIPTOR_BYTES, Descriptor, MAX_BATCH, PluginKind};
+use wire::frame::changed_columns;
 use wire::image::ImageAt;
-use wire::{ImageError, ImageRef};
+use wire::{ChangeAt, ImageError, ImageRef, Kind, Op};
 
+use super::health::UnitKey;
 use super::instance::{CallFault, Instances, Setup, Space};
 use super::registry::Shared;
 use super::window::{Lease, PART_ROWS_AT, WorkerPart};
-use super::{FaultCause, PluginError};
-use crate::catalog::PluginKind;
+use super::{FaultCause, PluginError, UnitFault};
+use crate::catalog::OnError;
 
 /// What all batches of one run may answer together, in outputs of one batch: a commit of many small rows cannot be
 /// blown up without end.
 const RUN_OUTPUTS: usize = 64;
 
-/// One row on its way through the stages.
+/// One stage of an open pipeline.
+pub struct OpenStage {
+    pub setup: Arc<Setup>,
+    /// Of a transform: the kinds of its output columns, by id.
+    pub kinds: Vec<Kind>,
+}
+
+/// What goes through the stages.
+pub enum Unit {
+    Row(Row),
+    Change(Change),
+}
+
 pub struct Row {
-    /// Its place among the rows of the run.
-    index: usize,
+    /// Its place (its change's place) among what went into the run.
+    pub index: usize,
+    /// Of the change it was made of.
+    pub op: Op,
+    /// While the row is one image of a change: which, to put them together again.
+    side: usize,
+    /// Its place among what went into the stage.
+    turn: usize,
     source: Source,
 }
 
+pub struct Change {
+    pub index: usize,
+    turn: usize,
+    old: Option<Source>,
+    new: Option<Source>,
+    changed: Changed,
+}
+
+/// Where an image is.
 enum Source {
     /// In the ring, from the window's first byte.
     Ring(Descriptor),
@@ -34,16 +69,44 @@ enum Source {
     Made(Vec<u8>, ImageAt),
 }
 
-impl Row {
+/// The bitmap of changed columns of an update. With one image alone, that image's own bitmap says the same: a missing
+/// image counts as NULLs.
+enum Changed {
+    Ring(u32, u16),
+    Bytes(Vec<u8>, u16),
+}
+
+impl Unit {
     pub fn index(&self) -> usize {
-        self.index
+        match self {
+            Unit::Row(row) => row.index,
+            Unit::Change(change) => change.index,
+        }
     }
 
-    /// The image, where a transform made one.
-    pub fn into_made(self) -> Option<Vec<u8>> {
-        match self.source {
+    /// What happened, and the image, where a transform made it.
+    pub fn into_made(self) -> Option<(Op, Option<Vec<u8>>)> {
+        let made = |source: Source| match source {
             Source::Made(image, _) => Some(image),
             Source::Ring(_) | Source::Base(..) => None,
+        };
+        match self {
+            Unit::Row(row) => Some((row.op, made(row.source))),
+            Unit::Change(change) => {
+                let op = change.op()?;
+                Some((op, change.new.or(change.old).and_then(made)))
+            }
+        }
+    }
+}
+
+impl Change {
+    fn op(&self) -> Option<Op> {
+        match (&self.old, &self.new) {
+            (None, Some(_)) => Some(Op::Insert),
+            (Some(_), Some(_)) => Some(Op::Update),
+            (Some(_), None) => Some(Op::Delete),
+            (None, None) => None,
         }
     }
 }
@@ -52,9 +115,10 @@ impl Row {
 enum Answer {
     Kept(u64),
     Images(Vec<Vec<u8>>),
+    Expanded(Vec<Vec<Vec<u8>>>),
 }
 
-/// Runs the stages of one pipeline over the rows of one commit or piece.
+/// Runs the stages of one pipeline over what one commit or piece brings.
 pub struct Runner<'a> {
     pub shared: &'a Arc<Shared>,
     pub space: &'a mut Space,
@@ -63,22 +127,49 @@ pub struct Runner<'a> {
     pub base: &'a [u8],
     /// Set while the ring holds those same bytes.
     pub lease: Option<Lease>,
+    pub on_error: OnError,
+    /// Whether failures are remembered, and make the plugin rest: those of a trial are nobody else's business.
+    pub counts: bool,
     /// Bytes of output so far.
     pub answered: usize,
+    /// The stage at work.
+    pub stage: usize,
+    /// What failed while the pipeline went on.
+    pub faults: Vec<UnitFault>,
 }
 
 impl Runner<'_> {
-    pub fn run(&mut self, stages: &[Arc<Setup>], places: &[ImageAt]) -> Result<Vec<Row>, PluginError> {
-        let mut live = Vec::with_capacity(places.len());
+    pub fn rows(&mut self, stages: &[OpenStage], places: &[ImageAt]) -> Result<Vec<Unit>, PluginError> {
+        let mut units = Vec::with_capacity(places.len());
         for (index, at) in places.iter().enumerate() {
-            let source =
-                self.source(*at).map_err(|error| PluginError::Host(format!("row {index} is damaged: {error}")))?;
-            live.push(Row { index, source });
+            let source = self.source(*at).map_err(|error| damaged("row", index, error))?;
+            units.push(Unit::Row(Row { index, op: Op::Insert, side: 0, turn: 0, source }));
         }
-        for setup in stages {
-            live = self.stage(setup, live)?;
+        self.run(stages, units)
+    }
+
+    pub fn changes(&mut self, stages: &[OpenStage], places: &[ChangeAt]) -> Result<Vec<Unit>, PluginError> {
+        let mut units = Vec::with_capacity(places.len());
+        for (index, at) in places.iter().enumerate() {
+            let change = self.change(index, at).map_err(|error| damaged("change", index, error))?;
+            units.push(Unit::Change(change));
         }
-        Ok(live)
+        self.run(stages, units)
+    }
+
+    fn run(&mut self, stages: &[OpenStage], mut units: Vec<Unit>) -> Result<Vec<Unit>, PluginError> {
+        for (number, stage) in stages.iter().enumerate() {
+            self.stage = number;
+            let changes = matches!(units.first(), Some(Unit::Change(_)));
+            units = match stage.setup.module.kind.sees_changes() {
+                false if changes => self.both_images(stage, units)?,
+                true if !changes && !units.is_empty() => {
+                    return Err(PluginError::Host("a stage for changes behind one that makes rows".to_owned()));
+                }
+                _ => self.stage(&stage.setup, units)?,
+            };
+        }
+        Ok(units)
     }
 
     fn source(&self, at: ImageAt) -> Result<Source, ImageError> {
@@ -91,11 +182,66 @@ impl Runner<'_> {
         if inside { Ok(Source::Ring(Descriptor::new(at, lease.offset))) } else { Err(ImageError::Truncated) }
     }
 
-    fn stage(&mut self, setup: &Setup, rows: Vec<Row>) -> Result<Vec<Row>, PluginError> {
-        let mut out = Vec::with_capacity(rows.len());
-        let mut rest = rows.into_iter();
-        let mut batch: Vec<Row> = rest.by_ref().take(MAX_BATCH).collect();
+    fn change(&self, index: usize, at: &ChangeAt) -> Result<Change, ImageError> {
+        let old = at.old.map(|at| self.source(at)).transpose()?;
+        let new = at.new.map(|at| self.source(at)).transpose()?;
+        let changed = match &self.lease {
+            Some(lease) if at.changed <= lease.len => Changed::Ring(lease.offset + at.changed, at.columns),
+            Some(_) => return Err(ImageError::Truncated),
+            None => {
+                let (from, len) = (at.changed as usize, usize::from(at.columns).div_ceil(8));
+                let bytes = self.base.get(from..).and_then(|rest| rest.get(..len)).ok_or(ImageError::Truncated)?;
+                Changed::Bytes(bytes.to_vec(), at.columns)
+            }
+        };
+        Ok(Change { index, turn: 0, old, new, changed })
+    }
+
+    /// A stage for rows over changes: its images one by one, then put together again.
+    fn both_images(&mut self, stage: &OpenStage, units: Vec<Unit>) -> Result<Vec<Unit>, PluginError> {
+        let (mut rows, mut rest) = (Vec::with_capacity(units.len() * 2), Vec::with_capacity(units.len()));
+        for unit in units {
+            let Unit::Change(Change { index, old, new, changed, .. }) = unit else { continue };
+            for (side, source) in [(rest.len() * 2, old), (rest.len() * 2 + 1, new)] {
+                let row = source.map(|source| Unit::Row(Row { index, op: Op::Update, side, turn: 0, source }));
+                rows.extend(row);
+            }
+            rest.push((index, changed));
+        }
+        let transforms = !stage.setup.module.kind.is_filter();
+        let mut rows = self.stage(&stage.setup, rows)?.into_iter().peekable();
+        let mut changes = Vec::with_capacity(rest.len());
+        for (at, (index, mut changed)) in rest.into_iter().enumerate() {
+            let mut image =
+                |wanted: usize| match rows.next_if(|row| matches!(row, Unit::Row(row) if row.side == wanted)) {
+                    Some(Unit::Row(row)) => Some(row.source),
+                    _ => None,
+                };
+            let (old, new) = (image(at * 2), image(at * 2 + 1));
+            if old.is_none() && new.is_none() {
+                continue;
+            }
+            if transforms && let (Some(Source::Made(old, _)), Some(Source::Made(new, _))) = (&old, &new) {
+                changed = compared(&stage.kinds, old, new).map_err(|error| damaged("output", index, error))?;
+            }
+            changes.push(Unit::Change(Change { index, turn: 0, old, new, changed }));
+        }
+        Ok(changes)
+    }
+
+    fn stage(&mut self, setup: &Setup, units: Vec<Unit>) -> Result<Vec<Unit>, PluginError> {
+        let mut out = Vec::with_capacity(units.len());
+        let units = self.without_known(setup, units, &mut out)?;
+        // What is known to fail and passed comes first; its place is among the others.
+        let passed = out.len();
+        let mut rest = units.into_iter();
+        let mut batch: Vec<Unit> = rest.by_ref().take(MAX_BATCH).collect();
         while !batch.is_empty() {
+            if self.counts
+                && let Some(rest) = setup.module.health.rests(&setup.key, Instant::now())
+            {
+                return Err(PluginError::Resting { plugin: setup.plugin.to_string(), stage: self.stage, rest });
+            }
             let (called, answer) = self.call(setup, &batch);
             // What did not fit the worker part waits for the next call.
             let mut next = batch.split_off(called);
@@ -106,139 +252,369 @@ impl Runner<'_> {
             next.extend(rest.by_ref().take(MAX_BATCH - next.len()));
             batch = next;
         }
+        if passed > 0 {
+            out.sort_by_key(|unit| match unit {
+                Unit::Row(row) => row.turn,
+                Unit::Change(change) => change.turn,
+            });
+        }
         Ok(out)
     }
 
-    /// A batch failed: the row that also fails alone, on a fresh instance, is the one. If none does, the rows' own
-    /// results stand.
+    /// Takes out what is known to fail, so that it costs no call again.
+    fn without_known(
+        &mut self,
+        setup: &Setup,
+        units: Vec<Unit>,
+        out: &mut Vec<Unit>,
+    ) -> Result<Vec<Unit>, PluginError> {
+        let health = &setup.module.health;
+        if !health.remembers() {
+            return Ok(units);
+        }
+        let mut left = Vec::with_capacity(units.len());
+        for (turn, mut unit) in units.into_iter().enumerate() {
+            match &mut unit {
+                Unit::Row(row) => row.turn = turn,
+                Unit::Change(change) => change.turn = turn,
+            }
+            match self.key_of(setup, &unit).and_then(|key| health.known(&key)) {
+                None => left.push(unit),
+                Some(known) => {
+                    let fault = CallFault::new(known.cause, known.message);
+                    self.failed(setup, unit, fault, true, out)?;
+                }
+            }
+        }
+        Ok(left)
+    }
+
+    /// A batch failed: what also fails alone, on a fresh instance, is to blame. If nothing does, the single results stand.
     fn singly(
         &mut self,
         setup: &Setup,
-        batch: Vec<Row>,
+        mut batch: Vec<Unit>,
         fault: CallFault,
-        out: &mut Vec<Row>,
+        out: &mut Vec<Unit>,
     ) -> Result<(), PluginError> {
-        if fault.row.is_some() || fault.host {
-            let index = fault.row.and_then(|row| batch.get(row)).map(Row::index);
-            return Err(self.fail(setup, fault, index));
+        if fault.whole {
+            let first = batch.first().map(Unit::index);
+            return Err(self.fail(setup, fault, first));
         }
-        self.shared.metrics.plugin_failures.inc();
+        // Told by the guest itself, and all that matters where the pipeline stops: the rows before it were judged.
+        if self.on_error == OnError::Stop
+            && let Some(row) = fault.row.filter(|row| *row < batch.len())
+        {
+            return self.failed(setup, batch.swap_remove(row), fault, false, out);
+        }
+        self.count_failure(setup, &fault);
         tracing::debug!(
             plugin = &*setup.plugin,
             cause = fault.cause.as_str(),
-            rows = batch.len(),
+            units = batch.len(),
             "batch failed: {}",
             fault.message
         );
-        self.instances.forget(setup, self.space.namespace);
-        for row in batch {
-            let row = vec![row];
-            match self.call(setup, &row).1 {
-                Ok(answer) => self.take(setup, row, answer, out)?,
-                Err(fault) => {
-                    let index = row.first().map(Row::index);
-                    return Err(self.fail(setup, fault, index));
+        // What a guest says through `fail` costs no instance.
+        if fault.cause != FaultCause::Failed {
+            self.instances.forget(setup, self.space);
+        }
+        for unit in batch {
+            let unit = [unit];
+            let answer = self.call(setup, &unit).1;
+            let [unit] = unit;
+            match answer {
+                Ok(answer) => self.take(setup, vec![unit], answer, out)?,
+                Err(fault) if fault.whole => {
+                    let index = unit.index();
+                    return Err(self.fail(setup, fault, Some(index)));
                 }
+                Err(fault) => self.failed(setup, unit, fault, false, out)?,
             }
+        }
+        Ok(())
+    }
+
+    /// One unit failed alone: what becomes of it, and of the pipeline.
+    fn failed(
+        &mut self,
+        setup: &Setup,
+        unit: Unit,
+        fault: CallFault,
+        known: bool,
+        out: &mut Vec<Unit>,
+    ) -> Result<(), PluginError> {
+        let index = unit.index();
+        if !known && self.counts {
+            if let Some(key) = self.key_of(setup, &unit) {
+                setup.module.health.remember(key, fault.cause, &fault.message);
+            }
+            if fault.cause != FaultCause::Failed {
+                setup.module.health.lost_instance(setup.key, Instant::now());
+            }
+        }
+        let filter = setup.module.kind.is_filter();
+        let passed = match self.on_error {
+            OnError::Pass if filter => true,
+            OnError::Skip => false,
+            OnError::Stop | OnError::Pass if known => {
+                return Err(fault.of(&setup.plugin, Some(self.stage), Some(index)));
+            }
+            OnError::Stop | OnError::Pass => return Err(self.fail(setup, fault, Some(index))),
+        };
+        if !known {
+            self.count_failure(setup, &fault);
+            if fault.cause != FaultCause::Failed {
+                self.instances.forget(setup, self.space);
+            }
+        }
+        self.faults.push(UnitFault {
+            index,
+            stage: self.stage,
+            cause: fault.cause,
+            message: fault.message,
+            passed,
+            known,
+        });
+        if passed {
+            out.push(unit);
         }
         Ok(())
     }
 
     fn fail(&mut self, setup: &Setup, fault: CallFault, index: Option<usize>) -> PluginError {
-        self.shared.metrics.plugin_failures.inc();
-        // What a guest says through `fail` costs no instance.
+        self.count_failure(setup, &fault);
         if fault.cause != FaultCause::Failed {
-            self.instances.forget(setup, self.space.namespace);
+            self.instances.forget(setup, self.space);
         }
-        fault.of(&setup.plugin, index)
+        fault.of(&setup.plugin, Some(self.stage), index)
     }
 
-    /// One call with as many rows as the worker part takes; how many those were.
-    fn call(&mut self, setup: &Setup, rows: &[Row]) -> (usize, Result<Answer, CallFault>) {
+    fn count_failure(&self, setup: &Setup, fault: &CallFault) {
+        self.shared.metrics.plugin_failures.inc();
+        let labels = vec![("plugin", setup.plugin.to_string()), ("cause", fault.cause.as_str().to_owned())];
+        self.shared.metrics.plugin_failure_causes.get_or_create(&labels).inc();
+    }
+
+    /// One call with as many units as the worker part takes; how many those were.
+    fn call(&mut self, setup: &Setup, units: &[Unit]) -> (usize, Result<Answer, CallFault>) {
         // First the instance: configuring it goes through the worker part too.
         let instance = match self.instances.get(setup, self.space) {
             Ok((instance, _)) => instance,
-            Err(fault) => return (rows.len(), Err(fault)),
+            Err(fault) => return (units.len(), Err(fault)),
         };
         let part = &mut self.space.part;
-        let placed = match place(part, instance.part_at(), self.base, rows) {
+        let mut place = Place { part_at: instance.part_at(), part, base: self.base, used: PART_ROWS_AT, row_bytes: 0 };
+        let placed = match place.units(units) {
             Ok(placed) => placed,
-            Err(fault) => return (rows.len(), Err(fault)),
+            Err(fault) => return (1, Err(fault)),
         };
-        self.shared.metrics.worker_part_bytes.inc_by(placed.row_bytes as u64);
+        let Place { used, row_bytes, .. } = place;
+        self.shared.metrics.worker_part_bytes.inc_by(row_bytes as u64);
+        let part = &mut self.space.part;
         let answer = match setup.module.kind {
-            PluginKind::RowFilter => instance.filter(setup, placed.rows, part, placed.used).map(Answer::Kept),
-            PluginKind::RowTransform => instance.transform(setup, placed.rows, part, placed.used).map(Answer::Images),
+            PluginKind::RowFilter | PluginKind::ChangeFilter => {
+                instance.filter(setup, placed, part, used).map(Answer::Kept)
+            }
+            PluginKind::RowTransform => instance.transform(setup, placed, part, used).map(Answer::Images),
+            PluginKind::ChangeTransform => instance.expand(setup, placed, part, used).map(Answer::Expanded),
         };
-        (placed.rows, answer)
+        (placed, answer)
     }
 
-    fn take(&mut self, setup: &Setup, batch: Vec<Row>, answer: Answer, out: &mut Vec<Row>) -> Result<(), PluginError> {
+    fn take(
+        &mut self,
+        setup: &Setup,
+        batch: Vec<Unit>,
+        answer: Answer,
+        out: &mut Vec<Unit>,
+    ) -> Result<(), PluginError> {
+        let made = |image: Vec<u8>| match ImageRef::parse(&image) {
+            Ok((_, at, _)) => Ok(Source::Made(image, at)),
+            Err(error) => Err(PluginError::Host(format!("an output was encoded wrongly: {error}"))),
+        };
         match answer {
             Answer::Kept(kept) => {
-                out.extend(batch.into_iter().enumerate().filter(|(i, _)| kept >> i & 1 == 1).map(|(_, row)| row));
+                out.extend(batch.into_iter().enumerate().filter(|(i, _)| kept >> i & 1 == 1).map(|(_, unit)| unit));
             }
             Answer::Images(images) => {
-                self.answered += images.iter().map(Vec::len).sum::<usize>();
-                let most = self.shared.options.output_bytes * RUN_OUTPUTS;
-                if self.answered > most {
-                    let message = format!(
-                        "its output for one commit exceeds {most} bytes ({RUN_OUTPUTS} × plugins.output_bytes)"
-                    );
-                    let index = batch.first().map(Row::index);
-                    return Err(self.fail(setup, CallFault::new(FaultCause::Output, message), index));
+                self.bound(setup, &batch, images.iter())?;
+                for (unit, image) in batch.into_iter().zip(images) {
+                    let Unit::Row(row) = unit else { continue };
+                    out.push(Unit::Row(Row { source: made(image)?, ..row }));
                 }
-                for (row, image) in batch.into_iter().zip(images) {
-                    let (_, at, _) = ImageRef::parse(&image)
-                        .map_err(|error| PluginError::Host(format!("an output was encoded wrongly: {error}")))?;
-                    out.push(Row { index: row.index, source: Source::Made(image, at) });
+            }
+            Answer::Expanded(changes) => {
+                self.bound(setup, &batch, changes.iter().flatten())?;
+                for (unit, images) in batch.into_iter().zip(changes) {
+                    let Unit::Change(change) = unit else { continue };
+                    let Some(op) = change.op() else { continue };
+                    for image in images {
+                        out.push(Unit::Row(Row {
+                            index: change.index,
+                            op,
+                            side: 0,
+                            turn: change.turn,
+                            source: made(image)?,
+                        }));
+                    }
                 }
             }
         }
         Ok(())
     }
+
+    /// Holds the outputs of one run to their limit.
+    fn bound<'i>(
+        &mut self,
+        setup: &Setup,
+        batch: &[Unit],
+        images: impl Iterator<Item = &'i Vec<u8>>,
+    ) -> Result<(), PluginError> {
+        self.answered += images.map(Vec::len).sum::<usize>();
+        let most = self.shared.options.output_bytes * RUN_OUTPUTS;
+        if self.answered <= most {
+            return Ok(());
+        }
+        let message = format!("its output for one commit exceeds {most} bytes ({RUN_OUTPUTS} × plugins.output_bytes)");
+        let index = batch.first().map(Unit::index);
+        Err(self.fail(setup, CallFault::new(FaultCause::Output, message), index))
+    }
+
+    /// What tells this unit, under these parameters, from every other. `None`: damaged bytes, which nobody calls with.
+    fn key_of(&self, setup: &Setup, unit: &Unit) -> Option<UnitKey> {
+        let mut hash = Sha256::new();
+        hash.update(setup.key);
+        let mut add = |source: Option<&Source>| -> Option<()> {
+            let bytes = match source {
+                None => &[][..],
+                Some(Source::Made(image, _)) => image,
+                Some(Source::Base(range, _)) => &self.base[range.clone()],
+                Some(Source::Ring(at)) => {
+                    let shift = self.lease.as_ref()?.offset;
+                    let at = ImageAt {
+                        present: at.present - shift,
+                        slots: at.slots - shift,
+                        heap: at.heap - shift,
+                        columns: at.columns as u16,
+                    };
+                    &self.base[image_range(self.base, at).ok()?]
+                }
+            };
+            hash.update((bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+            Some(())
+        };
+        match unit {
+            Unit::Row(row) => add(Some(&row.source))?,
+            Unit::Change(change) => {
+                add(change.old.as_ref())?;
+                add(change.new.as_ref())?;
+            }
+        }
+        Some(hash.finalize().into())
+    }
 }
 
-/// What of a batch lies ready in the worker part.
-struct Placed {
-    rows: usize,
+fn damaged(what: &str, index: usize, error: ImageError) -> PluginError {
+    PluginError::Host(format!("{what} {index} is damaged: {error}"))
+}
+
+fn compared(kinds: &[Kind], old: &[u8], new: &[u8]) -> Result<Changed, ImageError> {
+    let (old, ..) = ImageRef::parse(old)?;
+    let (new, ..) = ImageRef::parse(new)?;
+    Ok(Changed::Bytes(changed_columns(kinds, Some(old), Some(new)), kinds.len() as u16))
+}
+
+/// Puts a batch into the worker part: descriptors, and what is not in the ring, once.
+struct Place<'a> {
+    part: &'a mut WorkerPart,
+    part_at: u32,
+    base: &'a [u8],
     /// Bytes of the part in use, from its start.
     used: usize,
     row_bytes: usize,
 }
 
-/// Writes descriptors, and the rows that are not in the ring, once. Stops where the part is full.
-fn place(part: &mut WorkerPart, part_at: u32, base: &[u8], rows: &[Row]) -> Result<Placed, CallFault> {
-    let mut placed = Placed { rows: 0, used: PART_ROWS_AT, row_bytes: 0 };
-    for (i, row) in rows.iter().enumerate().take(MAX_BATCH) {
-        let (bytes, at) = match &row.source {
-            Source::Ring(descriptor) => {
-                part.write(i * DESCRIPTOR_BYTES, &descriptor.to_bytes());
-                placed.rows += 1;
-                continue;
+impl Place<'_> {
+    /// How many units have found their place. Stops where the part is full.
+    fn units(&mut self, units: &[Unit]) -> Result<usize, CallFault> {
+        for (i, unit) in units.iter().enumerate().take(MAX_BATCH) {
+            let need = need(unit);
+            if need > self.part.bytes() as usize - self.used {
+                if i > 0 {
+                    return Ok(i);
+                }
+                let most = self.part.bytes() as usize - PART_ROWS_AT;
+                let message = format!(
+                    "a row or change of {need} bytes does not fit the worker part ({most}; raise plugins.worker_bytes)"
+                );
+                return Err(CallFault { whole: true, ..CallFault::new(FaultCause::Memory, message) });
             }
-            Source::Base(range, at) => (&base[range.clone()], at),
-            Source::Made(image, at) => (&image[..], at),
-        };
-        if bytes.len() > part.bytes() as usize - placed.used {
-            if i > 0 {
-                break;
+            match unit {
+                Unit::Row(row) => {
+                    let descriptor = self.image(&row.source);
+                    self.part.write(i * DESCRIPTOR_BYTES, &descriptor.to_bytes());
+                }
+                Unit::Change(change) => {
+                    let descriptor = self.change(change);
+                    self.part.write(i * CHANGE_DESCRIPTOR_BYTES, &descriptor.to_bytes());
+                }
             }
-            let most = part.bytes() as usize - PART_ROWS_AT;
-            let message = format!(
-                "a row of {} bytes does not fit the worker part ({most}; raise plugins.worker_bytes)",
-                bytes.len()
-            );
-            return Err(CallFault::at(FaultCause::Memory, Some(0), message));
         }
-        part.write(placed.used, bytes);
-        let descriptor = Descriptor::new(*at, part_at + placed.used as u32);
-        part.write(i * DESCRIPTOR_BYTES, &descriptor.to_bytes());
-        placed.rows += 1;
-        placed.used += bytes.len();
-        placed.row_bytes += bytes.len();
+        Ok(units.len().min(MAX_BATCH))
     }
-    Ok(placed)
+
+    fn image(&mut self, source: &Source) -> Descriptor {
+        match source {
+            Source::Ring(descriptor) => *descriptor,
+            Source::Base(range, at) => Descriptor::new(*at, self.put(&self.base[range.clone()])),
+            Source::Made(image, at) => Descriptor::new(*at, self.put(image)),
+        }
+    }
+
+    fn change(&mut self, change: &Change) -> ChangeDescriptor {
+        let [old, new] = [&change.old, &change.new].map(|source| source.as_ref().map(|source| self.image(source)));
+        let (op, changed, columns) = match (old, new) {
+            (None, None) => (Op::Update, 0, 0),
+            (Some(one), None) => (Op::Delete, one.present, one.columns),
+            (None, Some(one)) => (Op::Insert, one.present, one.columns),
+            (Some(_), Some(_)) => match &change.changed {
+                Changed::Ring(at, columns) => (Op::Update, *at, u32::from(*columns)),
+                Changed::Bytes(bytes, columns) => (Op::Update, self.put(bytes), u32::from(*columns)),
+            },
+        };
+        let (old, new) = (old.unwrap_or_default(), new.unwrap_or_default());
+        ChangeDescriptor { op: op as u32, changed, columns, old, new }
+    }
+
+    /// The offset of the bytes from the window's first one.
+    fn put(&mut self, bytes: &[u8]) -> u32 {
+        let at = self.used;
+        self.part.write(at, bytes);
+        self.used += bytes.len();
+        self.row_bytes += bytes.len();
+        self.part_at + at as u32
+    }
+}
+
+/// Bytes that a unit takes in the worker part beside its descriptor.
+fn need(unit: &Unit) -> usize {
+    let image = |source: &Source| match source {
+        Source::Ring(_) => 0,
+        Source::Base(range, _) => range.len(),
+        Source::Made(image, _) => image.len(),
+    };
+    match unit {
+        Unit::Row(row) => image(&row.source),
+        Unit::Change(change) => {
+            let changed = match &change.changed {
+                Changed::Bytes(bytes, _) => bytes.len(),
+                Changed::Ring(..) => 0,
+            };
+            [&change.old, &change.new].into_iter().flatten().map(image).sum::<usize>() + changed
+        }
+    }
 }
 
 /// The whole image that has its parts at `at`, found from the length in front of its bitmap.

@@ -6,18 +6,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use sha2::{Digest, Sha256};
-use wire::abi::WINDOW_ALIGN;
+use wire::abi::{ManifestLine, WINDOW_ALIGN};
 use wire::{Schema, abi};
 
 use super::engine::{Compiled, Engine};
-use super::instance::{CallFault, Instances, Setup, Space};
-use super::pipeline::{Row, Runner};
+use super::instance::{CallFault, Instances, Setup, Space, SpaceKind};
+use super::pipeline::{OpenStage, Runner, Unit};
 use super::window::{Lease, Mapping, Ring, WorkerPart};
 use super::{
-    FaultCause, Inspected, Opened, Piped, PipelineId, PluginError, PluginOptions, Rows, Stage, check, params, selftest,
+    ChangeOutput, Changes, FaultCause, Input, Inspected, Opened, Piped, PipedChanges, PipelineId, PluginError,
+    PluginOptions, Rows, Stage, StageError, check, params, selftest,
 };
-use crate::catalog::NamespaceId;
-use crate::catalog::Seq;
+use crate::catalog::{NamespaceId, OnError, Semantics, Seq};
 use crate::telemetry::Metrics;
 
 /// Counters that plugins keep through `metric`, over all plugins: more would make `/metrics` theirs to flood.
@@ -26,6 +26,9 @@ const GUEST_METRICS: usize = 512;
 /// Where module bytes come from when a hash is not compiled yet.
 pub trait ModuleSource: Send + Sync {
     fn wasm(&self, sha256: &str) -> Result<Option<bytes::Bytes>, String>;
+
+    /// A secret of this store, made once: the key under which compiled modules are kept.
+    fn secret(&self) -> Result<[u8; 32], String>;
 }
 
 /// What all workers share.
@@ -104,7 +107,7 @@ impl Plugins {
         source: Box<dyn ModuleSource>,
         metrics: Arc<Metrics>,
     ) -> Result<Plugins, PluginError> {
-        let engine = Engine::new(&options)?;
+        let engine = Engine::new(&options, || source.secret())?;
         let mapping = match selftest::window(&engine) {
             Ok(()) => Mapping::InPlace,
             Err(reason) => {
@@ -115,14 +118,14 @@ impl Plugins {
         Plugins::with_mapping(options, source, metrics, engine, mapping)
     }
 
-    #[cfg(test)]
+    /// With the window mapped or copied, whatever this machine can do: for tests and benchmarks.
     pub fn mapped(
         options: PluginOptions,
         source: Box<dyn ModuleSource>,
         metrics: Arc<Metrics>,
         mapping: Mapping,
     ) -> Result<Plugins, PluginError> {
-        let engine = Engine::new(&options)?;
+        let engine = Engine::new(&options, || source.secret())?;
         Plugins::with_mapping(options, source, metrics, engine, mapping)
     }
 
@@ -142,6 +145,7 @@ impl Plugins {
         if window.is_none_or(|bytes| bytes > i32::MAX as u32) {
             return Err(too_large());
         }
+        let chaos = options.drop_instances_seed;
         let shared = Shared {
             options,
             engine,
@@ -151,7 +155,7 @@ impl Plugins {
             rings: ArcSwap::default(),
             rings_change: Mutex::new(()),
             guest_metrics: Mutex::default(),
-            chaos: AtomicU64::new(0),
+            chaos: AtomicU64::new(chaos),
         };
         Ok(Plugins { shared: Arc::new(shared) })
     }
@@ -160,7 +164,7 @@ impl Plugins {
     /// configure with defaults where there are no required parameters).
     pub fn inspect(&self, body: &[u8]) -> Result<Inspected, PluginError> {
         let checked = check::upload(&self.shared.options, body)?;
-        let module = self.shared.engine.compile(&checked)?;
+        let module = self.shared.engine.compile(&self.shared.options, &checked)?;
         self.try_instance(&module)?;
         Ok(Inspected {
             wasm: checked.wasm,
@@ -186,7 +190,7 @@ impl Plugins {
             return worker.try_start(&name, module).map_err(refused);
         }
         let setup = setup("upload", module.clone(), "", &input)?;
-        match worker.configure(NamespaceId(0), &setup)? {
+        match worker.configure(&Owner::shared(NamespaceId(0)), &setup)? {
             // Deliberate: it may need a column it looks up by name. Subscribing will tell.
             Err(fault) if fault.cause == FaultCause::Failed => {
                 tracing::debug!("an upload does not take its declared columns alone: {}", fault.message);
@@ -210,14 +214,15 @@ impl Plugins {
         }
     }
 
-    /// Tries a pipeline on a throw-away instance: parameter errors, missing columns, output schema.
+    /// Tries a pipeline on a throw-away instance: order of kinds, parameter errors, missing columns, output schema.
     pub fn check(
         &self,
         namespace: NamespaceId,
         stages: &[Stage],
         input: &Schema,
-    ) -> Result<Option<Schema>, PluginError> {
-        self.throw_away().open(namespace, stages, input).map(|opened| opened.output)
+        on_error: OnError,
+    ) -> Result<Opened, PluginError> {
+        Ok(self.throw_away().open(Owner::shared(namespace), stages, input, on_error)?)
     }
 
     /// The plugin side of one worker thread.
@@ -231,6 +236,11 @@ impl Plugins {
         PluginWorker::new(self.shared.clone(), false)
     }
 
+    /// Forgets the compiled code of all modules but these.
+    pub fn sweep_cache(&self, needed: impl Fn(&str) -> bool) {
+        self.shared.engine.sweep_cache(needed);
+    }
+
     /// Plugins are pure, so instances may be lost between any two calls. From now on they are, at random: for tests.
     /// 0 ends it.
     pub fn drop_instances_at_random(&self, seed: u64) {
@@ -238,11 +248,33 @@ impl Plugins {
     }
 }
 
+/// Whose rows go through a pipeline: those of a namespace's shared tables, or one user's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    pub namespace: NamespaceId,
+    pub user: Option<Arc<str>>,
+}
+
+impl Owner {
+    pub fn shared(namespace: NamespaceId) -> Owner {
+        Owner { namespace, user: None }
+    }
+
+    pub fn user(namespace: NamespaceId, user: &str) -> Owner {
+        Owner { namespace, user: Some(user.into()) }
+    }
+
+    fn space(&self) -> (NamespaceId, SpaceKind) {
+        let kind = if self.user.is_some() { SpaceKind::Users } else { SpaceKind::Shared };
+        (self.namespace, kind)
+    }
+}
+
 /// Owned by one worker thread: its instances, its part of the windows.
 pub struct PluginWorker {
     shared: Arc<Shared>,
     with_ring: bool,
-    spaces: HashMap<NamespaceId, Space>,
+    spaces: HashMap<(NamespaceId, SpaceKind), Space>,
     instances: Instances,
     pipelines: HashMap<PipelineId, Pipeline>,
     next: u64,
@@ -250,8 +282,10 @@ pub struct PluginWorker {
 
 /// An open pipeline.
 struct Pipeline {
-    namespace: NamespaceId,
-    stages: Vec<Arc<Setup>>,
+    owner: Owner,
+    stages: Vec<OpenStage>,
+    on_error: OnError,
+    semantics: Semantics,
     transforms: bool,
 }
 
@@ -261,81 +295,147 @@ impl PluginWorker {
         PluginWorker { shared, with_ring, spaces: HashMap::new(), instances, pipelines: HashMap::new(), next: 1 }
     }
 
-    pub fn open(&mut self, namespace: NamespaceId, stages: &[Stage], input: &Schema) -> Result<Opened, PluginError> {
+    pub fn open(
+        &mut self,
+        owner: Owner,
+        stages: &[Stage],
+        input: &Schema,
+        on_error: OnError,
+    ) -> Result<Opened, StageError> {
+        let mut pipeline = Pipeline {
+            owner,
+            stages: Vec::with_capacity(stages.len()),
+            on_error,
+            semantics: Semantics::Map,
+            transforms: false,
+        };
         let mut output = None;
-        let mut setups = Vec::with_capacity(stages.len());
-        let opened = stages.iter().try_for_each(|stage| {
-            let module = self.shared.engine.module(&self.shared.options, &*self.shared.source, &stage.sha256)?;
-            let setup = Arc::new(setup(&stage.name, module, &stage.params, output.as_ref().unwrap_or(input))?);
-            let configured = self.configure(namespace, &setup)?;
-            setups.push(setup.clone());
-            if let Some(schema) = configured.map_err(|fault| refused(&setup, fault))? {
-                output = Some(schema);
-            }
-            Ok(())
+        let opened = stages.iter().enumerate().try_for_each(|(number, stage)| {
+            self.open_stage(&mut pipeline, stage, output.as_ref().unwrap_or(input))
+                .map(|schema| output = schema.or(output.take()))
+                .map_err(|error| StageError { stage: number, error })
         });
         let id = PipelineId(self.next);
         self.next += 1;
-        self.pipelines.insert(id, Pipeline { namespace, stages: setups, transforms: output.is_some() });
+        pipeline.transforms = output.is_some();
+        let semantics = pipeline.semantics;
+        self.pipelines.insert(id, pipeline);
         if let Err(error) = opened {
             self.close(id);
             return Err(error);
         }
-        Ok(Opened { id, output })
+        Ok(Opened { id, output, semantics })
     }
 
-    /// Runs any number of rows (in batches of ≤ 64 per call) through the pipeline. A fault names the first row that fails alone.
-    pub fn run(&mut self, pipeline: PipelineId, rows: Rows<'_>) -> Result<Piped, PluginError> {
-        let open = self.pipelines.get(&pipeline);
-        let Pipeline { namespace, stages, transforms } =
-            open.ok_or_else(|| PluginError::Host(format!("pipeline {} is not open", pipeline.0)))?;
-        let space = self.spaces.get_mut(namespace);
-        let space = space.ok_or_else(|| PluginError::Host("an open pipeline without a window".to_owned()))?;
-        let lease = lease(&self.shared, space, &rows);
-        let instances = &mut self.instances;
-        let mut runner = Runner { shared: &self.shared, space, instances, base: rows.base, lease, answered: 0 };
-        let kept = runner.run(stages, rows.places)?;
+    /// Configures one more stage of a pipeline; its output schema, for a transform.
+    fn open_stage(
+        &mut self,
+        pipeline: &mut Pipeline,
+        stage: &Stage,
+        input: &Schema,
+    ) -> Result<Option<Schema>, PluginError> {
+        let module = self.shared.engine.module(&self.shared.options, &*self.shared.source, &stage.sha256)?;
+        fits(pipeline, &stage.name, &module)?;
+        if module.kind.sees_changes() {
+            pipeline.semantics = Semantics::Feed;
+        }
+        let setup = Arc::new(setup(&stage.name, module, &stage.params, input)?);
+        let configured = self.configure(&pipeline.owner, &setup)?;
+        let schema = configured.as_ref().ok().and_then(Option::as_ref);
+        let kinds = schema.map(|schema| schema.columns.iter().map(|column| column.ty.kind()).collect());
+        pipeline.stages.push(OpenStage { setup: setup.clone(), kinds: kinds.unwrap_or_default() });
+        configured.map_err(|fault| refused(&setup, pipeline.stages.len() - 1, fault))
+    }
 
-        let mut piped = Piped { keep: vec![false; rows.places.len()], output: None };
+    /// Runs any number of rows (in batches of ≤ 64 per call) through a pipeline of row kinds. An error names the first row
+    /// that fails alone.
+    pub fn run(&mut self, pipeline: PipelineId, rows: Rows<'_>) -> Result<Piped, PluginError> {
+        let count = rows.places.len();
+        let (kept, transforms, faults) =
+            self.through(pipeline, Semantics::Map, &rows, |runner, stages| runner.rows(stages, rows.places))?;
+        let mut piped = Piped { keep: vec![false; count], output: None, faults };
         for row in &kept {
             piped.keep[row.index()] = true;
         }
-        piped.output = transforms.then(|| kept.into_iter().filter_map(Row::into_made).collect());
+        piped.output = transforms.then(|| kept.into_iter().filter_map(|row| row.into_made()?.1).collect());
         Ok(piped)
     }
 
+    /// The same with changes, for a pipeline with a change kind.
+    pub fn run_changes(&mut self, pipeline: PipelineId, changes: Changes<'_>) -> Result<PipedChanges, PluginError> {
+        let (units, _, faults) =
+            self.through(pipeline, Semantics::Feed, &changes, |runner, stages| runner.changes(stages, changes.places))?;
+        let output = |unit: Unit| {
+            let index = unit.index();
+            unit.into_made().map(|(op, image)| ChangeOutput { index, op, image })
+        };
+        Ok(PipedChanges { outputs: units.into_iter().filter_map(output).collect(), faults })
+    }
+
+    /// What is left behind the last stage, whether any transforms, and what failed.
+    fn through<At>(
+        &mut self,
+        pipeline: PipelineId,
+        semantics: Semantics,
+        input: &Input<'_, At>,
+        run: impl FnOnce(&mut Runner<'_>, &[OpenStage]) -> Result<Vec<Unit>, PluginError>,
+    ) -> Result<(Vec<Unit>, bool, Vec<super::UnitFault>), PluginError> {
+        let open = self.pipelines.get(&pipeline).filter(|open| open.semantics == semantics);
+        let open = open.ok_or_else(|| {
+            PluginError::Host(format!("no pipeline {} is open for {} streams", pipeline.0, semantics.as_str()))
+        })?;
+        let space = self.spaces.get_mut(&open.owner.space());
+        let space = space.ok_or_else(|| PluginError::Host("an open pipeline without a window".to_owned()))?;
+        space.enter(open.owner.user.as_ref());
+        let lease = lease(&self.shared, space, input.commit, input.base.len());
+        let mut runner = Runner {
+            shared: &self.shared,
+            space,
+            instances: &mut self.instances,
+            base: input.base,
+            lease,
+            on_error: open.on_error,
+            counts: self.with_ring,
+            answered: 0,
+            stage: 0,
+            faults: Vec::new(),
+        };
+        let units = run(&mut runner, &open.stages)?;
+        Ok((units, open.transforms, runner.faults))
+    }
+
     pub fn close(&mut self, pipeline: PipelineId) {
-        let Some(Pipeline { namespace, stages, .. }) = self.pipelines.remove(&pipeline) else { return };
-        let others: Vec<_> = self.pipelines.values().filter(|other| other.namespace == namespace).collect();
-        if others.is_empty() {
-            self.instances.leave(namespace);
-            self.spaces.remove(&namespace);
+        let Some(Pipeline { owner, stages, .. }) = self.pipelines.remove(&pipeline) else { return };
+        let others = |of: &dyn Fn(&Owner) -> bool| self.pipelines.values().filter(|other| of(&other.owner)).count();
+        if others(&|other| *other == owner) == 0 {
+            self.instances.leave(owner.namespace, owner.user.as_ref());
+        }
+        if others(&|other| other.space() == owner.space()) == 0 {
+            self.spaces.remove(&owner.space());
             if self.with_ring {
                 self.shared.sweep_rings();
             }
             return;
         }
-        let Some(space) = self.spaces.get(&namespace) else { return };
-        for setup in stages {
-            if !others.iter().any(|other| other.stages.iter().any(|stage| stage.key == setup.key)) {
+        let Some(space) = self.spaces.get_mut(&owner.space()) else { return };
+        space.enter(owner.user.as_ref());
+        let same = || self.pipelines.values().filter(|other| other.owner == owner);
+        for OpenStage { setup, .. } in stages {
+            if !same().any(|other| other.stages.iter().any(|stage| stage.setup.key == setup.key)) {
                 self.instances.release(&setup, space);
             }
         }
     }
 
     /// The outer error is ours, the inner one the guest's.
-    fn configure(
-        &mut self,
-        namespace: NamespaceId,
-        setup: &Setup,
-    ) -> Result<Result<Option<Schema>, CallFault>, PluginError> {
-        let space = space(&self.shared, &mut self.spaces, self.with_ring, namespace)?;
+    fn configure(&mut self, owner: &Owner, setup: &Setup) -> Result<Result<Option<Schema>, CallFault>, PluginError> {
+        let space = space(&self.shared, &mut self.spaces, self.with_ring, owner)?;
         let configured = self.instances.get(setup, space).map(|(_, output)| output);
         if let Err(fault) = &configured {
             // A guest that says no to its parameters has not failed.
             if fault.cause != FaultCause::Failed {
                 self.shared.metrics.plugin_failures.inc();
-                self.instances.forget(setup, namespace);
+                self.instances.forget(setup, space);
             }
         }
         Ok(configured)
@@ -343,7 +443,7 @@ impl PluginWorker {
 
     /// Only start, ABI and window.
     fn try_start(&mut self, name: &Arc<str>, module: &Compiled) -> Result<(), CallFault> {
-        let space = space(&self.shared, &mut self.spaces, self.with_ring, NamespaceId(0))
+        let space = space(&self.shared, &mut self.spaces, self.with_ring, &Owner::shared(NamespaceId(0)))
             .map_err(|error| CallFault::new(FaultCause::Memory, error.to_string()))?;
         super::instance::Instance::new(&self.shared, name, module, space).map(drop)
     }
@@ -351,10 +451,7 @@ impl PluginWorker {
 
 impl Drop for PluginWorker {
     fn drop(&mut self) {
-        let namespaces: Vec<_> = self.spaces.keys().copied().collect();
-        for namespace in namespaces {
-            self.instances.leave(namespace);
-        }
+        self.instances.clear();
         self.spaces.clear();
         if self.with_ring {
             self.shared.sweep_rings();
@@ -362,36 +459,74 @@ impl Drop for PluginWorker {
     }
 }
 
+/// The owner's space, made where there is none, and entered.
 fn space<'a>(
     shared: &Shared,
-    spaces: &'a mut HashMap<NamespaceId, Space>,
+    spaces: &'a mut HashMap<(NamespaceId, SpaceKind), Space>,
     with_ring: bool,
-    namespace: NamespaceId,
+    owner: &Owner,
 ) -> Result<&'a mut Space, PluginError> {
     use std::collections::hash_map::Entry;
-    let entry = match spaces.entry(namespace) {
-        Entry::Occupied(entry) => return Ok(entry.into_mut()),
-        Entry::Vacant(entry) => entry,
+    let space = match spaces.entry(owner.space()) {
+        Entry::Occupied(entry) => entry.into_mut(),
+        Entry::Vacant(entry) => {
+            let (namespace, kind) = *entry.key();
+            // Users' rows are never in a ring, and who reads them has no business with the ring's.
+            let ring = if with_ring && shared.mapping == Mapping::InPlace && kind == SpaceKind::Shared {
+                Ok(shared.ring(namespace)?)
+            } else {
+                Err(shared.options.ring_bytes)
+            };
+            let part = WorkerPart::new(shared.options.worker_bytes, shared.mapping).map_err(|error| {
+                PluginError::Host(format!(
+                    "a worker part of {} bytes cannot be made: {error}",
+                    shared.options.worker_bytes
+                ))
+            })?;
+            entry.insert(Space::new(namespace, ring, part))
+        }
     };
-    let ring = if with_ring && shared.mapping == Mapping::InPlace {
-        Ok(shared.ring(namespace)?)
-    } else {
-        Err(shared.options.ring_bytes)
-    };
-    let part = WorkerPart::new(shared.options.worker_bytes, shared.mapping).map_err(|error| {
-        PluginError::Host(format!("a worker part of {} bytes cannot be made: {error}", shared.options.worker_bytes))
-    })?;
-    Ok(entry.insert(Space { namespace, ring, part }))
+    space.enter(owner.user.as_ref());
+    Ok(space)
 }
 
-/// The ring's copy of the rows, where it has one.
-fn lease(shared: &Shared, space: &Space, rows: &Rows<'_>) -> Option<Lease> {
-    let (Some(seq), Ok(ring)) = (rows.commit, &space.ring) else { return None };
-    let lease = ring.lease(seq).filter(|lease| lease.len as usize == rows.base.len());
+/// The ring's copy of what is run, where it has one.
+fn lease(shared: &Shared, space: &Space, commit: Option<Seq>, bytes: usize) -> Option<Lease> {
+    let (Some(seq), Ok(ring)) = (commit, &space.ring) else { return None };
+    let lease = ring.lease(seq).filter(|lease| lease.len as usize == bytes);
     if lease.is_none() {
         shared.metrics.ring_misses.inc();
     }
     lease
+}
+
+/// Whether a module may be the next stage of a pipeline.
+fn fits(pipeline: &Pipeline, name: &str, module: &Compiled) -> Result<(), PluginError> {
+    let expanded =
+        pipeline.stages.iter().find(|stage| stage.setup.module.kind == crate::catalog::PluginKind::ChangeTransform);
+    if let Some(before) = expanded.filter(|_| module.kind.sees_changes()) {
+        return Err(PluginError::Params(format!(
+            "plugin {name} sees changes ({}), but plugin {} in front of it makes rows of them: put it before that one",
+            module.kind.as_str(),
+            before.setup.plugin
+        )));
+    }
+    if pipeline.on_error != OnError::Pass {
+        return Ok(());
+    }
+    if !module.kind.is_filter() {
+        return Err(PluginError::Params(format!(
+            "on_error=pass is for filters, and plugin {name} is a {}: use stop or skip",
+            module.kind.as_str()
+        )));
+    }
+    let forbidden = |line: &ManifestLine| matches!(line, ManifestLine::Plugin { pass: Some(false), .. });
+    if module.manifest.iter().any(forbidden) {
+        return Err(PluginError::Params(format!(
+            "plugin {name} forbids on_error=pass: what it cannot judge must not go through; use stop or skip"
+        )));
+    }
+    Ok(())
 }
 
 fn setup(plugin: &str, module: Arc<Compiled>, text: &str, input: &Schema) -> Result<Setup, PluginError> {
@@ -407,9 +542,9 @@ fn setup(plugin: &str, module: Arc<Compiled>, text: &str, input: &Schema) -> Res
 }
 
 /// A guest that will not be configured says what is wrong with its parameters; everything else is its fault.
-fn refused(setup: &Setup, fault: CallFault) -> PluginError {
+fn refused(setup: &Setup, stage: usize, fault: CallFault) -> PluginError {
     match fault.cause {
         FaultCause::Failed => PluginError::Params(format!("plugin {}: {}", setup.plugin, fault.message)),
-        _ => fault.of(&setup.plugin, None),
+        _ => fault.of(&setup.plugin, Some(stage), None),
     }
 }

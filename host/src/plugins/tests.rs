@@ -1,8 +1,10 @@
 //! Guests written in WAT against the whole plugin side: what honest ones compute, where their rows come from.
 
+mod changes;
 mod hostile;
 mod memory;
 mod upload;
+mod users;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -15,11 +17,10 @@ use wire::frame::ChangeMeta;
 use wire::image::ImageAt;
 use wire::{ColumnDecl, FrameBuilder, FrameView, ImageBuilder, Kind, Schema, Scope, Type, Value};
 
-use super::registry::PluginWorker;
+use super::registry::{Owner, PluginWorker};
 use super::window::Mapping;
 use super::*;
-use crate::catalog::NamespaceId;
-use crate::catalog::Seq;
+use crate::catalog::{NamespaceId, OnError, Seq};
 use crate::telemetry::Metrics;
 
 pub const NS: NamespaceId = NamespaceId(1);
@@ -36,6 +37,10 @@ struct Modules(Arc<Mutex<HashMap<String, Bytes>>>);
 impl ModuleSource for Modules {
     fn wasm(&self, sha256: &str) -> Result<Option<Bytes>, String> {
         Ok(self.0.lock().unwrap().get(sha256).cloned())
+    }
+
+    fn secret(&self) -> Result<[u8; 32], String> {
+        Ok([7; 32])
     }
 }
 
@@ -54,6 +59,9 @@ pub fn options() -> PluginOptions {
         compile_time: Duration::from_secs(60),
         workers: 1,
         instances_per_worker: 8,
+        drop_instances_seed: 0,
+        compiler: None,
+        cache_dir: None,
     }
 }
 
@@ -251,6 +259,11 @@ pub fn values(values: &[i64]) -> (Vec<u8>, Vec<ImageAt>) {
     commit(&values.iter().map(|v| (Some(*v), "x".to_owned())).collect::<Vec<_>>())
 }
 
+/// Opens a pipeline on shared tables that stops at a failure.
+pub fn open(worker: &mut PluginWorker, stages: &[Stage]) -> Result<Opened, StageError> {
+    worker.open(Owner::shared(NS), stages, &table(), OnError::Stop)
+}
+
 pub fn run(
     worker: &mut PluginWorker,
     id: PipelineId,
@@ -270,7 +283,7 @@ fn a_filter_keeps_by_its_parameter_wherever_the_rows_are() {
     let fixture = Fixture::new(options());
     let stage = fixture.stage("at_least", &at_least(), r#"{"min": 20}"#);
     let mut worker = fixture.plugins.worker(0);
-    let opened = worker.open(NS, &[stage], &table()).unwrap();
+    let opened = open(&mut worker, &[stage]).unwrap();
     assert_eq!(opened.output, None);
 
     let rows = commit(&[(Some(19), "a".into()), (Some(20), "b".into()), (None, "c".into()), (Some(21), "d".into())]);
@@ -299,7 +312,7 @@ fn the_window_is_mapped_here_and_workers_move_to_their_threads() {
     is_send::<PluginWorker>();
     fn is_shared<T: Send + Sync>() {}
     is_shared::<Plugins>();
-    let engine = engine::Engine::new(&options()).unwrap();
+    let engine = engine::Engine::new(&options(), || Ok([0; 32])).unwrap();
     assert_eq!(selftest::window(&engine), Ok(()));
 }
 
@@ -308,11 +321,11 @@ fn one_instance_serves_many_parameter_sets() {
     let fixture = Fixture::new(options());
     let mut worker = fixture.plugins.worker(0);
     let rows = values(&[5, 15, 25]);
-    let mut open = |min: i64| {
+    let mut open_with = |min: i64| {
         let stage = fixture.stage("at_least", &at_least(), &format!("{{\"min\":{min}}}"));
-        worker.open(NS, &[stage], &table()).unwrap().id
+        open(&mut worker, &[stage]).unwrap().id
     };
-    let (low, high) = (open(10), open(20));
+    let (low, high) = (open_with(10), open_with(20));
     assert_eq!(fixture.metrics.plugin_instances.get(), 1);
     assert_eq!(run(&mut worker, low, None, &rows).unwrap().keep, [false, true, true]);
     assert_eq!(run(&mut worker, high, None, &rows).unwrap().keep, [false, false, true]);
@@ -331,8 +344,8 @@ fn stages_feed_each_other() {
         fixture.stage("at_least", &at_least(), r#"{"min":120}"#),
         fixture.stage("plus", &plus(None), r#"{"min":-1}"#),
     ];
-    let checked = fixture.plugins.check(NS, &stages, &table()).unwrap();
-    let opened = worker.open(NS, &stages, &table()).unwrap();
+    let checked = fixture.plugins.check(NS, &stages, &table(), OnError::Stop).unwrap().output;
+    let opened = open(&mut worker, &stages).unwrap();
     assert_eq!(opened.output, checked);
     assert_eq!(opened.output.unwrap().columns[0].name, "v");
 
@@ -354,7 +367,7 @@ fn instances_are_bounded_and_come_back() {
         .map(|i| {
             let body = format!("(i64.ge_s (call $value (local.get $h) (local.get $d) (local.get $i)) (i64.const {i}))");
             let stage = fixture.stage("distinct", &filter(&[READS_V], &body), "");
-            worker.open(NS, &[stage], &table()).unwrap().id
+            open(&mut worker, &[stage]).unwrap().id
         })
         .collect();
     for _ in 0..2 {
@@ -369,7 +382,7 @@ fn instances_are_bounded_and_come_back() {
 fn the_ring_leaves_leased_frames_alone_and_takes_new_ones_later() {
     let fixture = Fixture::new(PluginOptions { ring_bytes: 64 * 1024, ..options() });
     let mut worker = fixture.plugins.worker(0);
-    let id = worker.open(NS, &[fixture.stage("at_least", &at_least(), "")], &table()).unwrap().id;
+    let id = open(&mut worker, &[fixture.stage("at_least", &at_least(), "")]).unwrap().id;
     let big = |seq: i64| commit(&[(Some(seq), "x".repeat(20_000))]);
     for seq in 1..=30 {
         let rows = big(seq);
@@ -411,7 +424,7 @@ fn what_plugins_say_is_counted_and_capped() {
     let wat = once(&body.replace(r#"(data (i32.const 8) "seen")"#, ""))
         .replace("(func (export \"tg_abi\")", "(data (i32.const 8) \"seen\") (func (export \"tg_abi\")");
     let mut worker = fixture.plugins.worker(0);
-    let id = worker.open(NS, &[fixture.stage("chatty", &wat, "")], &table()).unwrap().id;
+    let id = open(&mut worker, &[fixture.stage("chatty", &wat, "")]).unwrap().id;
     for _ in 0..2 {
         assert_eq!(run(&mut worker, id, None, &values(&[1])).unwrap().keep, [true]);
     }
@@ -440,7 +453,7 @@ proptest! {
                 fixture.stage("at_least", &at_least(), &format!("{{\"min\":{min}}}")),
                 fixture.stage("plus", &plus(None), &format!("{{\"min\":{plus_by}}}")),
             ];
-            let id = worker.open(NS, &stages, &table()).unwrap().id;
+            let id = open(&mut worker, &stages).unwrap().id;
             for (i, rows) in commits.iter().enumerate() {
                 let expected: Vec<bool> = rows.iter().map(|(v, _)| v.is_some_and(|v| v >= min)).collect();
                 let sums: Vec<i64> = rows.iter().filter_map(|(v, _)| v.filter(|v| *v >= min)).map(|v| v + plus_by).collect();

@@ -45,7 +45,7 @@ use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use rustix::process::Signal;
 use wasmtime::unix::StoreExt;
 use wasmtime::{AsContext, Memory, Store};
-use wire::abi::{DESCRIPTOR_BYTES, MAX_BATCH, WINDOW_ALIGN};
+use wire::abi::{CHANGE_DESCRIPTOR_BYTES, MAX_BATCH, WINDOW_ALIGN};
 
 use crate::catalog::Seq;
 
@@ -53,7 +53,7 @@ use crate::catalog::Seq;
 const ENTRY_ALIGN: u32 = 64;
 
 /// Where the rows of a worker part begin: behind the descriptors of the largest batch.
-pub const PART_ROWS_AT: usize = MAX_BATCH * DESCRIPTOR_BYTES;
+pub const PART_ROWS_AT: usize = MAX_BATCH * CHANGE_DESCRIPTOR_BYTES;
 
 /// Memory of the host that guests may be given to read.
 struct Region {
@@ -288,7 +288,12 @@ impl Book {
 /// What one worker writes for its own calls in one namespace.
 pub struct WorkerPart {
     region: Region,
+    /// Everything behind this is zero.
+    written: usize,
 }
+
+/// Wiped at once: no larger buffer of zeros is needed.
+const WIPE_BYTES: usize = 4096;
 
 impl WorkerPart {
     /// `len` is a multiple of [`WINDOW_ALIGN`].
@@ -297,10 +302,20 @@ impl WorkerPart {
             Mapping::InPlace => Region::memfd("tidegate-worker", len as usize)?,
             Mapping::Copy => Region::anonymous(len as usize)?,
         };
-        Ok(WorkerPart { region })
+        Ok(WorkerPart { region, written: 0 })
+    }
+
+    /// Zeros again, as it was new.
+    pub fn clear(&mut self) {
+        let written = self.written;
+        for at in (0..written).step_by(WIPE_BYTES) {
+            self.write(at, &[0; WIPE_BYTES][..WIPE_BYTES.min(written - at)]);
+        }
+        self.written = 0;
     }
 
     pub fn write(&mut self, at: usize, bytes: &[u8]) {
+        self.written = self.written.max(at + bytes.len());
         // SAFETY: `&mut self`: nobody else writes this part.
         unsafe { self.region.write(at, bytes) };
     }
@@ -592,6 +607,18 @@ mod tests {
         assert!(ring.lease(Seq(300)).is_some());
         drop(ring);
         assert_eq!(gauge.get(), 0);
+    }
+
+    #[test]
+    fn a_cleared_part_holds_nothing_of_before() {
+        let mut part = WorkerPart::new(WINDOW_ALIGN, Mapping::InPlace).unwrap();
+        for (at, len) in [(0, 1), (4090, 10), (5000, 9000), (WINDOW_ALIGN as usize - 3, 3)] {
+            part.write(at, &vec![0xaa; len]);
+            part.clear();
+            let mut bytes = vec![1; WINDOW_ALIGN as usize];
+            let read = rustix::io::pread(part.region.fd.as_ref().unwrap(), &mut bytes[..], 0).unwrap();
+            assert_eq!((read, bytes.iter().position(|byte| *byte != 0)), (bytes.len(), None), "{len} bytes at {at}");
+        }
     }
 
     #[test]

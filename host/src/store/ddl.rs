@@ -134,6 +134,12 @@ fn catalog_records(transaction: &Transaction, after: &Catalog) -> Result<Vec<Rec
                 records.push((key, meta::encode_plugin(plugin)?));
                 records.push((meta::wasm_key(&plugin.sha256), wasm.to_vec()));
             }
+            CatalogWrite::DropPlugin { namespace, name } => {
+                let found = after.namespace(namespace);
+                if let Some((found, version)) = found.and_then(|found| Some((found, *found.retired.get(name)?))) {
+                    records.push((meta::retired_key(found.id, name), meta::encode_retired(found.id, name, version)?));
+                }
+            }
             _ => {}
         }
     }
@@ -146,6 +152,9 @@ pub(super) fn delete_dropped(db: &DB, batch: &mut WriteBatch, before: &Catalog, 
     for namespace in before.namespaces() {
         if after.namespace(&namespace.name).is_none_or(|found| found.id != namespace.id) {
             batch.delete_cf(default, meta::namespace_key(namespace.id));
+            for name in namespace.retired.keys() {
+                batch.delete_cf(default, meta::retired_key(namespace.id, name));
+            }
         }
         for table in namespace.tables.values().filter(|table| after.table_by_id(table.id).is_none()) {
             batch.delete_cf(default, meta::table_key(table.id));

@@ -71,7 +71,13 @@ pub fn plugin(name: &str, version: u32) -> Plugin {
         kind: PluginKind::RowFilter,
         abi: 1,
         manifest: vec![
-            ManifestLine::Plugin { abi: 1, name: None, doc: Some("keeps late ones".to_owned()) },
+            ManifestLine::Plugin {
+                abi: 1,
+                kind: None,
+                pass: None,
+                name: None,
+                doc: Some("keeps late ones".to_owned()),
+            },
             ManifestLine::Param { name: "minutes".to_owned(), r#type: ParamType::Int, default: None, doc: None },
             ManifestLine::Column { name: "dep_delay".to_owned(), r#type: ColumnType::Number, optional: true },
         ],

@@ -12,7 +12,9 @@
 //! t/{table u32}          a table
 //! p/{namespace u32}{version u32}{name}   one version of a plugin
 //! w/{sha256}             the bytes of a plugin
+//! v/{namespace u32}{name}                the highest version of a deleted plugin
 //! l/{namespace u32}{seq u64}             the change log: a wire::Frame
+//! f/{number u64}         what a plugin failed on: a bounded list of records of the layers above
 //! k/{seq u64}                            a mark in the change log: commit time and bytes logged so far, u64 each
 //! r/… e/…                receipts of writes, see `store/receipts.rs`
 //! s/{key}                settings of the layers above
@@ -32,7 +34,7 @@ use wire::abi::ManifestLine;
 use wire::{Type, Value};
 
 use super::{Seq, StoreError};
-use crate::catalog::{Catalog, Column, DefaultValue, NamespaceId, Plugin, Table, TableId, TableKind};
+use crate::catalog::{Catalog, Column, DefaultValue, NamespaceId, Plugin, PluginKind, Table, TableId, TableKind};
 
 /// The store format this build writes, and the newest it reads. 1 had no altered tables; a directory of format 1 is
 /// taken over as it is and marked as 2, so that an older build, which would misread it from then on, refuses it.
@@ -48,6 +50,7 @@ pub(super) const CATALOG_KEY: &[u8] = b"m/catalog";
 pub(super) const NAMESPACES: &[u8] = b"n/";
 pub(super) const TABLES: &[u8] = b"t/";
 pub(super) const PLUGINS: &[u8] = b"p/";
+pub(super) const RETIRED: &[u8] = b"v/";
 pub(super) const LOGS: &[u8] = b"l/";
 const MARKS: &[u8] = b"k/";
 
@@ -68,8 +71,20 @@ pub(super) fn plugin_key(namespace: NamespaceId, version: u32, name: &str) -> Ve
     [PLUGINS, &namespace.0.to_be_bytes(), &version.to_be_bytes(), name.as_bytes()].concat()
 }
 
+pub(super) fn retired_key(namespace: NamespaceId, name: &str) -> Vec<u8> {
+    [RETIRED, &namespace.0.to_be_bytes(), name.as_bytes()].concat()
+}
+
 pub(super) fn wasm_key(sha256: &str) -> Vec<u8> {
     [b"w/", sha256.as_bytes()].concat()
+}
+
+pub(super) fn fault_key(number: u64) -> Vec<u8> {
+    [&b"f/"[..], &number.to_be_bytes()].concat()
+}
+
+pub(super) fn read_fault_key(key: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(key.strip_prefix(b"f/")?.try_into().ok()?))
 }
 
 pub(super) fn setting_key(key: &str) -> Vec<u8> {
@@ -244,6 +259,15 @@ struct PluginRecord {
 enum PluginKindRecord {
     RowFilter,
     RowTransform,
+    ChangeFilter,
+    ChangeTransform,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RetiredRecord {
+    namespace: u32,
+    name: String,
+    version: u32,
 }
 
 pub(super) fn encode_catalog(catalog: &Catalog) -> Result<Vec<u8>, StoreError> {
@@ -296,8 +320,10 @@ pub(super) fn encode_plugin(plugin: &Plugin) -> Result<Vec<u8>, StoreError> {
         version: plugin.version,
         sha256: plugin.sha256.clone(),
         kind: match plugin.kind {
-            crate::catalog::PluginKind::RowFilter => PluginKindRecord::RowFilter,
-            crate::catalog::PluginKind::RowTransform => PluginKindRecord::RowTransform,
+            PluginKind::RowFilter => PluginKindRecord::RowFilter,
+            PluginKind::RowTransform => PluginKindRecord::RowTransform,
+            PluginKind::ChangeFilter => PluginKindRecord::ChangeFilter,
+            PluginKind::ChangeTransform => PluginKindRecord::ChangeTransform,
         },
         abi: plugin.abi,
         manifest: manifest.map_err(|error| StoreError::Corrupt(format!("a manifest cannot be encoded: {error}")))?,
@@ -307,7 +333,11 @@ pub(super) fn encode_plugin(plugin: &Plugin) -> Result<Vec<u8>, StoreError> {
     })
 }
 
-/// The catalog out of its records, given in this order: namespaces, tables, plugins.
+pub(super) fn encode_retired(namespace: NamespaceId, name: &str, version: u32) -> Result<Vec<u8>, StoreError> {
+    encode(&RetiredRecord { namespace: namespace.0, name: name.to_owned(), version })
+}
+
+/// The catalog out of its records, given in this order: namespaces, tables, plugins, deleted plugins.
 pub(super) struct CatalogLoader {
     catalog: Catalog,
 }
@@ -376,8 +406,10 @@ impl CatalogLoader {
             version: record.version,
             sha256: record.sha256,
             kind: match record.kind {
-                PluginKindRecord::RowFilter => crate::catalog::PluginKind::RowFilter,
-                PluginKindRecord::RowTransform => crate::catalog::PluginKind::RowTransform,
+                PluginKindRecord::RowFilter => PluginKind::RowFilter,
+                PluginKindRecord::RowTransform => PluginKind::RowTransform,
+                PluginKindRecord::ChangeFilter => PluginKind::ChangeFilter,
+                PluginKindRecord::ChangeTransform => PluginKind::ChangeTransform,
             },
             abi: record.abi,
             manifest,
@@ -385,6 +417,12 @@ impl CatalogLoader {
             uploaded_at: record.uploaded_at,
             uploaded_by: record.uploaded_by,
         }));
+        Ok(())
+    }
+
+    pub fn retired(&mut self, record: &[u8]) -> Result<(), StoreError> {
+        let RetiredRecord { namespace, name, version } = decode("deleted plugin", record)?;
+        self.catalog.retire_plugin(NamespaceId(namespace), &name, version);
         Ok(())
     }
 
@@ -449,8 +487,11 @@ mod tests {
         assert_eq!(namespace_key(NamespaceId(1)), b"n/\0\0\0\x01");
         assert_eq!(table_key(TableId(0x102)), b"t/\0\0\x01\x02");
         assert_eq!(plugin_key(NamespaceId(1), 2, "late"), b"p/\0\0\0\x01\0\0\0\x02late");
+        assert_eq!(retired_key(NamespaceId(1), "late"), b"v/\0\0\0\x01late");
         assert_eq!(wasm_key("ab"), b"w/ab");
         assert_eq!(setting_key("k"), b"s/k");
+        assert_eq!(fault_key(0x102), b"f/\0\0\0\0\0\0\x01\x02");
+        assert_eq!(read_fault_key(&fault_key(7)), Some(7));
         assert_eq!(log_key(NamespaceId(3), Seq(4)), b"l/\0\0\0\x03\0\0\0\0\0\0\0\x04");
         assert_eq!(read_log_key(&log_key(NamespaceId(3), Seq(4))), Some((NamespaceId(3), Seq(4))));
         assert_eq!(read_log_key(b"l/\0\0\0\x03\0"), None);
@@ -523,12 +564,15 @@ mod tests {
         loader.namespace(&encode_namespace(NamespaceId(1), "main").unwrap()).unwrap();
         loader.table(&encode_table(&table).unwrap()).unwrap();
         loader.plugin(&encode_plugin(&plugin).unwrap()).unwrap();
+        loader.retired(&encode_retired(NamespaceId(1), "gone", 7).unwrap()).unwrap();
         let mut saved = Catalog::default();
         (saved.next_namespace, saved.next_table) = (4, 20);
         let catalog = loader.finish(&encode_catalog(&saved).unwrap()).unwrap();
         assert_eq!((catalog.version, catalog.next_namespace, catalog.next_table), (5, 4, 20));
         assert_eq!(**catalog.table("main", "t9").unwrap(), table);
         assert_eq!(**catalog.plugin("main", "late").unwrap(), plugin);
+        let next = |name| catalog.next_plugin_version("main", name);
+        assert_eq!((next("late"), next("gone"), next("new")), (4, 8, 1));
     }
 
     #[test]

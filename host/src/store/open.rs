@@ -225,6 +225,7 @@ fn load_catalog(db: &DB, version: u64) -> Result<Catalog, StoreError> {
     for_each(db, meta::NAMESPACES, |record| loader.namespace(record))?;
     for_each(db, meta::TABLES, |record| loader.table(record))?;
     for_each(db, meta::PLUGINS, |record| loader.plugin(record))?;
+    for_each(db, meta::RETIRED, |record| loader.retired(record))?;
     loader.finish(&required(db, meta::CATALOG_KEY)?)
 }
 

@@ -364,6 +364,33 @@ fn plugins_are_kept_as_long_as_something_names_their_bytes() {
     assert!(store.catalog().plugin("main", "late").is_none());
     assert_eq!(store.plugin_wasm("bb").unwrap(), None);
     assert_eq!(store.plugin_wasm("aa").unwrap().as_deref(), Some(&b"aa"[..]));
+    // A version's number is never used again, also after another start.
+    assert_eq!(store.catalog().next_plugin_version("main", "late"), 3);
+    drop(store);
+    let store = open_with(&options(dir.path()));
+    assert_eq!(store.catalog().next_plugin_version("main", "late"), 3);
+    assert_eq!(store.catalog().next_plugin_version("main", "copy"), 2);
+}
+
+#[test]
+fn faults_are_a_bounded_list_newest_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = |store: &Store, limit| {
+        store.faults(limit, |number, bytes| Ok((number % 2 == 1).then(|| (number, bytes.to_vec())))).unwrap()
+    };
+    let store = open_with(&options(dir.path()));
+    assert!(all(&store, 9).is_empty());
+    store.append_faults(&[b"a".to_vec(), b"b".to_vec(), b"c".to_vec()]).unwrap();
+    drop(store);
+    let store = open_with(&options(dir.path()));
+    store.append_faults(&[b"d".to_vec(), b"e".to_vec()]).unwrap();
+    assert_eq!(all(&store, 9), [(5, b"e".to_vec()), (3, b"c".to_vec()), (1, b"a".to_vec())]);
+    assert_eq!(all(&store, 1), [(5, b"e".to_vec())]);
+    for _ in 0..10 {
+        store.append_faults(&vec![b"x".to_vec(); 1_000]).unwrap();
+    }
+    let numbers = store.faults(usize::MAX, |number, _| Ok(Some(number))).unwrap();
+    assert_eq!((numbers.len(), numbers[0], numbers[9_999]), (10_000, 10_005, 6));
 }
 
 #[test]

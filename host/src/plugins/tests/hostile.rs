@@ -4,7 +4,7 @@ use super::*;
 
 /// Opens a pipeline of one guest that passed the upload check.
 fn open(fixture: &Fixture, worker: &mut PluginWorker, name: &str, wat: &str) -> PipelineId {
-    worker.open(NS, &[fixture.stage(name, wat, "")], &table()).unwrap().id
+    super::open(worker, &[fixture.stage(name, wat, "")]).unwrap().id
 }
 
 #[track_caller]
@@ -260,10 +260,10 @@ fn a_stored_module_that_was_tampered_with_is_not_run() {
     let bytes = fixture.modules.lock().unwrap()[&other.sha256].clone();
     fixture.modules.lock().unwrap().insert(stage.sha256.clone(), bytes);
     let mut worker = fixture.plugins.worker(0);
-    let error = worker.open(NS, std::slice::from_ref(&stage), &table()).unwrap_err();
+    let error = super::open(&mut worker, std::slice::from_ref(&stage)).unwrap_err();
     assert!(error.to_string().contains("is damaged"), "{error}");
     stage.sha256 = "00".repeat(32);
-    let error = worker.open(NS, &[stage], &table()).unwrap_err();
+    let error = super::open(&mut worker, &[stage]).unwrap_err();
     assert!(error.to_string().contains("not in the store"), "{error}");
 }
 

@@ -56,8 +56,7 @@ fn measure() {
         })
         .collect();
     let mut worker = fixture.plugins.worker(0);
-    let open =
-        |worker: &mut PluginWorker, stage: &Stage| worker.open(NS, std::slice::from_ref(stage), &table()).unwrap().id;
+    let open = |worker: &mut PluginWorker, stage: &Stage| super::open(worker, std::slice::from_ref(stage)).unwrap().id;
     // The first one brings the ring and the part.
     let mut pipelines = vec![open(&mut worker, &stages[0])];
     let rows: Vec<_> = (0..32).map(|_| (Some(50), "x".repeat(65536))).collect();

@@ -83,6 +83,10 @@ fn refusals_name_what_and_the_limit() {
             "line 1 of the manifest: the module is built for plugin ABI 7; this server speaks ABI 1",
         ),
         (manifest(r#"{"plugin":{"abi":1,"colour":"red"}}"#).into(), "line 1 of the manifest: unknown field `colour`"),
+        (
+            manifest(r#"{"plugin":{"abi":1,"kind":"change_transform"}}"#).into(),
+            "the manifest says that the plugin is a change_transform, but the module exports `tg_filter`",
+        ),
         (manifest(r#"{"secret":{}}"#).into(), "unknown variant `secret`"),
         (
             manifest(r#"{"param":{"name":"m","type":"int","default":"x"}}"#).into(),
@@ -119,6 +123,48 @@ fn a_good_upload_is_described() {
 }
 
 #[test]
+fn a_manifest_is_put_into_a_module() {
+    let wasm = wat::parse_str(at_least()).unwrap();
+    let manifest = "{\"plugin\":{\"abi\":1,\"name\":\"other\"}}\n";
+    let once = check::attach(&options(), &wasm, manifest).unwrap();
+    let twice = check::attach(&options(), &once, manifest).unwrap();
+    assert_eq!(once, twice, "the manifest before is taken out");
+    let fixture = Fixture::new(options());
+    let inspected = fixture.plugins.inspect(&once).unwrap();
+    assert_eq!(inspected.manifest.len(), 1);
+    let error = check::attach(&options(), &wasm, "{}").unwrap_err().to_string();
+    assert!(error.contains("line 1 of the manifest"), "{error}");
+}
+
+#[test]
+fn compiled_code_is_kept_and_never_loaded_when_it_was_touched() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = PluginOptions { cache_dir: Some(folder.path().to_owned()), ..options() };
+    let sha256 = Fixture::new(kept.clone()).plugins.inspect(at_least().as_bytes()).unwrap().sha256;
+    let files = || std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    let [file] = &files()[..] else { panic!("{:?}", files()) };
+    assert!(file.file_name().unwrap().to_str().unwrap().starts_with(&sha256));
+    // Too short a time to compile in: what works came from the file.
+    let hurried = PluginOptions { compile_time: Duration::from_micros(1), ..kept.clone() };
+    let works = |fixture: Fixture| {
+        let stage = fixture.unchecked("at_least", &at_least());
+        open(&mut fixture.plugins.worker(0), &[stage]).map(drop).map_err(|error| error.to_string())
+    };
+    works(Fixture::new(hurried.clone())).unwrap();
+    let whole = std::fs::read(file).unwrap();
+    for at in [0, 40, whole.len() / 2, whole.len() - 1] {
+        let mut touched = whole.clone();
+        touched[at] ^= 0x10;
+        std::fs::write(file, touched).unwrap();
+        let error = works(Fixture::new(hurried.clone())).unwrap_err();
+        assert!(error.contains("compile"), "{error}");
+        assert!(!file.exists(), "it is not looked at again");
+    }
+    works(Fixture::new(kept)).unwrap();
+    assert_eq!(std::fs::read(file).unwrap(), whole);
+}
+
+#[test]
 fn compiling_has_a_limit() {
     let fixture = Fixture::new(PluginOptions { compile_time: Duration::from_micros(1), ..options() });
     let error = fixture.plugins.inspect(at_least().as_bytes()).unwrap_err().to_string();
@@ -129,7 +175,9 @@ fn compiling_has_a_limit() {
 fn pipelines_are_checked_before_they_are_opened() {
     let fixture = Fixture::new(options());
     let stage = |params: &str| fixture.stage("at_least", &at_least(), params);
-    let check = |stages: &[Stage], input: &Schema| fixture.plugins.check(NS, stages, input).unwrap_err().to_string();
+    let check = |stages: &[Stage], input: &Schema| {
+        fixture.plugins.check(NS, stages, input, OnError::Stop).unwrap_err().to_string()
+    };
     let message = check(&[stage(r#"{"max":3}"#)], &table());
     assert_eq!(message, "plugin at_least: there is no parameter `max`; it takes min (an int, default 10)");
     let message = check(&[stage(r#"{"min":"3"}"#)], &table());
@@ -152,7 +200,7 @@ fn pipelines_are_checked_before_they_are_opened() {
 
     let picky = once("").replace(CONFIGURE, "(data (i32.const 8) \"not today\") (func (export \"tg_configure\") (param i32) (result i64) (call $fail (i32.const -1) (i32.const 8) (i32.const 9)) (i64.const -1))");
     let stage = fixture.stage("picky", &picky, "");
-    match fixture.plugins.check(NS, &[stage], &table()) {
+    match fixture.plugins.check(NS, &[stage], &table(), OnError::Stop) {
         Err(PluginError::Params(message)) => assert_eq!(message, "plugin picky: not today"),
         other => panic!("{other:?}"),
     }

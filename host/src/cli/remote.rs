@@ -1,0 +1,321 @@
+//! Calls to a server.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use super::{LiveQuery, Outcome, Server, Sql, craft};
+use crate::catalog::DEFAULT_NAMESPACE;
+use crate::http::client::{Answer, Client, Method, encode, next_piece};
+
+const JSON: &str = "application/json";
+
+impl Server {
+    fn client(&self) -> Result<Client, String> {
+        let token = match (&self.token, &self.token_file) {
+            (Some(token), _) => Some(token.clone()),
+            (None, Some(file)) => Some(
+                std::fs::read_to_string(file)
+                    .map_err(|error| format!("the token file {}: {error}", file.display()))?
+                    .trim()
+                    .to_owned(),
+            ),
+            (None, None) => None,
+        };
+        Client::new(&self.url, token).map_err(|error| error.to_string())
+    }
+
+    fn namespace(&self) -> &str {
+        self.namespace.as_deref().unwrap_or(DEFAULT_NAMESPACE)
+    }
+
+    fn plugin(&self, name: &str) -> String {
+        format!("/v1/plugins/{}/{}", encode(self.namespace()), encode(name))
+    }
+
+    async fn ask(&self, method: Method, path: &str, content_type: &str, body: Vec<u8>) -> Result<Value, String> {
+        let answer = self.client()?.call(method, path, content_type, body).await.map_err(|error| error.to_string())?;
+        parsed(&answer)
+    }
+
+    fn print(&self, answer: &Value, text: impl FnOnce(&Value) -> String) {
+        if self.json { say(&answer.to_string()) } else { say(&text(answer)) }
+    }
+}
+
+/// To stdout; whoever reads it may have gone, which is no reason to fail loudly.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+fn parsed(answer: &Answer) -> Result<Value, String> {
+    let value: Value = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
+    if answer.is_success() {
+        return Ok(value);
+    }
+    let detail =
+        value["detail"].as_str().map_or_else(|| String::from_utf8_lossy(&answer.body).into_owned(), str::to_owned);
+    let hint = match answer.status {
+        401 => "; give --token or --token-file (or TIDEGATE_TOKEN, TIDEGATE_TOKEN_FILE)",
+        _ => "",
+    };
+    let code = value["code"].as_str().unwrap_or("error");
+    Err(format!("{detail} ({code}, status {}){hint}", answer.status))
+}
+
+fn json_of(what: &str, text: &str) -> Result<Value, String> {
+    serde_json::from_str(text).map_err(|error| format!("{what} is not JSON: {error}"))
+}
+
+pub(super) async fn sql(args: Sql) -> Outcome {
+    let mut text = args.statement;
+    if text == "-" {
+        text.clear();
+        std::io::stdin().read_to_string(&mut text).map_err(|error| format!("stdin cannot be read: {error}"))?;
+    }
+    let mut request = json!({"sql": text, "params": json_of("--params", &args.params)?});
+    if let Some(namespace) = &args.server.namespace {
+        request["namespace"] = json!(namespace);
+    }
+    let answer = args.server.ask(Method::POST, "/v1/sql", JSON, request.to_string().into_bytes()).await?;
+    args.server.print(&answer, |answer| {
+        let results = answer["results"].as_array().cloned().unwrap_or_default();
+        results.iter().map(result_text).collect::<Vec<_>>().join("\n\n")
+    });
+    Ok(())
+}
+
+fn result_text(result: &Value) -> String {
+    match (&result["columns"], &result["rows"], result["affected"].as_u64()) {
+        (Value::Array(columns), Value::Array(rows), _) => {
+            let head = columns.iter().map(|column| column["name"].as_str().unwrap_or_default().to_owned());
+            let cells = |row: &Value| row.as_array().into_iter().flatten().map(cell_text).collect::<Vec<_>>();
+            let mut table = vec![head.collect::<Vec<_>>()];
+            table.extend(rows.iter().map(cells));
+            format!("{}\n({} rows)", table_text(&table), rows.len())
+        }
+        (_, _, Some(affected)) => format!("{affected} rows changed"),
+        _ => result.to_string(),
+    }
+}
+
+fn cell_text(value: &Value) -> String {
+    match value {
+        Value::Null => "NULL".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// Columns under one another; the first line is the head.
+fn table_text(lines: &[Vec<String>]) -> String {
+    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
+    let line = |cells: &Vec<String>| {
+        let padded = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    let rule = widths.iter().map(|width| "-".repeat(*width)).collect::<Vec<_>>().join("  ");
+    let mut text: Vec<String> = lines.iter().map(line).collect();
+    text.insert(1.min(text.len()), rule);
+    text.join("\n")
+}
+
+/// Prints events as they come, until the stream ends.
+pub(super) async fn live(args: LiveQuery) -> Outcome {
+    let mut path = format!("/v1/live?sql={}", encode(&args.statement));
+    for stage in &args.plugin {
+        path.push_str(&format!("&plugin={}", encode(stage)));
+    }
+    for (name, value) in [("on_error", &args.on_error), ("namespace", &args.server.namespace)] {
+        if let Some(value) = value {
+            path.push_str(&format!("&{name}={}", encode(value)));
+        }
+    }
+    let lost = |error: crate::http::client::ClientError| error.to_string();
+    let (status, mut body) = args.server.client()?.open(Method::GET, &path, "", Vec::new()).await.map_err(lost)?;
+    let mut text = Vec::new();
+    while let Some(piece) = next_piece(&mut body).await.map_err(lost)? {
+        text.extend_from_slice(&piece);
+        if status != 200 {
+            continue;
+        }
+        // Events end with an empty line; what is behind the last one is still to come.
+        while let Some(end) = text.windows(2).position(|two| two == b"\n\n") {
+            let event = String::from_utf8_lossy(&text[..end]).into_owned();
+            text.drain(..end + 2);
+            let Some(line) = event_text(&event, args.server.json) else { continue };
+            say(&line);
+            if args.once && event.starts_with("event: uptodate") {
+                return Ok(());
+            }
+        }
+    }
+    match status {
+        200 => Err("the server ended the stream".to_owned()),
+        status => parsed(&Answer { status, body: text.into() }).map(drop),
+    }
+}
+
+/// One event as one line; comments and `retry` are none.
+fn event_text(event: &str, as_json: bool) -> Option<String> {
+    let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+    let (name, data) = (field("event")?, field("data").unwrap_or("{}"));
+    if !as_json {
+        return Some(format!("{name:<12} {data}"));
+    }
+    let data: Value = serde_json::from_str(data).unwrap_or(Value::Null);
+    Some(json!({"event": name, "id": field("id"), "data": data}).to_string())
+}
+
+pub(super) async fn push(module: PathBuf, name: Option<String>, server: Server) -> Outcome {
+    let path = if module.is_dir() { craft::build(&module)? } else { module };
+    let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+    let name = name.or(stem).ok_or("the module has no name; give --name")?;
+    let started = std::time::Instant::now();
+    let answer = server.ask(Method::PUT, &server.plugin(&name), "application/wasm", bytes).await?;
+    let elapsed = started.elapsed();
+    server.print(&answer, |plugin| {
+        let state = if plugin["unchanged"] == json!(true) { "was active already" } else { "is active" };
+        format!(
+            "{}\n{state} from seq {} on; the upload took {} ms",
+            version_text(plugin),
+            plugin["seq"],
+            elapsed.as_millis()
+        )
+    });
+    Ok(())
+}
+
+pub(super) async fn try_rows(
+    name: String,
+    [rows, old, params]: [String; 3],
+    table: Option<String>,
+    server: Server,
+) -> Outcome {
+    let mut request = json!({
+        "rows": json_of("--rows", &rows)?, "old": json_of("--old", &old)?, "params": json_of("--params", &params)?,
+    });
+    if let Some(table) = table {
+        request["table"] = json!(table);
+    }
+    let path = format!("{}/try", server.plugin(&name));
+    let answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await?;
+    server.print(&answer, |answer| {
+        let results = answer["results"].as_array().cloned().unwrap_or_default();
+        let lines = results.iter().enumerate().map(|(index, result)| format!("{index:>4}  {result}"));
+        let took = format!("{} rows in {} µs", results.len(), answer["elapsed_us"]);
+        lines.chain([took]).collect::<Vec<_>>().join("\n")
+    });
+    Ok(())
+}
+
+pub(super) async fn list(server: Server) -> Outcome {
+    let query = server.namespace.as_ref().map(|name| format!("?namespace={}", encode(name))).unwrap_or_default();
+    let answer = server.ask(Method::GET, &format!("/v1/plugins{query}"), "", Vec::new()).await?;
+    server.print(&answer, |answer| {
+        let mut lines = vec![["namespace", "name", "version", "kind", "size", "sha256"].map(str::to_owned).to_vec()];
+        let plugins = answer["plugins"].as_array().into_iter().flatten();
+        for plugin in plugins.filter(|plugin| plugin["active"] == json!(true)) {
+            let cells =
+                [&plugin["namespace"], &plugin["name"], &plugin["version"], &plugin["kinds"][0], &plugin["size"]];
+            let mut line: Vec<String> = cells.map(cell_text).to_vec();
+            line.push(cell_text(&plugin["sha256"]).chars().take(12).collect());
+            lines.push(line);
+        }
+        table_text(&lines)
+    });
+    Ok(())
+}
+
+pub(super) async fn show(name: String, server: Server) -> Outcome {
+    let answer = server.ask(Method::GET, &server.plugin(&name), "", Vec::new()).await?;
+    server.print(&answer, |answer| {
+        let versions = answer["versions"].as_array().cloned().unwrap_or_default();
+        let text = |version: &Value| {
+            let active = if version["active"] == json!(true) { "  (active)" } else { "" };
+            format!("{}{active}", version_text(version))
+        };
+        versions.iter().rev().map(text).collect::<Vec<_>>().join("\n\n")
+    });
+    Ok(())
+}
+
+fn version_text(plugin: &Value) -> String {
+    let list = |name: &str, text: &dyn Fn(&Value) -> String| {
+        let entries: Vec<String> = plugin[name].as_array().into_iter().flatten().map(text).collect();
+        if entries.is_empty() { "none".to_owned() } else { entries.join(", ") }
+    };
+    let parameter = |parameter: &Value| {
+        let default = if parameter["required"] == json!(true) {
+            "required".to_owned()
+        } else {
+            format!("default {}", parameter["default"])
+        };
+        format!("{} ({}, {default})", cell_text(&parameter["name"]), cell_text(&parameter["type"]))
+    };
+    let column = |column: &Value| format!("{} ({})", cell_text(&column["name"]), cell_text(&column["type"]));
+    format!(
+        "{} version {}: {}, {} bytes, sha256 {}\n  parameters: {}\n  reads: {}",
+        cell_text(&plugin["name"]),
+        plugin["version"],
+        cell_text(&plugin["kinds"][0]),
+        plugin["size"],
+        cell_text(&plugin["sha256"]),
+        list("parameters", &parameter),
+        list("columns", &column),
+    )
+}
+
+pub(super) async fn errors(name: String, server: Server) -> Outcome {
+    let answer = server.ask(Method::GET, &format!("{}/errors", server.plugin(&name)), "", Vec::new()).await?;
+    server.print(&answer, |answer| {
+        let entries = answer["errors"].as_array().cloned().unwrap_or_default();
+        if entries.is_empty() {
+            return "none".to_owned();
+        }
+        let line = |entry: &Value| {
+            let cells = ["at", "table", "seq", "cause", "action", "message"].map(|name| cell_text(&entry[name]));
+            format!("{}  {}", cells.join("  "), entry["row"])
+        };
+        entries.iter().map(line).collect::<Vec<_>>().join("\n")
+    });
+    Ok(())
+}
+
+pub(super) async fn rollback(name: String, version: Option<u32>, server: Server) -> Outcome {
+    let request = version.map_or_else(|| json!({}), |version| json!({"version": version}));
+    let path = format!("{}/rollback", server.plugin(&name));
+    let answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await?;
+    server.print(&answer, |plugin| format!("{}\nis active from seq {} on", version_text(plugin), plugin["seq"]));
+    Ok(())
+}
+
+pub(super) async fn remove(name: String, server: Server) -> Outcome {
+    let answer = server.ask(Method::DELETE, &server.plugin(&name), "", Vec::new()).await?;
+    server.print(&answer, |_| format!("plugin {name} is gone"));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_tables() {
+        let result = json!({"columns": [{"name": "id"}, {"name": "name"}], "rows": [[1, "a"], [200, null]]});
+        assert_eq!(result_text(&result), "id   name\n---  ----\n1    a\n200  NULL\n(2 rows)");
+        assert_eq!(result_text(&json!({"affected": 3})), "3 rows changed");
+    }
+
+    #[test]
+    fn events_are_lines() {
+        let event = "event: insert\nid: a-1-b\ndata: {\"key\":{\"id\":1}}";
+        assert_eq!(event_text(event, false).unwrap(), "insert       {\"key\":{\"id\":1}}");
+        assert_eq!(event_text(event, true).unwrap(), r#"{"event":"insert","id":"a-1-b","data":{"key":{"id":1}}}"#);
+        assert_eq!(event_text(": hello\nretry: 1500", true), None);
+    }
+}

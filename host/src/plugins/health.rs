@@ -1,0 +1,190 @@
+//! What is known of a module's failures: rows that failed are remembered until the version changes, so that they are
+//! not tried again and again; and parameter sets that keep losing instances rest for a while.
+//!
+//! One [`Health`] per compiled module, shared by all workers. Plugins are pure, so a row that failed once fails always:
+//! remembering it changes no result, only what it costs. Resting does not change a result either: a live query whose
+//! plugin rests stops where it is and goes on from there.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::FaultCause;
+
+/// So many lost instances within the span, and the parameter set rests.
+const FAILURES: usize = 5;
+const SPAN: Duration = Duration::from_secs(60);
+
+/// The first rest; each one that follows without a quiet span in between is twice as long.
+const FIRST_REST: Duration = Duration::from_secs(1);
+const LONGEST_REST: Duration = Duration::from_secs(60);
+
+/// Failures remembered per module: about 1 MiB with messages. Beyond it the oldest is forgotten and costs its call again.
+const REMEMBERED: usize = 4096;
+
+/// Parameter sets of which failures are kept per module.
+const SETS: usize = 1024;
+
+/// Of a parameter set: the key of its setup.
+pub type SetKey = [u8; 32];
+/// Of a row or change under a parameter set: a hash of both.
+pub type UnitKey = [u8; 32];
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    pub cause: FaultCause,
+    pub message: String,
+}
+
+#[derive(Default)]
+pub struct Health {
+    inner: Mutex<Inner>,
+    /// How many failures are remembered: with none, nobody computes a unit's key.
+    remembered: AtomicUsize,
+    /// How many parameter sets have failures.
+    sets: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Inner {
+    known: HashMap<UnitKey, Known>,
+    order: VecDeque<UnitKey>,
+    breakers: HashMap<SetKey, Breaker>,
+}
+
+#[derive(Debug, Default)]
+struct Breaker {
+    failures: VecDeque<Instant>,
+    rest: Duration,
+    open_until: Option<Instant>,
+}
+
+impl Health {
+    pub fn remembers(&self) -> bool {
+        self.remembered.load(Ordering::Acquire) > 0
+    }
+
+    pub fn known(&self, unit: &UnitKey) -> Option<Known> {
+        self.inner().known.get(unit).cloned()
+    }
+
+    /// A unit failed alone.
+    pub fn remember(&self, unit: UnitKey, cause: FaultCause, message: &str) {
+        let mut inner = self.inner();
+        if inner.known.insert(unit, Known { cause, message: message.to_owned() }).is_none() {
+            inner.order.push_back(unit);
+        }
+        if inner.order.len() > REMEMBERED
+            && let Some(oldest) = inner.order.pop_front()
+        {
+            inner.known.remove(&oldest);
+        }
+        self.remembered.store(inner.known.len(), Ordering::Release);
+    }
+
+    /// An instance was lost over the parameter set.
+    pub fn lost_instance(&self, set: SetKey, now: Instant) {
+        let mut inner = self.inner();
+        if inner.breakers.len() >= SETS && !inner.breakers.contains_key(&set) {
+            inner.breakers.retain(|_, breaker| breaker.failures.back().is_some_and(|last| now - *last < SPAN));
+        }
+        if inner.breakers.len() < SETS || inner.breakers.contains_key(&set) {
+            inner.breakers.entry(set).or_default().failed(now);
+        }
+        self.sets.store(inner.breakers.len(), Ordering::Release);
+    }
+
+    /// How much longer the parameter set is not to be called.
+    pub fn rests(&self, set: &SetKey, now: Instant) -> Option<Duration> {
+        if self.sets.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        self.inner().breakers.get(set)?.rests(now)
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Breaker {
+    fn failed(&mut self, now: Instant) {
+        // A quiet span forgives.
+        if self.failures.back().is_some_and(|last| now - *last >= SPAN + self.rest) {
+            *self = Breaker::default();
+        }
+        self.failures.push_back(now);
+        while self.failures.front().is_some_and(|first| now - *first >= SPAN) {
+            self.failures.pop_front();
+        }
+        // After a rest the next failure is enough: it was a try.
+        let tried = self.rest > Duration::ZERO;
+        if self.rests(now).is_none() && (tried || self.failures.len() >= FAILURES) {
+            self.rest = if tried { (self.rest * 2).min(LONGEST_REST) } else { FIRST_REST };
+            self.open_until = Some(now + self.rest);
+        }
+    }
+
+    fn rests(&self, now: Instant) -> Option<Duration> {
+        self.open_until.and_then(|until| until.checked_duration_since(now)).filter(|rest| !rest.is_zero())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SET: SetKey = [1; 32];
+
+    fn secs(secs: f32) -> Duration {
+        Duration::from_secs_f32(secs)
+    }
+
+    #[test]
+    fn five_lost_instances_in_a_minute_rest_longer_and_longer() {
+        let (health, start) = (Health::default(), Instant::now());
+        let rests = |at: f32| health.rests(&SET, start + secs(at));
+        for at in [0.0, 20.0, 40.0, 59.0] {
+            health.lost_instance(SET, start + secs(at));
+            assert_eq!(rests(at), None);
+        }
+        // The first one has left the span.
+        health.lost_instance(SET, start + secs(60.5));
+        assert_eq!(rests(60.5), None);
+        health.lost_instance(SET, start + secs(61.0));
+        assert_eq!(rests(61.5), Some(secs(0.5)));
+        assert_eq!(health.rests(&[2; 32], start + secs(61.5)), None, "other parameters do not rest");
+        assert_eq!(rests(62.0), None);
+        for (at, rest) in
+            [(62.0, 2.0), (64.0, 4.0), (68.0, 8.0), (76.0, 16.0), (92.0, 32.0), (124.0, 60.0), (184.0, 60.0)]
+        {
+            health.lost_instance(SET, start + secs(at));
+            assert_eq!(rests(at), Some(secs(rest)), "at {at}");
+        }
+        // Two quiet minutes, and it starts afresh.
+        health.lost_instance(SET, start + secs(320.0));
+        assert_eq!(rests(320.0), None);
+    }
+
+    #[test]
+    fn failures_are_remembered_up_to_a_bound() {
+        let health = Health::default();
+        assert!(!health.remembers());
+        let unit = |i: usize| {
+            let mut unit = [0; 32];
+            unit[..8].copy_from_slice(&i.to_le_bytes());
+            unit
+        };
+        for i in 0..REMEMBERED + 2 {
+            health.remember(unit(i), FaultCause::Trap, "unreachable");
+            health.remember(unit(i), FaultCause::Trap, "unreachable");
+        }
+        assert!(health.remembers());
+        assert_eq!(
+            (health.known(&unit(1)), health.known(&unit(2)).map(|known| known.cause)),
+            (None, Some(FaultCause::Trap))
+        );
+        assert_eq!(health.inner().order.len(), REMEMBERED);
+    }
+}

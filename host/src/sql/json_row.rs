@@ -1,0 +1,111 @@
+//! A row given as a JSON object, as an image: by the very conversions of an INSERT.
+
+use std::sync::Arc;
+
+use ::arrow::array::{ArrayRef, BooleanArray, Float64Array, Int64Array, StringArray};
+use serde_json::{Map, Value as Json};
+use wire::{ImageBuilder, Schema, Type};
+
+use super::SqlError;
+use super::arrow::{CastTarget, cast_for, value_at};
+
+/// The image of the object's values in the schema's columns; columns that it does not name are NULL, and names that no
+/// column has are refused.
+pub fn image(schema: &Schema, object: &Map<String, Json>) -> Result<Vec<u8>, SqlError> {
+    if let Some(name) = object.keys().find(|name| schema.column(name).is_none()) {
+        let known: Vec<&str> = schema.columns.iter().map(|column| column.name.as_str()).collect();
+        let message = format!("there is no column {name:?}; there are {}", known.join(", "));
+        return Err(SqlError::invalid("unknown_column", message));
+    }
+    let mut image = ImageBuilder::new(schema.slots());
+    for column in &schema.columns {
+        let Some(array) = object.get(&column.name).and_then(|value| array(value, column.ty)) else { continue };
+        let cast = cast_for(&CastTarget { name: &column.name, ty: column.ty }, &array)?;
+        image.set(column.id, &value_at(&cast, 0, column.ty));
+    }
+    Ok(image.finish())
+}
+
+/// `None` for null.
+fn array(value: &Json, ty: Type) -> Option<ArrayRef> {
+    // A JSON column takes any JSON as it is, a string among it only when it is written as one.
+    let text = |text: String| -> ArrayRef { Arc::new(StringArray::from(vec![text])) };
+    Some(match value {
+        Json::Null => return None,
+        Json::Bool(value) => Arc::new(BooleanArray::from(vec![*value])),
+        Json::String(value) => text(value.clone()),
+        Json::Number(number) if ty != Type::Json => match number.as_i64() {
+            Some(int) => Arc::new(Int64Array::from(vec![int])),
+            None => match number.as_f64() {
+                Some(float) => Arc::new(Float64Array::from(vec![float])),
+                None => text(number.to_string()),
+            },
+        },
+        other => text(other.to_string()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use wire::{ColumnDecl, ImageRef, Value};
+
+    use super::*;
+
+    fn schema() -> Schema {
+        let types = [
+            ("id", Type::BigInt),
+            ("small", Type::SmallInt),
+            ("price", Type::Decimal { precision: 8, scale: 2 }),
+            ("ratio", Type::Double),
+            ("at", Type::Timestamp),
+            ("doc", Type::Json),
+            ("name", Type::Text),
+            ("ok", Type::Boolean),
+        ];
+        let column = |(id, (name, ty)): (usize, (&str, Type))| ColumnDecl {
+            id: id as u16,
+            name: name.to_owned(),
+            ty,
+            nullable: true,
+            key: id == 0,
+        };
+        Schema { columns: types.into_iter().enumerate().map(column).collect() }
+    }
+
+    fn values(object: Json) -> Result<Vec<Value>, SqlError> {
+        let schema = schema();
+        let bytes = image(&schema, object.as_object().unwrap())?;
+        let (image, ..) = ImageRef::parse(&bytes).unwrap();
+        Ok(schema.columns.iter().map(|column| image.value(column.id, column.ty).unwrap()).collect())
+    }
+
+    #[test]
+    fn json_becomes_what_an_insert_would_store() {
+        let found = values(json!({
+            "id": "9007199254740993", "small": 7, "price": "12.50", "ratio": 3, "at": "1970-01-01T00:00:01Z",
+            "doc": {"a": [1]}, "name": "x", "ok": true,
+        }));
+        let expected = [
+            Value::Int(9_007_199_254_740_993),
+            Value::Int(7),
+            Value::Decimal(1250),
+            Value::Float(3.0),
+            Value::Int(1_000_000),
+            Value::Text(r#"{"a":[1]}"#.to_owned()),
+            Value::Text("x".to_owned()),
+            Value::Bool(true),
+        ];
+        assert_eq!(found.unwrap(), expected);
+        assert_eq!(values(json!({"name": null})).unwrap(), vec![Value::Null; 8]);
+        for (object, expected) in [
+            (json!({"nam": 1}), "there is no column \"nam\"; there are id, small"),
+            (json!({"small": 70_000}), "small"),
+            (json!({"ok": 1}), "ok"),
+            (json!({"at": "soon"}), "at"),
+        ] {
+            let error = values(object).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The command line against a server, as somebody would type it.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+use tests::{TestServer, plugin, server};
+
+/// `tidegate` with these arguments, in a folder, as the administrator.
+fn tidegate(server: &TestServer, folder: &Path, arguments: &[&str]) -> Output {
+    tidegate_fed(server, folder, arguments, "")
+}
+
+fn tidegate_fed(server: &TestServer, folder: &Path, arguments: &[&str], stdin: &str) -> Output {
+    let mut command = Command::new(server::binary());
+    command.args(arguments).current_dir(folder);
+    command.env("TIDEGATE_URL", server.admin().url("")).env("TIDEGATE_TOKEN", server::ADMIN_TOKEN);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("tidegate starts");
+    child.stdin.take().unwrap().write_all(stdin.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[track_caller]
+fn said(output: Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}
+
+#[track_caller]
+fn complained(output: Output) -> String {
+    assert!(!output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sql_live_and_plugins_from_a_shell() {
+    let server = TestServer::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| tidegate(&server, folder.path(), arguments);
+    said(run(&["sql", "CREATE TABLE t (id INT PRIMARY KEY, dep_delay INT)"]));
+    assert_eq!(said(run(&["sql", "INSERT INTO t VALUES (1, 50), (2, $1)", "--params", "[5]"])), "2 rows changed\n");
+    let table = said(tidegate_fed(&server, folder.path(), &["sql", "-"], "SELECT * FROM t ORDER BY id"));
+    assert_eq!(table, "id  dep_delay\n--  ---------\n1   50\n2   5\n(2 rows)\n");
+    assert!(complained(run(&["sql", "SELECT nothing FROM t"])).contains("nothing"));
+
+    std::fs::write(folder.path().join("late.wasm"), plugin("late.wasm")).unwrap();
+    let pushed = said(run(&["plugin", "push", "late.wasm"]));
+    assert!(
+        pushed.starts_with("late version 1: row_filter") && pushed.contains("minutes (int, default 15)"),
+        "{pushed}"
+    );
+    let answer: Value = serde_json::from_str(&said(run(&["plugin", "push", "late.wasm", "--json"]))).unwrap();
+    assert_eq!(answer["unchanged"], true);
+    let tried = said(run(&["plugin", "try", "late", "--rows", r#"[{"dep_delay":15},{"dep_delay":1}]"#]));
+    assert!(tried.contains(r#"0  {"keep":true}"#) && tried.contains(r#"1  {"keep":false}"#), "{tried}");
+    let live = said(run(&["live", "SELECT id FROM t", "--plugin", "late", "--once", "--json"]));
+    let events: Vec<Value> = live.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let names: Vec<&str> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    assert_eq!(names, ["start", "insert", "uptodate"], "{live}");
+    assert!(said(run(&["plugin", "list"])).contains("late"));
+    assert!(said(run(&["plugin", "show", "late"])).contains("(active)"));
+    assert_eq!(said(run(&["plugin", "errors", "late"])), "none\n");
+    assert!(complained(run(&["plugin", "rollback", "late"])).contains("no earlier version"));
+    said(run(&["plugin", "rm", "late"]));
+    assert!(complained(run(&["plugin", "show", "late"])).contains("not_found"));
+    let nobody = complained(run(&["plugin", "list", "--token", "not-a-token-of-this-server"]));
+    assert!(nobody.contains("401") && nobody.contains("--token"), "{nobody}");
+    let nowhere = complained(run(&["plugin", "list", "--url", "http://127.0.0.1:1"]));
+    assert!(nowhere.contains("no server answers at 127.0.0.1:1"), "{nowhere}");
+}
+
+#[tokio::test]
+async fn a_manifest_is_attached_and_a_module_runs_without_a_server() {
+    let server = TestServer::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| tidegate(&server, folder.path(), arguments);
+    std::fs::write(folder.path().join("late.wasm"), plugin("late.wasm")).unwrap();
+    let manifest = r#"{"plugin":{"abi":1,"name":"renamed"}}
+{"param":{"name":"minutes","type":"int","default":"7"}}
+{"column":{"name":"dep_delay","type":"number"}}
+"#;
+    std::fs::write(folder.path().join("manifest.jsonl"), manifest).unwrap();
+    said(run(&["plugin", "attach", "late.wasm", "--manifest", "manifest.jsonl", "-o", "renamed.wasm"]));
+    let requests = [
+        json!({"module": "renamed.wasm", "rows": [{"dep_delay": 7}, {"dep_delay": 6.5}, {"dep_delay": null}]}),
+        json!({"module": "renamed.wasm", "columns": [{"name": "dep_delay", "type": "DECIMAL(6,2)"}], "rows": [{"dep_delay": "7.01"}]}),
+        json!({"module": "renamed.wasm", "params": {"hours": 1}}),
+        json!({"module": "nowhere.wasm"}),
+        json!({"modul": "x"}),
+    ];
+    let requests: String = requests.iter().map(|request| format!("{request}\n")).collect();
+    let answers = said(tidegate_fed(&server, folder.path(), &["plugin", "exec", "--stdio"], &requests));
+    let answers: Vec<Value> = answers.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(answers[0]["results"], json!([{"keep": true}, {"keep": false}, {"keep": false}]), "{:?}", answers[0]);
+    assert_eq!(answers[1]["results"], json!([{"keep": true}]));
+    for (answer, named) in answers[2..].iter().zip(["hours", "nowhere.wasm", "modul"]) {
+        assert!(answer["problem"]["detail"].as_str().unwrap().contains(named), "{answer}");
+    }
+    std::fs::write(folder.path().join("bad.jsonl"), "{\"plugin\":{\"abi\":9}}").unwrap();
+    let refused = complained(run(&["plugin", "attach", "late.wasm", "--manifest", "bad.jsonl"]));
+    assert!(refused.contains("line 1 of the manifest"), "{refused}");
+}

@@ -1,0 +1,132 @@
+//! What happens to rows that a plugin fails on: `on_error`, the list of errors, the breaker.
+
+use serde_json::{Value, json};
+use tests::live::seq;
+use tests::{Client, LiveQuery, TestServer};
+
+async fn table(server: &TestServer) -> Client {
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY, v BIGINT)").await;
+    db
+}
+
+/// A row filter in WebAssembly text that keeps every row but fails by `fault` on those whose `v` is below 0.
+fn sour(fault: &str, pass: bool) -> Vec<u8> {
+    format!(
+        r#"(module
+  (import "tidegate" "fail" (func $fail (param i32 i32 i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 0) "below zero")
+  (global $window (mut i32) (i32.const 0))
+  (@custom "tidegate" "{{\"plugin\":{{\"abi\":1,\"pass\":{pass}}}}}\n{{\"column\":{{\"name\":\"v\",\"type\":\"int\"}}}}\n")
+  (func (export "tg_abi") (result i32) (i32.const 1))
+  (func (export "tg_window") (param $len i32) (result i32)
+    (global.set $window (i32.shl (memory.grow (i32.shr_u (i32.add (local.get $len) (i32.const 65535)) (i32.const 16))) (i32.const 16)))
+    (global.get $window))
+  (func (export "tg_configure") (param i32) (result i64) (i64.const 1))
+  (func (export "tg_filter") (param $handle i32) (param $d i32) (param $n i32) (result i64) (local $i i32)
+    (loop $row
+      (if (i64.lt_s (i64.load offset=8 (i32.add (global.get $window)
+            (i32.load offset=4 (i32.add (i32.add (global.get $window) (local.get $d)) (i32.shl (local.get $i) (i32.const 4))))))
+          (i64.const 0))
+        (then {fault}))
+      (br_if $row (i32.lt_u (local.tee $i (i32.add (local.get $i) (i32.const 1))) (local.get $n))))
+    (i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))))"#
+    )
+    .into_bytes()
+}
+
+const TELL: &str = "(call $fail (local.get $i) (i32.const 0) (i32.const 10))";
+
+async fn errors(db: &Client, plugin: &str) -> Vec<Value> {
+    let response = db.get(&format!("/v1/plugins/main/{plugin}/errors")).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    response.json::<Value>().await.unwrap()["errors"].as_array().unwrap().clone()
+}
+
+#[tokio::test]
+async fn skipped_rows_are_out_of_the_result_and_noted() {
+    let mut server = TestServer::start().await;
+    let db = table(&server).await;
+    db.put_plugin("sour", sour(TELL, true)).await;
+    db.sql("INSERT INTO t VALUES (1, 5), (2, -5)").await;
+    let mut live = db.live(LiveQuery::new("SELECT id, v FROM t").plugin("sour").option("on_error", "skip")).await;
+    live.until_uptodate().await;
+    assert_eq!(live.fold.rows.keys().collect::<Vec<_>>(), [r#"{"id":1}"#]);
+
+    let bad = seq(&db.sql("UPDATE t SET v = -7 WHERE id = 1").await);
+    let event = live.next_change().await;
+    assert_eq!((event.name.as_str(), &event.data["reason"]), ("delete", &json!("moved_out")));
+    let back = seq(&db.sql("UPDATE t SET v = 8").await);
+    live.until_seq(back).await;
+    assert_eq!(live.fold.rows.len(), 2, "the fold holds what the pipeline gives");
+
+    let noted = errors(&db, "sour").await;
+    let shown =
+        |entry: &Value| json!([entry["row"], entry["cause"], entry["message"], entry["action"], entry["version"]]);
+    assert_eq!(noted[0]["seq"], json!(back), "the row before the last update had failed, too");
+    let updated = noted.iter().find(|entry| entry["seq"] == json!(bad)).unwrap();
+    assert_eq!(shown(updated), json!([{"id": 1, "v": -7}, "failed", "below zero", "skipped", 1]));
+    let present = noted.last().unwrap();
+    assert_eq!((&present["row"], &present["table"]), (&json!({"id": 2, "v": -5}), &json!("t")));
+    let metrics = db.get("/metrics").send().await.unwrap().text().await.unwrap();
+    assert!(metrics.contains(r#"tidegate_plugin_faults_total{plugin="sour",cause="failed"}"#), "{metrics}");
+
+    server.kill9();
+    server.restart().await;
+    assert_eq!(errors(&db, "sour").await, noted, "the list is on disk");
+    assert!(errors(&db, "other").await.is_empty());
+}
+
+#[tokio::test]
+async fn a_filter_may_let_through_what_it_fails_on_unless_it_forbids_that() {
+    let server = TestServer::start().await;
+    let db = table(&server).await;
+    db.put_plugin("sour", sour("unreachable", true)).await;
+    db.put_plugin("strict", sour("unreachable", false)).await;
+    db.sql("INSERT INTO t VALUES (1, 5), (2, -5)").await;
+    let query = |plugin: &str, mode: &str| LiveQuery::new("SELECT id FROM t").plugin(plugin).option("on_error", mode);
+    let mut live = db.live(query("sour", "pass")).await;
+    live.until_uptodate().await;
+    assert_eq!(live.fold.rows.len(), 2);
+    assert_eq!(errors(&db, "sour").await[0]["action"], "passed");
+    let problem = db.expect_no_live(query("strict", "pass"), 400, "plugin_params").await;
+    assert!(problem["detail"].as_str().unwrap().contains("forbids"), "{problem}");
+    db.live(query("strict", "skip")).await.until_uptodate().await;
+    db.expect_no_live(query("sour", "hope"), 400, "bad_request").await;
+    let without = LiveQuery::new("SELECT id FROM t").option("on_error", "skip");
+    db.expect_no_live(without, 400, "bad_request").await;
+}
+
+/// A plugin that traps on everything: its stream waits and goes on where it was, its neighbours do not notice.
+#[tokio::test]
+async fn a_plugin_that_keeps_failing_rests_and_loses_nothing() {
+    let server = TestServer::start().await;
+    let db = table(&server).await;
+    db.put_plugin("sour", sour("unreachable", true)).await;
+    let query = || LiveQuery::new("SELECT id FROM t").plugin("sour").option("on_error", "skip");
+    let mut live = db.live(query()).await;
+    let mut plain = db.live("SELECT id FROM t").await;
+    live.until_uptodate().await;
+    plain.until_uptodate().await;
+    for id in 1..=6 {
+        db.sql_params("INSERT INTO t VALUES ($1, -$1)", json!([id])).await;
+    }
+    let last = seq(&db.sql("INSERT INTO t VALUES (7, 7), (8, -8)").await);
+    plain.until_seq(last).await;
+    assert_eq!(plain.fold.rows.len(), 8);
+    let error = live.next_change().await;
+    assert_eq!(error.name, "plugin-error", "every row so far was to be skipped");
+    assert_eq!((&error.data["cause"], &error.data["plugin"]), (&json!("breaker"), &json!("sour")));
+    assert!(error.data["retry_after_ms"].as_u64().is_some_and(|rest| rest > 0), "{error:?}");
+    // It is tried again by itself, and goes on from that very commit.
+    loop {
+        let event = live.next_change().await;
+        match event.name.as_str() {
+            "insert" => break assert_eq!(event.data["key"]["id"], 7),
+            "plugin-error" => {}
+            other => panic!("{other}"),
+        }
+    }
+    assert_eq!((live.fold.rows.len(), live.fold.resyncs), (1, 0));
+}
