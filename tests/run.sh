@@ -3,6 +3,7 @@
 #
 #   sh tests/run.sh            everything
 #   sh tests/run.sh live       only the tests with "live" in their name (no format, no lints, no demo)
+#   sh tests/run.sh smoke      a quick look at each part
 #   SAMPLES="c assemblyscript" sh tests/run.sh   installs compilers for the samples in other languages, and tests those
 #   SEED=… sh tests/run.sh oracle    repeats a random run whose seed a failure has printed
 #   SEED=random sh tests/run.sh      random tests start from a new seed; without SEED they always start from the same

@@ -3,8 +3,12 @@
 //! No I/O here: `store` persists it and hands out a new [`Catalog`] with every catalog commit; `sql` plans against one
 //! snapshot from start to end.
 
+mod anchors;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+
+pub use anchors::{Anchor, Anchors, Holds};
 
 use wire::abi::ManifestLine;
 pub use wire::abi::PluginKind;
@@ -19,6 +23,10 @@ pub struct NamespaceId(pub u32);
 /// A table's short id in keys and frames; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TableId(pub u32);
+
+/// An index's short id in keys; never reused, and from the same numbers as table ids: neither meets the other's keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IndexId(pub u32);
 
 /// A commit's place in the one order. Strictly rises; gaps are allowed; nobody computes seq + 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,6 +77,50 @@ pub struct Column {
     pub fill: Option<Value>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IndexState {
+    /// Commits keep it up; rows that were there before are being added; nobody reads it.
+    Building,
+    /// It has every row, and unique values are kept unique; whether they all are is being looked at.
+    Verifying,
+    /// In use.
+    Ready,
+}
+
+impl IndexState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            IndexState::Building => "building",
+            IndexState::Verifying => "verifying",
+            IndexState::Ready => "ready",
+        }
+    }
+}
+
+/// A secondary index: the rows by the values of some columns.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Index {
+    pub id: IndexId,
+    /// One of its kind in the namespace.
+    pub name: String,
+    /// Column ids, in index order; never empty.
+    pub columns: Vec<u16>,
+    /// No two rows of a scope have the same values, unless one of them is NULL.
+    pub unique: bool,
+    pub state: IndexState,
+}
+
+impl Index {
+    /// Whether commits are held to its being unique.
+    pub fn is_enforced(&self) -> bool {
+        self.unique && self.state != IndexState::Building
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.state == IndexState::Ready
+    }
+}
+
 /// One table at one schema version.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table {
@@ -84,6 +136,8 @@ pub struct Table {
     pub key: Vec<u16>,
     /// The key is the hidden-from-INSERT column `_id` (time-ordered UUID), because none was declared.
     pub generated_key: bool,
+    /// In the order they were made. Another set of indexes is no other schema version: rows stay as they are.
+    pub indexes: Vec<Arc<Index>>,
     /// The id of the next column; kept so that a dropped one never comes back: old rows still hold its values.
     pub next_column: u16,
     /// Row images of this schema version and later ones have the present columns: what came after were new names.
@@ -241,7 +295,7 @@ pub struct Catalog {
     pub version: u64,
     namespaces: BTreeMap<String, Namespace>,
     tables: HashMap<TableId, Arc<Table>>,
-    /// The next id of a namespace, table; kept so that a dropped id never comes back.
+    /// The next id of a namespace, of a table or index; kept so that a dropped id never comes back.
     pub next_namespace: u32,
     pub next_table: u32,
 }
@@ -261,6 +315,12 @@ impl Catalog {
 
     pub fn table_by_id(&self, id: TableId) -> Option<&Arc<Table>> {
         self.tables.get(&id)
+    }
+
+    /// The index of this name and its table.
+    pub fn index(&self, namespace: &str, name: &str) -> Option<(&Arc<Table>, &Arc<Index>)> {
+        let mut tables = self.namespaces.get(namespace)?.tables.values();
+        tables.find_map(|table| Some((table, table.indexes.iter().find(|index| index.name == name)?)))
     }
 
     /// The active version of a plugin.
@@ -290,7 +350,8 @@ impl Catalog {
 
     /// A new table, or another version of one, which may have another name.
     pub fn put_table(&mut self, table: Arc<Table>) {
-        self.next_table = self.next_table.max(table.id.0 + 1);
+        let ids = table.indexes.iter().map(|index| index.id.0).chain([table.id.0]);
+        self.next_table = ids.fold(self.next_table, |next, id| next.max(id + 1));
         if let Some(namespace) = self.namespaces.get_mut(&table.namespace_name) {
             if let Some(before) = self.tables.get(&table.id) {
                 namespace.tables.remove(&before.name);

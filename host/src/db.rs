@@ -5,9 +5,14 @@
 //! [`subscribe`]; what an upload goes through in [`install`].
 
 mod adapters;
+mod bulk;
 mod errors;
 mod idempotency;
+mod index;
 mod install;
+#[cfg(test)]
+mod matching;
+mod streams;
 mod subscribe;
 mod system;
 pub mod trial;
@@ -32,6 +37,7 @@ use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
+pub use bulk::{BulkFailure, BulkInsert, BulkReport, BulkRows};
 pub use errors::PluginErrorEntry;
 pub use idempotency::Idempotency;
 pub use subscribe::LiveStream;
@@ -66,8 +72,17 @@ pub enum DbError {
     NotFound(String),
     #[error("{0}")]
     BadRequest(String),
+    /// More statements than the format of the answer can hold: nothing was run.
+    #[error(
+        "the format asked for carries the result of one statement, and there are {0}; send them one by one, or accept \
+         application/json"
+    )]
+    SeveralResults(usize),
     #[error("{0}")]
     Forbidden(String),
+    /// It was ended on purpose and shall not come back by itself.
+    #[error("{0}")]
+    Gone(String),
     #[error("{0}")]
     TooMany(String),
     #[error("the server is shutting down")]
@@ -85,11 +100,17 @@ pub struct SqlRequest {
     pub read_only: bool,
     /// A write that may be sent again. Queries may be anyway.
     pub idempotency: Option<Idempotency>,
+    /// Refuse several statements: the format of the answer holds one result.
+    pub one_result: bool,
 }
 
 pub enum StatementResult {
     Rows(RowStream),
-    Affected { affected: u64 },
+    /// With the rows of RETURNING, where a statement has it.
+    Affected {
+        affected: u64,
+        returned: Option<RowStream>,
+    },
 }
 
 pub struct SqlAnswer {
@@ -107,7 +128,7 @@ pub struct StageRequest {
     pub params: serde_json::Value,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LiveRequest {
     pub sql: String,
     pub params: Vec<Param>,
@@ -116,6 +137,8 @@ pub struct LiveRequest {
     pub on_error: OnError,
     /// Present rows first; where nothing is said, as the stream's semantics have it.
     pub snapshot: Option<bool>,
+    /// Of the present rows only the last so many in key order.
+    pub last_rows: Option<u64>,
     pub old: OldMode,
     /// `Last-Event-ID`.
     pub position: Option<String>,
@@ -128,6 +151,8 @@ pub enum ResyncReason {
     Epoch,
     Schema,
     Plugin,
+    /// A query that is run again as a whole goes on only from what its group still holds in memory.
+    Requery,
 }
 
 /// The next thing of a live stream, to be framed by `http`.
@@ -138,6 +163,8 @@ pub enum LiveOutput {
         columns: Vec<OutputColumn>,
         key: Vec<String>,
         semantics: Semantics,
+        /// At most once in this time the query is run again; `None`: it is not, changes are told one by one.
+        requery: Option<std::time::Duration>,
         from: Option<String>,
     },
     /// Framed by the [`Encoder`] already.
@@ -191,9 +218,12 @@ struct Inner {
     sql: Arc<Sql>,
     plugins: Arc<Plugins>,
     live: Live,
+    streams: Arc<streams::Streams>,
     metrics: Arc<Metrics>,
+    live_options: crate::config::LiveOptions,
+    /// Live queries that are run as a whole, at the same time.
+    requeries: Arc<Semaphore>,
     sources: system::Sources,
-    heartbeat: std::time::Duration,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
     /// Writes under way, from their planning to their acknowledgement: each holds its rows in memory.
@@ -225,7 +255,13 @@ impl Db {
             })
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
-        let sources = || system::Sources { store: store.clone(), live: live.clone(), metrics: metrics.clone() };
+        let streams = Arc::new(streams::Streams::new());
+        let sources = || system::Sources {
+            store: store.clone(),
+            live: live.clone(),
+            streams: streams.clone(),
+            metrics: metrics.clone(),
+        };
         let sql = Arc::new(Sql::new(config.sql.clone(), system::tables(config, sources()))?);
         metrics.session_contexts.inc_by(sql.contexts_created());
         let sources = sources();
@@ -236,9 +272,11 @@ impl Db {
             sql,
             plugins,
             live,
+            streams,
             metrics,
+            live_options: config.live.clone(),
+            requeries: Arc::new(Semaphore::new(config.live.requery_runs)),
             sources,
-            heartbeat: config.live.heartbeat,
             turn: RwLock::new(()),
             writes: Semaphore::new(config.store.write_queue),
             catalog_version,
@@ -258,10 +296,16 @@ impl Db {
     /// Runs one request: queries at one snapshot, or DML as one transaction, or DDL as one commit.
     pub async fn execute(&self, who: &Identity, request: SqlRequest) -> Result<SqlAnswer, DbError> {
         self.check_open()?;
+        if let Some(command) = crate::sql::live::command(&request.sql)? {
+            return self.live_command(who, command, request).await;
+        }
         let statements = self.parse(&request.sql).await?;
         let kind = write::one_kind(&statements)?;
         if request.read_only && kind != StatementKind::Query {
             return Err(DbError::BadRequest("GET only reads; send INSERT, UPDATE, DELETE and DDL by POST".into()));
+        }
+        if request.one_result && statements.len() > 1 {
+            return Err(DbError::SeveralResults(statements.len()));
         }
         match kind {
             StatementKind::Query => self.query(who, &statements, request).await,
@@ -282,6 +326,15 @@ impl Db {
     /// Brings gauges up to date before `/metrics` is printed.
     pub fn refresh_metrics(&self) {
         system::refresh_gauges(&self.inner.sources);
+        let metrics = &self.inner.metrics;
+        let load = self.inner.sql.load();
+        metrics.sql_memory_bytes.set(load.memory_bytes as i64);
+        metrics.heavy_queries.set(load.heavy as i64);
+        metrics.heavy_waiting.set(load.waiting as i64);
+        let (hits, misses) = self.inner.sql.plan_counts();
+        for (counter, now) in [(&metrics.plan_cache_hits, hits), (&metrics.plan_cache_misses, misses)] {
+            counter.inc_by(now.saturating_sub(counter.get()));
+        }
     }
 
     /// From now on [`Db::ready`] is false, new requests are refused and live streams say why they end. Requests that
@@ -314,7 +367,14 @@ impl Db {
     }
 
     /// Parsing is bounded by the gate, but needs a large stack and some time: not on the async threads.
-    async fn parse(&self, text: &str) -> Result<Vec<crate::sql::Statement>, DbError> {
+    async fn parse(&self, text: &str) -> Result<Arc<[crate::sql::Statement]>, DbError> {
+        if let Some(statements) = self.inner.sql.parsed(text) {
+            return Ok(statements);
+        }
+        // What takes less time than handing it over is done here.
+        if text.len() <= SHORT_TEXT {
+            return Ok(self.inner.sql.parse(text)?);
+        }
         let (sql, text) = (self.inner.sql.clone(), text.to_owned());
         Ok(blocking(move || sql.parse(&text)).await??)
     }
@@ -372,6 +432,9 @@ fn unknown_namespace(name: &str) -> DbError {
 fn now_micros() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as i64)
 }
+
+/// Parsed in some tens of microseconds.
+const SHORT_TEXT: usize = 1024;
 
 /// Runs blocking work off the async threads. A panic there is our own bug and ends this request only.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DbError> {

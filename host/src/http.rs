@@ -2,20 +2,25 @@
 //!
 //! - [`server`]: connections. [`stall`] cuts those whose client stops reading.
 //! - [`routes`]: which call does what; [`plugins`] are the calls about plugins.
-//! - [`auth`], [`tickets`]: who asks. [`request`], [`body`]: what they ask for.
-//! - [`json`], [`results`]: rows as JSON. [`sse`], [`stream`]: live events. [`error`]: problems.
+//! - [`auth`], [`tickets`]: who asks. [`request`], [`body`]: what they ask for. [`rows`]: rows in many.
+//! - [`json`], [`csv`], [`results`]: rows out. [`sse`], [`stream`], [`several`]: live events. [`error`]: problems.
+//! - [`limits`]: how many live queries one user and one address may have.
 //! - [`client`]: the other side, for the command line.
 
 pub mod auth;
 pub mod body;
 pub mod client;
+pub mod csv;
 pub mod error;
 pub mod json;
+pub mod limits;
 pub mod plugins;
 pub mod request;
 pub mod results;
 pub mod routes;
+pub mod rows;
 pub mod server;
+pub mod several;
 pub mod sse;
 pub mod stall;
 pub mod stream;

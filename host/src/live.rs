@@ -35,9 +35,11 @@
 mod evaluate;
 pub mod event;
 mod group;
+mod index;
 mod job;
 mod log;
 pub mod position;
+pub mod requery;
 pub mod subscription;
 mod tail;
 #[cfg(test)]
@@ -55,13 +57,15 @@ use bytes::Bytes;
 use wire::image::ImageAt;
 use wire::{ChangeAt, ImageRef, Op, Schema, Scope};
 
-use crate::catalog::{OnError, Semantics, Stage, Table};
+use crate::catalog::{Anchors, OnError, Semantics, Stage, Table};
 pub use crate::config::LiveOptions;
 use crate::store::keys::KeyRange;
 use crate::store::{Commit, Epoch, Seq, Store, StoreError};
 
 use event::CommitEvents;
 use group::Registry;
+pub use index::admits;
+pub use requery::{Answer, Requery, RequeryError, Rerun};
 pub use subscription::{Delivery, EndReason, Subscription};
 use tail::{CommitTail, lock};
 use worker::{Joined, Mailbox, Shared};
@@ -173,9 +177,15 @@ pub struct GroupSpec {
     /// Plan, parameters, scope, schema version, pipeline with versions, options.
     pub key: Vec<u8>,
     pub live_id: String,
+    /// The table that is read; of several the first.
     pub table: Arc<Table>,
     pub scope: Scope,
+    /// How a query that is no filter of one table is run again; its program is not asked.
+    pub requery: Option<Rerun>,
     pub range: KeyRange,
+    /// Which rows can match, and that in words.
+    pub anchors: Anchors,
+    pub index: String,
     pub program: Arc<dyn Program>,
     /// Stages of the pipeline; empty without plugins. Opaque to this module.
     pub stages: Vec<Stage>,
@@ -190,14 +200,39 @@ pub struct GroupSpec {
     pub epoch: Epoch,
 }
 
+impl GroupSpec {
+    /// Every table that is read, and whose rows of it.
+    pub fn sources(&self) -> impl Iterator<Item = (&Arc<Table>, &Scope)> {
+        let one = self.requery.is_none().then_some((&self.table, &self.scope));
+        let several = self.requery.iter().flat_map(|rerun| &rerun.sources);
+        one.into_iter().chain(several.map(|(table, scope)| (table, scope)))
+    }
+
+    fn admits(&self, row: &ImageRef<'_>) -> bool {
+        index::admits(&self.anchors, &self.table, row)
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum From {
     /// Present rows first, then every later commit.
     Snapshot,
+    /// The last so many present rows in key order, the last of them first; then every later commit.
+    Last(u64),
     /// Only commits after the position.
     After(Seq),
     /// Only commits after now.
     Now,
+}
+
+/// What is known of a group's work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Events and bytes made since the group began, once for all its subscribers.
+    pub events: u64,
+    pub bytes: u64,
+    /// Commits that are durable and not yet told.
+    pub lag: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -271,8 +306,9 @@ impl Live {
         let shared = &self.workers.shared;
         // What is not on disk yet is nobody's past: its events are still to come.
         let now = shared.store.durable();
+        let in_log = |seq| spec.requery.is_some() || seq >= shared.store.log_floor();
         if let From::After(seq) = from
-            && (seq < shared.store.log_floor() || seq > now)
+            && (!in_log(seq) || seq > now)
         {
             return Err(SubscribeError::Expired);
         }
@@ -284,8 +320,11 @@ impl Live {
                 Some(Joined::Ready) => {
                     let heartbeat = shared.options.heartbeat;
                     return Ok(match from {
-                        From::Snapshot => Subscription::snapshot(seat, heartbeat),
+                        From::Snapshot => Subscription::snapshot(seat, None, heartbeat),
+                        From::Last(rows) => Subscription::snapshot(seat, Some(rows), heartbeat),
                         From::After(seq) => Subscription::after(seat, seq, heartbeat),
+                        // Where a result begins is known when it has been looked at: a snapshot of no rows says it.
+                        From::Now if spec.requery.is_some() => Subscription::snapshot(seat, Some(0), heartbeat),
                         From::Now => Subscription::after(seat, now, heartbeat),
                     });
                 }
@@ -294,6 +333,14 @@ impl Live {
                 None => return Err(SubscribeError::Closed),
             }
         }
+    }
+
+    /// What a group has told so far, and how far behind it is; zeros where there is none.
+    pub fn counters(&self, spec: &GroupSpec) -> Counters {
+        let shared = &self.workers.shared;
+        let Some(group) = shared.registry.group(&spec.key) else { return Counters::default() };
+        let (events, bytes) = group.told();
+        Counters { events, bytes, lag: shared.store.applied().0.saturating_sub(group.settled().0) }
     }
 
     /// Number of open subscriptions, groups.

@@ -9,16 +9,21 @@ pub mod error;
 pub mod functions;
 pub mod gate;
 pub mod information;
+pub mod json;
 pub mod json_row;
 pub mod live;
+pub mod lookup;
 pub mod planner;
+pub mod plans;
 pub mod provider;
 pub mod range;
+mod row_exprs;
 pub mod session;
 pub mod statement;
 pub mod system;
 #[cfg(test)]
 mod tests;
+pub mod values;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -29,7 +34,7 @@ use ::arrow::record_batch::RecordBatch;
 use futures::Stream;
 use wire::{Scope, Type, Value};
 
-use crate::catalog::{Catalog, TableId};
+use crate::catalog::{Catalog, IndexId, TableId};
 use crate::config::Role;
 pub use crate::config::SqlOptions;
 use crate::store::snapshot::Snapshot;
@@ -51,7 +56,7 @@ pub enum SqlError {
     /// A limit was reached: which, and how to stay under it.
     #[error("{0}")]
     Limit(String),
-    /// Too much is under way already: to be tried again.
+    /// Too much runs or waits already: worth another try.
     #[error("{0}")]
     Busy(String),
     #[error("the query ran longer than {0:?} and was stopped")]
@@ -112,6 +117,10 @@ pub struct Statement {
     pub(crate) ast: Box<datafusion::sql::sqlparser::ast::Statement>,
     /// The whole text it came in: positions in errors count from its start.
     pub(crate) text: Arc<str>,
+    /// Which of the text's statements it is, from 0.
+    pub(crate) index: usize,
+    /// Whether the text is too small to trouble an ordinary thread's stack.
+    pub(crate) small: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +128,14 @@ pub enum StatementKind {
     Query,
     Dml,
     Ddl,
+}
+
+/// What all running queries take together.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    pub memory_bytes: usize,
+    pub heavy: usize,
+    pub waiting: usize,
 }
 
 /// A running query. Every column of a batch has exactly the Arrow type of its [`OutputColumn`] ([`arrow::arrow_type`]).
@@ -134,7 +151,31 @@ pub type Batches = Pin<Box<dyn Stream<Item = Result<RecordBatch, SqlError>> + Se
 #[derive(Debug, Default)]
 pub struct ChangeSet {
     pub writes: Vec<RowWrite>,
+    /// Rows inserted, updated or deleted.
     pub affected: u64,
+    /// What RETURNING asked for.
+    pub returned: Option<Returned>,
+}
+
+/// The rows of RETURNING, as those of a [`RowStream`].
+#[derive(Debug)]
+pub struct Returned {
+    pub columns: Vec<OutputColumn>,
+    pub batches: Vec<RecordBatch>,
+}
+
+impl From<Returned> for RowStream {
+    fn from(returned: Returned) -> RowStream {
+        let batches = futures::stream::iter(returned.batches.into_iter().map(Ok));
+        RowStream { columns: returned.columns, batches: Box::pin(batches) }
+    }
+}
+
+/// Why rows cannot be inserted, and which of them (from 0) is the first that cannot.
+#[derive(Debug)]
+pub struct RowFailure {
+    pub error: SqlError,
+    pub row: Option<usize>,
 }
 
 /// What a DDL statement does; empty when IF [NOT] EXISTS made it a no-op.
@@ -145,6 +186,20 @@ pub struct DdlPlan {
     pub namespace: Option<crate::catalog::NamespaceId>,
     /// For the audit log and the answer.
     pub summary: String,
+    /// An index that is to be built once the writes are committed: the table may have rows.
+    pub build: Option<(TableId, IndexId)>,
+}
+
+/// A result of our own making: two columns of text.
+pub fn text_rows(names: [&str; 2], rows: Vec<(&str, String)>) -> Result<RowStream, SqlError> {
+    use ::arrow::array::{ArrayRef, StringArray};
+    let columns: Vec<OutputColumn> =
+        names.iter().map(|name| OutputColumn { name: (*name).to_owned(), ty: Type::Text }).collect();
+    let count = rows.len();
+    let (left, right): (Vec<&str>, Vec<String>) = rows.into_iter().unzip();
+    let arrays: Vec<ArrayRef> = vec![Arc::new(StringArray::from(left)), Arc::new(StringArray::from(right))];
+    let batch = arrow::batch_of(&arrow::output_schema(&columns), arrays, count)?;
+    Ok(RowStream { columns, batches: Box::pin(futures::stream::once(async { Ok(batch) })) })
 }
 
 /// Alias kept short in signatures.

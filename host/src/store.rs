@@ -11,6 +11,7 @@ mod faults;
 #[cfg(test)]
 mod fixtures;
 mod high_water;
+pub mod index;
 pub mod keys;
 mod meta;
 mod open;
@@ -274,6 +275,11 @@ impl Store {
             Ok(outcome) => outcome,
             Err(_) => Err(self.inner.refusal().into()),
         }
+    }
+
+    /// Larger commits are refused.
+    pub fn max_commit_bytes(&self) -> usize {
+        self.inner.max_commit_bytes
     }
 
     /// The module bytes of an uploaded plugin.

@@ -18,6 +18,10 @@ pub struct Metrics {
     pub commit_bytes: Counter,
     /// Events encoded (once per group).
     pub events: Counter,
+    /// Groups whose predicates were asked about a commit: those that the index could not rule out.
+    pub live_candidates: Counter,
+    /// Runs of live queries that are run again as a whole.
+    pub live_requeries: Counter,
     /// Bytes written to subscribers.
     pub event_bytes_sent: Counter,
     pub plugin_calls: Counter,
@@ -42,6 +46,13 @@ pub struct Metrics {
     pub worker_part_bytes: Counter,
     pub session_contexts: Counter,
     pub queries: Counter,
+    /// Statements whose plan was kept from before, and those that had to be planned; brought up to date as gauges are.
+    pub plan_cache_hits: Counter,
+    pub plan_cache_misses: Counter,
+    /// Bytes that running queries hold in the memory pool, and how many heavy ones run and wait; as gauges are.
+    pub sql_memory_bytes: Gauge,
+    pub heavy_queries: Gauge,
+    pub heavy_waiting: Gauge,
     pub http_requests: Counter,
     pub http_connections: Gauge,
     /// Connections turned away because `server.max_connections` were open.
@@ -84,6 +95,8 @@ impl Metrics {
             ("commits", "Durable commits", &self.commits),
             ("commit_bytes", "Bytes of the frames of durable commits", &self.commit_bytes),
             ("events", "Live events encoded, once per group", &self.events),
+            ("live_candidates", "Groups asked about a commit, by commit", &self.live_candidates),
+            ("live_requeries", "Runs of live queries that are run again", &self.live_requeries),
             ("event_sent_bytes", "Bytes of live events handed to connections", &self.event_bytes_sent),
             ("plugin_calls", "Calls into plugins", &self.plugin_calls),
             ("plugin_rows", "Rows handed to plugins", &self.plugin_rows),
@@ -93,6 +106,8 @@ impl Metrics {
             ("worker_part_bytes", "Bytes of rows written to a worker part", &self.worker_part_bytes),
             ("session_contexts", "SQL session contexts created since start", &self.session_contexts),
             ("queries", "SQL requests", &self.queries),
+            ("plan_cache_hits", "Statements whose plan was kept from before", &self.plan_cache_hits),
+            ("plan_cache_misses", "Statements that had to be planned", &self.plan_cache_misses),
             ("http_requests", "HTTP requests", &self.http_requests),
             ("http_refused", "Connections turned away at the connection limit", &self.http_refused),
             ("http_stalled", "Connections cut because the client stopped reading", &self.http_stalled),
@@ -105,6 +120,9 @@ impl Metrics {
             ("subscriptions", "Open live subscriptions", &self.subscriptions),
             ("groups", "Groups of equal live queries", &self.groups),
             ("ring_bytes", "Bytes of frames in the rings", &self.ring_bytes),
+            ("sql_memory_bytes", "Bytes that running queries hold in the memory pool", &self.sql_memory_bytes),
+            ("heavy_queries", "Queries with joins, sorts or aggregates that run", &self.heavy_queries),
+            ("heavy_waiting", "Queries with joins, sorts or aggregates that wait for their turn", &self.heavy_waiting),
             ("http_connections", "Open HTTP connections", &self.http_connections),
             ("store_write_buffer_bytes", "Bytes in RocksDB's write buffers", &self.store_write_buffer_bytes),
             ("store_block_cache_bytes", "Bytes in RocksDB's block cache", &self.store_block_cache_bytes),

@@ -241,10 +241,6 @@ async fn what_cannot_be_live_is_refused_when_asked_for() {
     let server = TestServer::start().await;
     let db = flights(&server).await;
     for (sql, named) in [
-        ("SELECT count(*) AS n FROM f", "aggregate"),
-        ("SELECT id FROM f ORDER BY id", "ORDER BY"),
-        ("SELECT id FROM f LIMIT 1", "LIMIT"),
-        ("SELECT a.id FROM f a JOIN f b ON a.id = b.id", "join"),
         ("SELECT id FROM f WHERE now() > '2013-01-01T00:00:00Z'", "now"),
         ("SELECT id, id FROM f", "id"),
         ("DELETE FROM f", ""),
@@ -255,7 +251,7 @@ async fn what_cannot_be_live_is_refused_when_asked_for() {
         let detail = problem["detail"].as_str().unwrap_or_default().to_lowercase();
         assert!(detail.contains(&named.to_lowercase()), "{sql}: {problem}");
     }
-    for (name, value) in [("colour", "red"), ("last_rows", "5"), ("on_error", "skip"), ("snapshot", "perhaps")] {
+    for (name, value) in [("colour", "red"), ("last_rows", "some"), ("on_error", "skip"), ("snapshot", "perhaps")] {
         let response = LiveQuery::new("SELECT id FROM f").option(name, value).request(&db, None).send().await.unwrap();
         assert!(matches!(response.status().as_u16(), 400 | 501), "{name}: {}", response.status());
         assert!(response.text().await.unwrap().contains(name), "{name} is named");

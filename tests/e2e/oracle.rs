@@ -15,10 +15,11 @@ use std::panic::AssertUnwindSafe;
 
 use futures::FutureExt;
 use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 use tests::live::seq;
-use tests::{Client, LiveQuery, TestServer, plugin};
+use tests::{Client, Options, TestServer, plugin};
 
 use follower::{Follower, Item, Query, replay};
 use random::{Table, Transactions};
@@ -56,7 +57,16 @@ async fn folded_events_are_the_pipeline_of_the_select_at_every_id() {
 fn plain_plan(random: &mut StdRng) -> Plan {
     let user_table = random.random_bool(0.3);
     let table = Table::random(random, user_table);
-    let queries = (0..3).map(|_| Query::plain(table.live_query(random))).collect();
+    let mut queries: Vec<Query> = (0..2)
+        .map(|_| {
+            let old = *["changed", "full", "none"].choose(random).expect("there are ways");
+            Query::plain(table.live_query(random)).old(old)
+        })
+        .collect();
+    for _ in 0..2 {
+        let (sql, key) = table.whole_query(random);
+        queries.push(Query::whole(sql, key));
+    }
     Plan { table, queries, user: if user_table { "alice" } else { "admin" } }
 }
 
@@ -111,7 +121,8 @@ async fn run_seeded(seed: u64, plan: fn(&mut StdRng) -> Plan) {
 }
 
 async fn run(random: &mut StdRng, plan: Plan) {
-    let mut server = TestServer::start().await;
+    let live = "requery_interval_ms = 10".to_owned();
+    let mut server = TestServer::with(Options { live, ..Options::default() }).await;
     let admin = server.admin();
     for name in ["late", "local_units"] {
         admin.put_plugin(name, plugin(&format!("{name}.wasm"))).await;
@@ -152,7 +163,7 @@ async fn run(random: &mut StdRng, plan: Plan) {
     for follower in &mut followers {
         follower.finish().await;
         eprintln!("{}", follower.summary());
-        controls(follower.history());
+        controls(follower.history(), follower.coalesced());
     }
 }
 
@@ -164,30 +175,56 @@ async fn disturb(random: &mut StdRng, other: &Client, table: &Table) {
 }
 
 /// The same history with one thing wrong has to be refused; each control applies where the history has such an event.
-fn controls(history: &[Item]) {
-    replay(history).expect("the history itself is right");
+fn controls(history: &[Item], coalesced: bool) {
+    replay(history, coalesced).expect("the history itself is right");
+    let refused = |history: &[Item], what: &str| {
+        assert!(replay(history, coalesced).is_err(), "{what} was not noticed");
+    };
+    // A fresh start makes good what was wrong before it.
+    let fresh = history.iter().rposition(|item| matches!(item, Item::Event(event) if event.name == "resync"));
     let last_of_commit =
         |item: &Item| matches!(item, Item::Event(event) if event.id.is_some() && event.name != "uptodate");
     let moved_out = |item: &Item| matches!(item, Item::Event(event) if event.data["reason"] == "moved_out");
-    if let Some(at) = history.iter().position(|item| last_of_commit(item) && moved_out(item)) {
+    let first = |from: usize, wanted: &dyn Fn(&Item) -> bool| {
+        history.iter().enumerate().skip(from).find(|(_, item)| wanted(item)).map(|(at, _)| at)
+    };
+    let from = fresh.unwrap_or_default();
+    if let Some(at) = first(from, &|item| last_of_commit(item) && moved_out(item)) {
         let mut dropped = history.to_vec();
         dropped.remove(at);
-        assert!(replay(&dropped).is_err(), "a dropped moved_out was not noticed");
+        refused(&dropped, "a dropped moved_out");
     }
-    if let Some(at) = history.iter().position(last_of_commit) {
+    if let Some(at) = first(from, &last_of_commit) {
         let mut doubled = history.to_vec();
         doubled.insert(at, history[at].clone());
-        assert!(replay(&doubled).is_err(), "a doubled event was not noticed");
+        refused(&doubled, "a doubled event");
 
         // Every event before its commit.
-        let (commits, others): (Vec<Item>, Vec<Item>) =
-            history.iter().cloned().partition(|item| matches!(item, Item::Committed(..)));
-        let early = [others, commits].concat();
-        assert!(replay(&early).is_err(), "events before their commits were not noticed");
+        if fresh.is_none() {
+            let (commits, others): (Vec<Item>, Vec<Item>) =
+                history.iter().cloned().partition(|item| matches!(item, Item::Committed(..)));
+            refused(&[others, commits].concat(), "events before their commits");
+        }
     }
-}
-
-/// What is asked of the server.
-fn subscription(sql: &str, stages: &[String]) -> LiveQuery {
-    stages.iter().fold(LiveQuery::new(sql), |query, stage| query.plugin(stage))
+    // The id on an event before the last of its commit: who breaks off there would resume past the rest.
+    let mid_commit = |at: usize| match (&history[at], history.get(at + 1)) {
+        (Item::Event(one), Some(next @ Item::Event(_))) => {
+            one.id.is_none() && one.data.get("key").is_some() && one.data["snapshot"] != true && last_of_commit(next)
+        }
+        _ => false,
+    };
+    if let Some(at) = (from..history.len()).find(|at| mid_commit(*at)) {
+        let mut early = history.to_vec();
+        if let [Item::Event(one), Item::Event(last)] = &mut early[at..at + 2] {
+            one.id = last.id.take();
+        }
+        refused(&early, "an id in mid-commit");
+    }
+    // Two commits in the wrong order; of one result there is nothing to swap.
+    let ends: Vec<usize> = (from..history.len()).filter(|at| last_of_commit(&history[*at])).collect();
+    if let Some(pair) = ends.windows(2).find(|pair| pair[0] + 1 == pair[1]) {
+        let mut swapped = history.to_vec();
+        swapped.swap(pair[0], pair[1]);
+        refused(&swapped, "a swapped order");
+    }
 }

@@ -241,8 +241,8 @@ async fn what_is_not_there_is_refused_by_name() {
         ("CREATE VIEW v AS SELECT 1", "VIEW"),
         ("CREATE TABLE s (id INT PRIMARY KEY) WITH (type = 'cache')", "stream"),
         ("ALTER TABLE t ALTER COLUMN name DROP NOT NULL", "ALTER"),
-        ("INSERT INTO t VALUES (1, 'a') RETURNING id", "RETURNING"),
-        ("INSERT INTO t VALUES (1, 'a') ON CONFLICT DO NOTHING", "CONFLICT"),
+        ("INSERT INTO t VALUES (1, 'a') ON DUPLICATE KEY UPDATE name = 'b'", "ON DUPLICATE KEY"),
+        ("INSERT INTO t VALUES (1, 'a') RETURNING (SELECT 1)", "sub-query"),
         ("BEGIN", ""),
         ("SELECT 1; INSERT INTO t VALUES (1, 'a')", ""),
     ] {

@@ -95,6 +95,12 @@ impl Client {
         Live::open(self.clone(), query.into()).await
     }
 
+    /// The stream of a response; it cannot be opened again.
+    pub fn attached(&self, response: Response) -> Live {
+        assert_eq!(response.status(), 200);
+        Live::of(self.clone(), response)
+    }
+
     /// A subscription that has to be refused.
     pub async fn expect_no_live(&self, query: impl Into<LiveQuery>, status: u16, code: &str) -> Value {
         expect_problem(query.into().request(self, None), status, code).await

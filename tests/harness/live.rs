@@ -15,14 +15,20 @@ use crate::fold::Fold;
 /// What to subscribe to.
 #[derive(Clone, Debug, Default)]
 pub struct LiveQuery {
-    sql: String,
+    /// None: it is among the options.
+    sql: Option<String>,
     /// All of the URL's parameters but `sql`, in order.
     options: Vec<(String, String)>,
 }
 
 impl LiveQuery {
     pub fn new(sql: impl Into<String>) -> Self {
-        LiveQuery { sql: sql.into(), options: Vec::new() }
+        LiveQuery { sql: Some(sql.into()), options: Vec::new() }
+    }
+
+    /// Several on one stream: a list of what a single one has in its body.
+    pub fn several(queries: &Value) -> Self {
+        LiveQuery::default().option("queries", &queries.to_string())
     }
 
     /// One more stage of the pipeline, such as `late:{"minutes":15}`.
@@ -41,7 +47,8 @@ impl LiveQuery {
 
     pub fn request(&self, client: &Client, last_id: Option<&str>) -> RequestBuilder {
         let mut url = Url::parse("http://any/v1/live").expect("a URL");
-        url.query_pairs_mut().append_pair("sql", &self.sql).extend_pairs(&self.options);
+        let sql = self.sql.iter().map(|sql| ("sql", sql));
+        url.query_pairs_mut().extend_pairs(sql).extend_pairs(&self.options);
         let path = format!("{}?{}", url.path(), url.query().unwrap_or_default());
         let request = client.get(&path).header(header::ACCEPT, "text/event-stream");
         match last_id {
@@ -88,6 +95,14 @@ impl Live {
     pub(crate) async fn open(client: Client, query: LiveQuery) -> Self {
         let mut live = Live { client, query, events: None, fold: Fold::default(), retry: None };
         live.reconnect().await;
+        live
+    }
+
+    /// Of a response to any request that opens a stream.
+    pub(crate) fn of(client: Client, response: Response) -> Self {
+        let query = LiveQuery::default();
+        let mut live = Live { client, query, events: None, fold: Fold::default(), retry: None };
+        live.attach(response);
         live
     }
 

@@ -65,6 +65,11 @@ pub struct SqlOptions {
     pub deadline: Duration,
     pub batch_rows: usize,
     pub target_partitions: usize,
+    /// About what kept statements and plans may take.
+    pub plan_cache_bytes: u64,
+    /// Queries with joins, sorts or aggregates that run at once, and how many may wait.
+    pub heavy_queries: usize,
+    pub heavy_queue: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -78,6 +83,15 @@ pub struct LiveOptions {
     pub chunk_bytes: usize,
     pub heartbeat: Duration,
     pub max_subscriptions: usize,
+    /// Live queries open at the same time of one user, and from one address.
+    pub max_per_user: usize,
+    pub max_per_address: usize,
+    /// A live query that is run again as a whole runs at most once in this time.
+    pub requery_interval: Duration,
+    /// Bytes of one such query's result, which its group holds.
+    pub requery_bytes: usize,
+    /// Such runs at the same time.
+    pub requery_runs: usize,
 }
 
 /// Checked limits of plugins.

@@ -70,7 +70,10 @@ section!(RawSql {
     spill_bytes: Size,
     deadline_ms: u64,
     batch_rows: usize,
-    target_partitions: usize
+    target_partitions: usize,
+    plan_cache_bytes: Size,
+    heavy_queries: usize,
+    heavy_queue: usize
 });
 section!(RawLive {
     heartbeat_ms: u64,
@@ -79,6 +82,11 @@ section!(RawLive {
     group_tail_bytes: Size,
     chunk_bytes: Size,
     max_subscriptions: usize,
+    max_per_user: usize,
+    max_per_address: usize,
+    requery_interval_ms: u64,
+    requery_bytes: Size,
+    requery_runs: usize,
 });
 section!(RawPlugins {
     ring_bytes: Size,
@@ -409,6 +417,7 @@ impl RawStorage {
 impl RawSql {
     fn check(self, data_dir: &Path) -> Result<SqlOptions, ConfigError> {
         let spill_bytes = self.spill_bytes.map(|size| size.0);
+        let plan_cache_bytes = self.plan_cache_bytes.map(|size| size.0);
         Ok(SqlOptions {
             memory_bytes: bytes("sql.memory_bytes", self.memory_bytes, 256 * MIB, MIB, 1024 * GIB)?,
             spill_bytes: bounded("sql.spill_bytes", spill_bytes, GIB, 0, 1024 * GIB)?,
@@ -416,6 +425,10 @@ impl RawSql {
             deadline: millis("sql.deadline_ms", self.deadline_ms, 5_000, 10, 30_000)?,
             batch_rows: bounded("sql.batch_rows", self.batch_rows, 8_192, 1, 65_536)?,
             target_partitions: bounded("sql.target_partitions", self.target_partitions, cores().min(8), 1, 64)?,
+            plan_cache_bytes: bounded("sql.plan_cache_bytes", plan_cache_bytes, 16 * MIB, 0, GIB)?,
+            heavy_queries: bounded("sql.heavy_queries", self.heavy_queries, cores().max(2), 1, 1_024)?,
+            // Enough for a burst of clients that all ask at once; they wait no longer than their deadline.
+            heavy_queue: bounded("sql.heavy_queue", self.heavy_queue, 256, 0, 65_536)?,
         })
     }
 }
@@ -430,6 +443,14 @@ impl RawLive {
             chunk_bytes: bytes("live.chunk_bytes", self.chunk_bytes, 256 * KIB, 4 * KIB, 16 * MIB)?,
             heartbeat: millis("live.heartbeat_ms", self.heartbeat_ms, 15_000, 50, 60_000)?,
             max_subscriptions: bounded("live.max_subscriptions", self.max_subscriptions, 100_000, 1, 10_000_000)?,
+            // As many as there may be connections: an operator who shares a server among users sets less.
+            max_per_user: bounded("live.max_per_user", self.max_per_user, 10_000, 1, 10_000_000)?,
+            max_per_address: bounded("live.max_per_address", self.max_per_address, 20_000, 1, 10_000_000)?,
+            // Several times a second looks alive to people; a run costs about what the query costs.
+            requery_interval: millis("live.requery_interval_ms", self.requery_interval_ms, 250, 1, 60_000)?,
+            requery_bytes: bytes("live.requery_bytes", self.requery_bytes, 4 * MIB, 4 * KIB, GIB)?,
+            // As many as there are heavy queries at once.
+            requery_runs: bounded("live.requery_runs", self.requery_runs, 2, 1, 64)?,
         })
     }
 }

@@ -63,6 +63,9 @@ impl Config {
         list.millis("deadline_ms", sql.deadline);
         list.put("batch_rows", sql.batch_rows);
         list.put("target_partitions", sql.target_partitions);
+        list.put("plan_cache_bytes", sql.plan_cache_bytes);
+        list.put("heavy_queries", sql.heavy_queries);
+        list.put("heavy_queue", sql.heavy_queue);
     }
 
     fn streams(&self, list: &mut List) {
@@ -74,6 +77,11 @@ impl Config {
         list.put("group_tail_bytes", live.group_tail_bytes);
         list.put("chunk_bytes", live.chunk_bytes);
         list.put("max_subscriptions", live.max_subscriptions);
+        list.put("max_per_user", live.max_per_user);
+        list.put("max_per_address", live.max_per_address);
+        list.millis("requery_interval_ms", live.requery_interval);
+        list.put("requery_bytes", live.requery_bytes);
+        list.put("requery_runs", live.requery_runs);
     }
 
     fn modules(&self, list: &mut List) {
@@ -92,6 +100,7 @@ impl Config {
         list.millis("compile_ms", plugins.compile_time);
         list.put("output_bytes", plugins.output_bytes);
         list.put("log_bytes", plugins.log_bytes);
+        list.put("drop_instances_seed", plugins.drop_instances_seed);
     }
 }
 

@@ -43,7 +43,8 @@ impl Idempotency {
         }
         let outcome: Outcome = postcard::from_bytes(&kept.outcome)
             .map_err(|error| StoreError::Corrupt(format!("the outcome in a receipt: {error}")))?;
-        let results = outcome.affected.into_iter().map(|affected| StatementResult::Affected { affected });
+        let results =
+            outcome.affected.into_iter().map(|affected| StatementResult::Affected { affected, returned: None });
         Ok(Some(SqlAnswer { results: results.collect(), seq: kept.seq, replayed: true }))
     }
 

@@ -9,17 +9,26 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use wire::Scope;
 
-use super::adapters::PlanProgram;
+use super::adapters::{NoProgram, PlanProgram, QueryRunner};
 use super::install::stored_version;
-use super::{Db, DbError, Identity, LiveOutput, LiveRequest, ResyncReason, StageRequest, blocking};
-use crate::catalog::{Catalog, OnError, Semantics};
+use super::streams::{Listed, mode};
+use super::{
+    Db, DbError, Identity, LiveOutput, LiveRequest, ResyncReason, SqlAnswer, SqlRequest, StageRequest, StatementResult,
+    blocking,
+};
+use crate::catalog::{Anchors, Catalog, OnError, Semantics, Table};
 use crate::live::position::Position;
-use crate::live::{Delivery, EndReason, From, GroupSpec, SubscribeError, Subscription};
+use crate::live::{Delivery, EndReason, From, GroupSpec, OldMode, Rerun, SubscribeError, Subscription};
 use crate::plugins::Stage;
-use crate::sql::OutputColumn;
+use crate::sql::live::requery::RequeryPlan;
+use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
+use crate::sql::{OutputColumn, RequestEnv, RowStream, SqlError};
+use crate::store::keys::KeyRange;
 use crate::store::{Seq, StoreError};
 
 /// A wait without an end, for timers that need one.
@@ -38,6 +47,7 @@ pub struct LiveStream {
     /// What is to be said before the state is asked again.
     queue: VecDeque<LiveOutput>,
     uses: PluginUses,
+    listed: Listed,
 }
 
 enum State {
@@ -74,6 +84,8 @@ enum Opening {
 struct Compiled {
     spec: Arc<GroupSpec>,
     columns: Vec<OutputColumn>,
+    /// Names of the key's parts.
+    key: Vec<String>,
     /// The version of the catalog that was compiled against.
     catalog_version: u64,
 }
@@ -83,17 +95,21 @@ impl Db {
     pub async fn subscribe(&self, who: &Identity, request: LiveRequest) -> Result<LiveStream, DbError> {
         self.check_open()?;
         let compiled = self.compile(who, &request).await?;
-        if compiled.spec.semantics == Semantics::Feed && request.snapshot == Some(true) {
+        if compiled.spec.semantics == Semantics::Feed && (request.snapshot == Some(true) || request.last_rows.is_some())
+        {
             return Err(DbError::BadRequest(
-                "a pipeline that sees changes has no snapshot: leave `snapshot` out, or say false".into(),
+                "a pipeline that sees changes has no snapshot: leave `snapshot` and `last_rows` out, or say \
+                 `snapshot=false`"
+                    .into(),
             ));
         }
-        let (from, opening) = self.resolve_position(&request, &compiled.spec)?;
+        let (from, opening) = self.resolve_position(who, &request, &compiled.spec)?;
         let mut stream = LiveStream {
             db: self.clone(),
             who: who.clone(),
-            request,
             uses: PluginUses::new(self, &compiled.spec),
+            listed: Listed::new(self, who, &compiled.spec, &request.sql),
+            request,
             compiled,
             state: State::Done,
             queue: VecDeque::new(),
@@ -105,64 +121,135 @@ impl Db {
     async fn compile(&self, who: &Identity, request: &LiveRequest) -> Result<Compiled, DbError> {
         let snapshot = self.inner.store.snapshot();
         let env = self.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
-        let (db, request) = (self.clone(), request.clone());
-        blocking(move || {
-            let plan = db.inner.sql.live(&request.sql, &env)?;
-            let table = plan.table.clone();
-            let stages = resolve_stages(&env.catalog, &env.namespace, &table.namespace_name, &request.pipeline)?;
-            let (output, semantics) = match stages.is_empty() {
-                true if request.on_error != OnError::Stop => {
-                    return Err(DbError::BadRequest(
-                        "`on_error` says what happens when a plugin fails: name one".into(),
-                    ));
-                }
-                true => (None, Semantics::Map),
-                false => {
-                    let checked =
-                        db.inner.plugins.check(table.namespace, &stages, &table.schema(), request.on_error)?;
-                    (checked.output, checked.semantics)
-                }
-            };
-            let columns = match &output {
-                Some(schema) => {
-                    schema.columns.iter().map(|c| OutputColumn { name: c.name.clone(), ty: c.ty }).collect()
-                }
-                None => plan.columns.clone(),
-            };
-            let fingerprint = Fingerprint::new(&plan, &stages, &request, semantics);
-            let key = fingerprint.key();
-            let spec = GroupSpec {
-                live_id: fingerprint.live_id(),
-                epoch: db.inner.store.epoch(),
-                table,
-                scope: plan.scope.clone(),
-                range: plan.range.clone(),
-                program: Arc::new(PlanProgram(plan)),
-                stages,
-                semantics,
-                on_error: request.on_error,
-                output,
-                old: request.old,
-                fingerprint: fingerprint.text(),
-                key,
-            };
-            Ok(Compiled { spec: Arc::new(spec), columns, catalog_version: env.catalog.version })
+        let (db, request, runtime) = (self.clone(), request.clone(), Handle::current());
+        blocking(move || match db.inner.sql.live(&request.sql, &env)? {
+            Live::Incremental(plan) => db.incremental(plan, &request, &env),
+            Live::Requery(plan) => db.requery(plan, &request, &env, runtime),
         })
         .await?
     }
 
+    fn incremental(&self, plan: LivePlan, request: &LiveRequest, env: &RequestEnv) -> Result<Compiled, DbError> {
+        let table = plan.table.clone();
+        let stages = resolve_stages(&env.catalog, &env.namespace, &table.namespace_name, &request.pipeline)?;
+        let (output, semantics) = match stages.is_empty() {
+            true if request.on_error != OnError::Stop => return Err(no_plugin()),
+            true => (None, Semantics::Map),
+            false => {
+                let checked = self.inner.plugins.check(table.namespace, &stages, &table.schema(), request.on_error)?;
+                (checked.output, checked.semantics)
+            }
+        };
+        let columns = match &output {
+            Some(schema) => schema.columns.iter().map(|c| OutputColumn { name: c.name.clone(), ty: c.ty }).collect(),
+            None => plan.columns.clone(),
+        };
+        let sources = [(&plan.table, &plan.scope)].into_iter();
+        let fingerprint = Fingerprint::new(plan.fingerprint, sources, &stages, request, semantics);
+        let key = table.key_schema().columns.into_iter().map(|column| column.name).collect();
+        let spec = GroupSpec {
+            key: fingerprint.key(),
+            live_id: fingerprint.live_id(),
+            fingerprint: fingerprint.text(),
+            epoch: self.inner.store.epoch(),
+            table,
+            scope: plan.scope.clone(),
+            requery: None,
+            range: plan.range.clone(),
+            index: describe(&plan.table, &plan.anchors),
+            anchors: plan.anchors.clone(),
+            program: Arc::new(PlanProgram(plan)),
+            stages,
+            semantics,
+            on_error: request.on_error,
+            output,
+            old: request.old,
+        };
+        Ok(Compiled { spec: Arc::new(spec), columns, key, catalog_version: env.catalog.version })
+    }
+
+    /// A query that is run again as a whole.
+    fn requery(
+        &self,
+        plan: RequeryPlan,
+        request: &LiveRequest,
+        env: &RequestEnv,
+        runtime: Handle,
+    ) -> Result<Compiled, DbError> {
+        if !request.pipeline.is_empty() {
+            let hint =
+                "plugins see the rows of one table: leave out joins, aggregates, DISTINCT, LIMIT and sub-queries";
+            return Err(unsupported("a pipeline on a query that is run again as a whole", hint));
+        }
+        if request.on_error != OnError::Stop {
+            return Err(no_plugin());
+        }
+        if request.last_rows.is_some() {
+            let hint = "its rows are in no table's key order; say ORDER BY … LIMIT in the query";
+            return Err(unsupported("last_rows on a query that is run again as a whole", hint));
+        }
+        let Some((table, scope)) = plan.tables.first().cloned() else {
+            return Err(DbError::Internal("a live query without a table".into()));
+        };
+        let sources = plan.tables.iter().map(|(table, scope)| (table, scope));
+        let fingerprint = Fingerprint::new(plan.fingerprint, sources, &[], request, Semantics::Map);
+        let (columns, key, plan) = (plan.columns.clone(), plan.key.clone(), Arc::new(plan));
+        let runner = QueryRunner {
+            store: self.inner.store.clone(),
+            sql: self.inner.sql.clone(),
+            plan: plan.clone(),
+            namespace: env.namespace.clone(),
+            user: env.user.clone(),
+            role: env.role,
+            limit: self.inner.live_options.requery_bytes,
+            permits: self.inner.requeries.clone(),
+            runtime,
+        };
+        let spec = GroupSpec {
+            key: fingerprint.key(),
+            live_id: fingerprint.live_id(),
+            fingerprint: fingerprint.text(),
+            epoch: self.inner.store.epoch(),
+            table,
+            scope,
+            requery: Some(Rerun { runner: Arc::new(runner), sources: plan.tables.clone() }),
+            range: KeyRange::all(),
+            index: "changes of its tables".to_owned(),
+            anchors: Anchors::Any,
+            program: Arc::new(NoProgram),
+            stages: Vec::new(),
+            semantics: Semantics::Map,
+            on_error: OnError::Stop,
+            output: None,
+            old: request.old,
+        };
+        Ok(Compiled { spec: Arc::new(spec), columns, key, catalog_version: env.catalog.version })
+    }
+
     /// Where to start, and what to say first.
-    fn resolve_position(&self, request: &LiveRequest, spec: &GroupSpec) -> Result<(From, Opening), DbError> {
+    fn resolve_position(
+        &self,
+        who: &Identity,
+        request: &LiveRequest,
+        spec: &GroupSpec,
+    ) -> Result<(From, Opening), DbError> {
+        let streams = &self.inner.streams;
         let Some(text) = &request.position else {
+            streams.anew(&spec.live_id, &who.user);
             let snapshot = request.snapshot.unwrap_or(true);
-            return Ok((if snapshot { From::Snapshot } else { From::Now }, Opening::Plain));
+            return Ok((if snapshot { present(request) } else { From::Now }, Opening::Plain));
         };
         let position: Position = text.parse().map_err(|_| {
             DbError::BadRequest(
                 "the position (Last-Event-ID) is not one that this server gave; start without it".into(),
             )
         })?;
-        let resync = |reason| Ok((From::Snapshot, Opening::Resync(reason)));
+        if streams.killed(&spec.live_id, &who.user, Seq(position.seq)) {
+            return Err(DbError::Gone(
+                "this live query was ended by KILL LIVE QUERY; to start it anew, leave out the position".into(),
+            ));
+        }
+        let resync = |reason| Ok((present(request), Opening::Resync(reason)));
         if position.epoch != spec.epoch.0 {
             return resync(ResyncReason::Epoch);
         }
@@ -181,10 +268,70 @@ impl Db {
         if seq > self.inner.store.applied() {
             return resync(ResyncReason::Epoch);
         }
-        if seq < self.inner.store.log_floor() {
+        // A query that is run again looks at its own tail.
+        if spec.requery.is_none() && seq < self.inner.store.log_floor() {
             return resync(ResyncReason::Expired);
         }
         Ok((From::After(seq), if same_versions { Opening::Plain } else { Opening::OtherVersions }))
+    }
+}
+
+impl Db {
+    /// EXPLAIN LIVE and KILL LIVE QUERY.
+    pub(super) async fn live_command(
+        &self,
+        who: &Identity,
+        command: LiveCommand,
+        request: SqlRequest,
+    ) -> Result<SqlAnswer, DbError> {
+        let seq = self.inner.store.applied();
+        let result = match command {
+            LiveCommand::Kill(_) if request.read_only => {
+                return Err(DbError::BadRequest("GET only reads; send KILL LIVE QUERY by POST".into()));
+            }
+            LiveCommand::Kill(live_id) => {
+                StatementResult::Affected { affected: self.kill(who, &live_id)?, returned: None }
+            }
+            LiveCommand::Explain(sql) => {
+                let live = LiveRequest {
+                    sql,
+                    params: request.params,
+                    namespace: request.namespace,
+                    pipeline: Vec::new(),
+                    on_error: OnError::Stop,
+                    snapshot: None,
+                    last_rows: None,
+                    old: OldMode::default(),
+                    position: None,
+                };
+                StatementResult::Rows(self.explain_live(who, &live).await?)
+            }
+        };
+        Ok(SqlAnswer { results: vec![result], seq, replayed: false })
+    }
+
+    async fn explain_live(&self, who: &Identity, request: &LiveRequest) -> Result<RowStream, DbError> {
+        let compiled = self.compile(who, request).await?;
+        let spec = &compiled.spec;
+        let source = |(table, scope): (&Arc<Table>, &Scope)| {
+            let whose = match scope {
+                Scope::Shared => "shared".to_owned(),
+                Scope::User(user) => format!("rows of {user}"),
+            };
+            format!("{}.{} ({whose})", table.namespace_name, table.name)
+        };
+        let mut said = vec![
+            ("mode", mode(spec).to_owned()),
+            ("semantics", spec.semantics.as_str().to_owned()),
+            ("key", compiled.key.join(", ")),
+            ("index", spec.index.clone()),
+            ("group", spec.live_id.clone()),
+            ("scope", spec.sources().map(source).collect::<Vec<_>>().join(", ")),
+        ];
+        if spec.requery.is_some() {
+            said.push(("interval_ms", self.inner.live_options.requery_interval.as_millis().to_string()));
+        }
+        Ok(crate::sql::text_rows(["property", "value"], said)?)
     }
 }
 
@@ -199,9 +346,16 @@ impl LiveStream {
                 State::Done => return None,
                 State::Running(subscription) => {
                     // A snapshot of which nothing matches for long says nothing: the stream still shows that it lives.
-                    match tokio::time::timeout(2 * self.db.inner.heartbeat, subscription.next()).await {
-                        Ok(delivery) => self.deliver(delivery),
-                        Err(_elapsed) => return Some(LiveOutput::Waiting),
+                    let delivery = tokio::time::timeout(2 * self.db.inner.live_options.heartbeat, subscription.next());
+                    let delivery = tokio::select! {
+                        biased;
+                        () = self.listed.killed() => None,
+                        delivery = delivery => Some(delivery),
+                    };
+                    match delivery {
+                        None => self.end(killed()),
+                        Some(Ok(delivery)) => self.deliver(delivery),
+                        Some(Err(_elapsed)) => return Some(LiveOutput::Waiting),
                     }
                 }
                 State::Rejoin(rejoin) => {
@@ -216,9 +370,11 @@ impl LiveStream {
                     }
                 }
                 State::AwaitPlugin { catalog, seq, rested } => {
-                    let (seq, heartbeat) = (*seq, self.db.inner.heartbeat);
+                    let (seq, heartbeat) = (*seq, self.db.inner.live_options.heartbeat);
                     let rested = rested.map_or_else(|| Instant::now() + FAR, |rested| rested);
                     tokio::select! {
+                        biased;
+                        () = self.listed.killed() => self.end(killed()),
                         changed = tokio::time::timeout(heartbeat, catalog.changed()) => match changed {
                             Err(_elapsed) => return Some(LiveOutput::Waiting),
                             Ok(Err(_closed)) => self.end(closed_by(&DbError::Closed)),
@@ -234,17 +390,19 @@ impl LiveStream {
     /// Start, where necessary a resync, and then the group's events.
     async fn join(&mut self, from: From, opening: Opening) -> Result<(), DbError> {
         let (live, from) = (&self.db.inner.live, self.start(from));
+        // Looked at first: what is committed from here on comes as events.
+        let now = self.db.inner.store.applied();
         let (subscription, from, opening) = match live.subscribe(self.compiled.spec.clone(), from).await {
             Ok(subscription) => (subscription, from, opening),
             // The log was trimmed between our look at it and the group's.
             Err(SubscribeError::Expired) => {
-                let from = self.start(From::Snapshot);
+                let from = self.start(present(&self.request));
                 let subscription = live.subscribe(self.compiled.spec.clone(), from).await.map_err(subscribe_error)?;
                 (subscription, from, Opening::Resync(ResyncReason::Expired))
             }
             Err(error) => return Err(subscribe_error(error)),
         };
-        self.say_start(from);
+        self.say_start(from, now);
         match opening {
             Opening::Plain => {}
             Opening::Resync(reason) => self.queue.push_back(LiveOutput::Resync(reason)),
@@ -257,24 +415,27 @@ impl LiveStream {
     /// A feed has no present rows: it starts with the next commit.
     fn start(&self, from: From) -> From {
         match from {
-            From::Snapshot | From::Now if self.compiled.spec.semantics == Semantics::Feed => {
+            From::Snapshot | From::Last(_) | From::Now if self.compiled.spec.semantics == Semantics::Feed => {
                 From::After(self.db.inner.store.applied())
             }
             from => from,
         }
     }
 
-    fn say_start(&mut self, from: From) {
+    /// `now` is where a stream without present rows begins.
+    fn say_start(&mut self, from: From, now: Seq) {
         let from = match from {
             From::After(seq) => Some(self.position(seq)),
-            From::Snapshot | From::Now => None,
+            From::Now => Some(self.position(now)),
+            From::Snapshot | From::Last(_) => None,
         };
         let spec = &self.compiled.spec;
         self.queue.push_back(LiveOutput::Start {
             live_id: spec.live_id.clone(),
             columns: self.compiled.columns.clone(),
-            key: spec.table.key_schema().columns.into_iter().map(|column| column.name).collect(),
+            key: self.compiled.key.clone(),
             semantics: spec.semantics,
+            requery: spec.requery.as_ref().map(|_| self.db.inner.live_options.requery_interval),
             from,
         });
     }
@@ -301,6 +462,9 @@ impl LiveStream {
     async fn rejoin(&mut self, rejoin: Rejoin) -> Result<(), DbError> {
         let compiled = self.db.compile(&self.who, &self.request).await?;
         self.uses = PluginUses::new(&self.db, &compiled.spec);
+        if compiled.spec.live_id != self.compiled.spec.live_id {
+            self.listed = Listed::new(&self.db, &self.who, &compiled.spec, &self.request.sql);
+        }
         let before = std::mem::replace(&mut self.compiled, compiled);
         match rejoin {
             Rejoin::Plugin(seq) if self.goes_on(&before, seq) => {
@@ -308,7 +472,7 @@ impl LiveStream {
                 match self.db.inner.live.subscribe(self.compiled.spec.clone(), from).await {
                     Ok(subscription) => self.state = State::Running(subscription),
                     Err(SubscribeError::Expired) => {
-                        return self.join(From::Snapshot, Opening::Resync(ResyncReason::Expired)).await;
+                        return self.join(present(&self.request), Opening::Resync(ResyncReason::Expired)).await;
                     }
                     Err(error) => return Err(subscribe_error(error)),
                 }
@@ -316,12 +480,12 @@ impl LiveStream {
                 let other = stages.filter(|(before, now)| before != now).map(|(_, now)| another_version(now));
                 self.queue.extend(other.collect::<Vec<_>>());
                 if before.columns != self.compiled.columns {
-                    self.say_start(from);
+                    self.say_start(from, seq);
                 }
                 self.check_activation(from).await
             }
-            Rejoin::Plugin(_) => self.join(From::Snapshot, Opening::Resync(ResyncReason::Plugin)).await,
-            Rejoin::Resync(reason) => self.join(From::Snapshot, Opening::Resync(reason)).await,
+            Rejoin::Plugin(_) => self.join(present(&self.request), Opening::Resync(ResyncReason::Plugin)).await,
+            Rejoin::Resync(reason) => self.join(present(&self.request), Opening::Resync(reason)).await,
         }
     }
 
@@ -357,7 +521,13 @@ impl LiveStream {
                 let position = self.position(seq);
                 self.queue.push_back(LiveOutput::UpToDate { position, seq });
             }
-            Delivery::Expired => self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Expired)),
+            Delivery::Expired => {
+                let reason = match self.compiled.spec.requery {
+                    None => ResyncReason::Expired,
+                    Some(_) => ResyncReason::Requery,
+                };
+                self.state = State::Rejoin(Rejoin::Resync(reason));
+            }
             Delivery::End(reason) => self.ended(reason),
         }
     }
@@ -411,6 +581,23 @@ impl LiveStream {
 
 fn another_version(stage: &Stage) -> LiveOutput {
     LiveOutput::Pipeline { plugin: stage.name.clone(), version: stage.version, sha256: stage.sha256.clone() }
+}
+
+/// Where a stream without a position starts, and one whose position is void.
+fn present(request: &LiveRequest) -> From {
+    request.last_rows.map_or(From::Snapshot, From::Last)
+}
+
+fn no_plugin() -> DbError {
+    DbError::BadRequest("`on_error` says what happens when a plugin fails: name one".into())
+}
+
+fn unsupported(what: &str, hint: &str) -> DbError {
+    DbError::Sql(SqlError::Unsupported { what: what.into(), hint: Some(hint.into()), position: None })
+}
+
+fn killed() -> LiveOutput {
+    LiveOutput::Closed { code: "killed", message: "this live query was ended by KILL LIVE QUERY".into() }
 }
 
 fn closed_by(error: &DbError) -> LiveOutput {
@@ -468,13 +655,25 @@ struct Fingerprint {
 }
 
 impl Fingerprint {
-    fn new(plan: &crate::sql::live::LivePlan, stages: &[Stage], request: &LiveRequest, semantics: Semantics) -> Self {
-        let mut query = Sha256::new();
-        query.update(plan.fingerprint.to_le_bytes());
-        query.update(format!("{:?} {:?} {:?} {semantics:?}", plan.scope, request.old, request.on_error));
-        let mut schema = Sha256::new();
-        schema.update(plan.table.id.0.to_le_bytes());
-        schema.update(plan.table.schema_version.to_le_bytes());
+    fn new<'a>(
+        plan: u64,
+        sources: impl Iterator<Item = (&'a Arc<Table>, &'a Scope)>,
+        stages: &[Stage],
+        request: &LiveRequest,
+        semantics: Semantics,
+    ) -> Self {
+        let (mut query, mut schema) = (Sha256::new(), Sha256::new());
+        query.update(plan.to_le_bytes());
+        query.update(format!("{:?} {:?} {semantics:?}", request.old, request.on_error));
+        let (mut table, mut schema_version) = (0_u32, 0_u32);
+        for (source, scope) in sources {
+            query.update(format!(" {scope:?}"));
+            schema.update(source.id.0.to_le_bytes());
+            schema.update(source.schema_version.to_le_bytes());
+            // Of one table its own numbers; of several something that differs when one of theirs does.
+            table = table.wrapping_mul(0x9e37_79b9).wrapping_add(source.id.0);
+            schema_version = schema_version.wrapping_mul(0x9e37_79b9).wrapping_add(source.schema_version);
+        }
         let mut pipeline = Sha256::new();
         for stage in stages {
             // Length-prefixed, so that no two pipelines spell the same bytes.
@@ -493,8 +692,8 @@ impl Fingerprint {
         Fingerprint {
             plan: query.finalize().into(),
             schema: schema.finalize().into(),
-            table: plan.table.id.0,
-            schema_version: plan.table.schema_version,
+            table,
+            schema_version,
             pipeline: pipeline.finalize().into(),
         }
     }

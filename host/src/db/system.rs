@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use wire::{Type, Value};
 
+use super::streams::{LiveQueryInfo, Streams};
 use crate::config::{Config, Role};
 use crate::live::Live;
 use crate::sql::SqlError;
@@ -15,11 +16,13 @@ use crate::telemetry::Metrics;
 pub(super) struct Sources {
     pub store: Store,
     pub live: Live,
+    pub streams: Arc<Streams>,
     pub metrics: Arc<Metrics>,
 }
 
 pub(super) fn tables(config: &Config, sources: Sources) -> Vec<SystemTable> {
-    vec![settings(config), users(config), stats(sources)]
+    let (streams, live) = (sources.streams.clone(), sources.live.clone());
+    vec![settings(config), users(config), stats(sources), live_queries(streams, live)]
 }
 
 /// Brings the gauges up to date that nobody counts as they change.
@@ -32,6 +35,45 @@ pub(super) fn refresh_gauges(sources: &Sources) {
     metrics.store_write_buffer_bytes.set(write_buffers as i64);
     metrics.store_block_cache_bytes.set(block_cache as i64);
     metrics.store_table_reader_bytes.set(table_readers as i64);
+}
+
+/// The live queries that are open: one's own, or an administrator's view of all. Counters are read from the groups,
+/// which tell every event once whatever the number of their subscribers.
+fn live_queries(streams: Arc<Streams>, live: Live) -> SystemTable {
+    SystemTable {
+        namespace: SYSTEM,
+        name: "live_queries",
+        columns: &[
+            ("live_id", Type::Text),
+            ("namespace", Type::Text),
+            ("sql", Type::Text),
+            ("mode", Type::Text),
+            ("index", Type::Text),
+            ("users", Type::Text),
+            ("subscribers", Type::BigInt),
+            ("events", Type::BigInt),
+            ("bytes", Type::BigInt),
+            ("lag", Type::BigInt),
+        ],
+        least: Role::User,
+        rows: Box::new(move |env| {
+            let row = |query: LiveQueryInfo| {
+                vec![
+                    text(query.live_id),
+                    text(query.namespace),
+                    text(query.sql),
+                    text(query.mode),
+                    text(query.index),
+                    text(query.users.join(", ")),
+                    int(query.subscribers),
+                    int(query.events),
+                    int(query.bytes),
+                    int(query.lag),
+                ]
+            };
+            Ok(streams.visible(&live, &env.user, env.role).into_iter().map(row).collect())
+        }),
+    }
 }
 
 /// What the server runs with. Secrets are not in the list; that there is one is.

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use arrow::record_batch::RecordBatch;
 use wire::Scope;
 
-use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult};
-use crate::catalog::{Catalog, NamespaceId, TableId, TableKind};
+use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, bulk, index};
+use crate::catalog::{Catalog, NamespaceId, Table, TableId, TableKind};
 use crate::config::Role;
-use crate::sql::{Overlay, RequestEnv, SqlError, Statement, StatementKind};
+use crate::sql::{ChangeSet, Overlay, Param, RequestEnv, RowStream, SqlError, Statement, StatementKind};
 use crate::store::snapshot::Snapshot;
 use crate::store::{CommitError, Receipt, RowWrite, Seq, Transaction};
 
@@ -40,6 +41,51 @@ pub(super) async fn dml(
     statements: &[Statement],
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
+    let work = Work::Statements(statements, &request);
+    let outcome = transaction(db, who, request.namespace.as_deref(), &request.params, work).await;
+    match outcome.map_err(|failed| failed.error)? {
+        Outcome::Committed(planned, seq) => Ok(planned.answer(seq)),
+        Outcome::Answered(answer) => Ok(answer),
+    }
+}
+
+/// What a transaction is made of.
+#[derive(Clone, Copy)]
+pub(super) enum Work<'a> {
+    /// Statements and the request they came with.
+    Statements(&'a [Statement], &'a SqlRequest),
+    /// Rows for a table.
+    Rows(&'a str, &'a Arc<[RecordBatch]>),
+}
+
+/// What became of it.
+pub(super) enum Outcome {
+    /// The seq of the commit, or of the snapshot when there was nothing to write.
+    Committed(Planned, Seq),
+    /// The same request was answered before; nothing was written now.
+    Answered(SqlAnswer),
+}
+
+/// Why there is no transaction, and which of its rows (from 0) is to blame, where it is about rows.
+pub(super) struct Failed {
+    pub(super) error: DbError,
+    pub(super) row: Option<usize>,
+}
+
+impl From<DbError> for Failed {
+    fn from(error: DbError) -> Failed {
+        Failed { error, row: None }
+    }
+}
+
+/// Plans at a snapshot and commits; when other commits came between, again.
+pub(super) async fn transaction(
+    db: &Db,
+    who: &Identity,
+    namespace: Option<&str>,
+    params: &[Param],
+    work: Work<'_>,
+) -> Result<Outcome, Failed> {
     // Refused at once rather than queued without end: the client knows best how long it wants to wait.
     let _under_way = db.inner.writes.try_acquire().map_err(|_| DbError::Commit(CommitError::Busy))?;
     for attempt in 0..TRIES {
@@ -52,27 +98,35 @@ pub(super) async fn dml(
         }
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
-        if let Some(answer) = answered(who, &request, &snapshot)? {
-            return Ok(answer);
+        if let Work::Statements(_, request) = work
+            && let Some(answer) = answered(who, request, &snapshot)?
+        {
+            return Ok(Outcome::Answered(answer));
         }
-        let env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
+        let env = db.env(who, snapshot, namespace.map(str::to_owned), params.to_vec())?;
         let default = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
 
-        let planned = plan(db, who, statements, env).await?;
-        let receipt = receipt(who, &request, &planned.affected)?;
+        let (planned, receipt) = match work {
+            Work::Statements(statements, request) => {
+                let planned = plan(db, who, statements, env).await?;
+                let receipt = receipt(who, request, &planned.affected(request)?)?;
+                (planned, receipt)
+            }
+            Work::Rows(table, batches) => (bulk::plan(db, who, table, batches, env).await?, None),
+        };
         if planned.rows.is_empty() && receipt.is_none() {
-            return Ok(planned.answer(base));
+            return Ok(Outcome::Committed(planned, base));
         }
         let namespace = planned.namespace(default)?;
         let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new(), receipt };
         // Validated, written, synced, visible, published to live queries, and only then acknowledged.
         match db.inner.store.commit(transaction).await {
-            Ok(seq) => return Ok(planned.answer(seq)),
+            Ok(seq) => return Ok(Outcome::Committed(planned, seq)),
             Err(CommitError::Stale) => continue,
-            Err(error) => return Err(DbError::Commit(error)),
+            Err(error) => return Err(DbError::Commit(error).into()),
         }
     }
-    Err(DbError::Conflict)
+    Err(DbError::Conflict.into())
 }
 
 /// CREATE, ALTER and DROP: all statements of the request are one commit.
@@ -86,14 +140,14 @@ pub(super) async fn ddl(
         return Err(DbError::Forbidden("CREATE, ALTER and DROP need the role admin".into()));
     }
     for _ in 0..TRIES {
-        let _alone = db.inner.turn.write().await;
+        let alone = db.inner.turn.write().await;
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
         if let Some(answer) = answered(who, &request, &snapshot)? {
             return Ok(answer);
         }
         let mut env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
-        let (mut writes, mut namespace) = (Vec::new(), None);
+        let (mut writes, mut namespace, mut build) = (Vec::new(), None, None);
         for statement in statements {
             let plan = db.inner.sql.ddl(statement, &env)?;
             // The next statement sees what this one made.
@@ -108,8 +162,15 @@ pub(super) async fn ddl(
             }
             namespace = plan.namespace;
             writes.extend(plan.writes);
+            if plan.build.is_some() && statements.len() > 1 {
+                return Err(build_beside_others());
+            }
+            build = build.or(plan.build);
         }
-        let results = || statements.iter().map(|_| StatementResult::Affected { affected: 0 }).collect();
+        let results = || statements.iter().map(|_| StatementResult::Affected { affected: 0, returned: None }).collect();
+        if build.is_some() && request.idempotency.is_some() {
+            return Err(no_receipt("CREATE INDEX", "say CREATE INDEX IF NOT EXISTS: it may be sent again as it is"));
+        }
         let receipt = receipt(who, &request, &vec![0; statements.len()])?;
         if namespace.is_none() && receipt.is_some() {
             namespace = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
@@ -119,7 +180,15 @@ pub(super) async fn ddl(
         };
         let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes, receipt };
         match db.inner.store.commit(transaction).await {
-            Ok(seq) => return Ok(SqlAnswer { results: results(), seq, replayed: false }),
+            Ok(seq) => {
+                // Writes go on while it is built.
+                drop(alone);
+                let seq = match build {
+                    Some((table, index)) => index::build(db, table, index).await?,
+                    None => seq,
+                };
+                return Ok(SqlAnswer { results: results(), seq, replayed: false });
+            }
             Err(CommitError::Stale) => continue,
             Err(error) => return Err(DbError::Commit(error)),
         }
@@ -138,15 +207,32 @@ fn receipt(who: &Identity, request: &SqlRequest, affected: &[u64]) -> Result<Opt
 
 /// What a transaction does: its net effect by key, in the order the keys were first touched.
 #[derive(Default)]
-struct Planned {
+pub(super) struct Planned {
     rows: Vec<RowWrite>,
-    affected: Vec<u64>,
+    /// Of each statement.
+    results: Vec<StatementResult>,
 }
 
 impl Planned {
-    fn answer(&self, seq: Seq) -> SqlAnswer {
-        let results = self.affected.iter().map(|&affected| StatementResult::Affected { affected }).collect();
-        SqlAnswer { results, seq, replayed: false }
+    /// Whether there is nothing to write.
+    pub(super) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    fn answer(self, seq: Seq) -> SqlAnswer {
+        SqlAnswer { results: self.results, seq, replayed: false }
+    }
+
+    /// Of each statement, for the receipt, which has no room for rows.
+    fn affected(&self, request: &SqlRequest) -> Result<Vec<u64>, DbError> {
+        let affected = self.results.iter().map(|result| match result {
+            StatementResult::Affected { returned: Some(_), .. } if request.idempotency.is_some() => {
+                Err(no_receipt("RETURNING", "read the rows with a query of its own"))
+            }
+            StatementResult::Affected { affected, .. } => Ok(*affected),
+            StatementResult::Rows(_) => Ok(0),
+        });
+        affected.collect()
     }
 
     /// `default` where nothing is written.
@@ -157,41 +243,87 @@ impl Planned {
     }
 }
 
-async fn plan(db: &Db, who: &Identity, statements: &[Statement], mut env: RequestEnv) -> Result<Planned, DbError> {
-    let mut planned = Planned::default();
-    let mut index: HashMap<(TableId, Scope, Vec<u8>), usize> = HashMap::new();
+async fn plan(db: &Db, who: &Identity, statements: &[Statement], env: RequestEnv) -> Result<Planned, DbError> {
+    let mut merge = Merge::new(env);
     for statement in statements {
-        let changes = db.inner.sql.change_set(statement, env.clone()).await?;
-        planned.affected.push(changes.affected);
-        let overlay = Arc::make_mut(&mut env.overlay);
+        let changes = db.inner.sql.change_set(statement, merge.env().clone()).await?;
+        merge.add(who, changes)?;
+    }
+    Ok(merge.finish())
+}
+
+/// The statements of a transaction, one after the other: each sees what those before it do.
+pub(super) struct Merge {
+    env: RequestEnv,
+    planned: Planned,
+    /// Where in `planned` a key is.
+    places: HashMap<(TableId, Scope, Vec<u8>), usize>,
+}
+
+impl Merge {
+    pub(super) fn new(env: RequestEnv) -> Merge {
+        Merge { env, planned: Planned::default(), places: HashMap::new() }
+    }
+
+    /// What the next statement sees.
+    pub(super) fn env(&self) -> &RequestEnv {
+        &self.env
+    }
+
+    pub(super) fn add(&mut self, who: &Identity, changes: ChangeSet) -> Result<(), DbError> {
+        let returned = changes.returned.map(RowStream::from);
+        self.planned.results.push(StatementResult::Affected { affected: changes.affected, returned });
+        let overlay = Arc::make_mut(&mut self.env.overlay);
         for write in changes.writes {
-            may_write(who, &write)?;
+            may_write(who, &write.table)?;
             overlay.put(&write);
             let key = (write.table.id, write.scope.clone(), write.key.clone());
-            match index.get(&key) {
+            match self.places.get(&key) {
                 // The first statement saw the row as it is stored; the last one says what it shall be.
-                Some(&at) => planned.rows[at].new = write.new,
+                Some(&at) => self.planned.rows[at].new = write.new,
                 None => {
-                    index.insert(key, planned.rows.len());
-                    planned.rows.push(write);
+                    self.places.insert(key, self.planned.rows.len());
+                    self.planned.rows.push(write);
                 }
             }
         }
+        Ok(())
     }
-    planned.rows.retain(|row| row.old != row.new);
-    Ok(planned)
+
+    pub(super) fn finish(mut self) -> Planned {
+        self.planned.rows.retain(|row| row.old != row.new);
+        self.planned
+    }
 }
 
 /// Own rows of user tables belong to everybody; shared and stream tables are written by services and admins.
-fn may_write(who: &Identity, write: &RowWrite) -> Result<(), DbError> {
-    if write.table.kind == TableKind::User || who.role != Role::User {
+pub(super) fn may_write(who: &Identity, table: &Table) -> Result<(), DbError> {
+    if table.kind == TableKind::User || who.role != Role::User {
         return Ok(());
     }
     Err(DbError::Forbidden(format!(
         "the role user may not write the {} table \"{}\"; use a token of role service or admin",
-        write.table.kind.as_str(),
-        write.table.name
+        table.kind.as_str(),
+        table.name
     )))
+}
+
+/// Building takes several commits and may fail: then the others would stand alone.
+fn build_beside_others() -> DbError {
+    DbError::Sql(SqlError::Unsupported {
+        what: "CREATE INDEX on a table that may have rows, beside other statements".into(),
+        hint: Some("send it as a request of its own".into()),
+        position: None,
+    })
+}
+
+/// What cannot be answered a second time from what is kept of the first.
+fn no_receipt(what: &str, hint: &str) -> DbError {
+    DbError::Sql(SqlError::Unsupported {
+        what: format!("{what} in a request with an Idempotency-Key"),
+        hint: Some(hint.into()),
+        position: None,
+    })
 }
 
 fn two_namespaces() -> DbError {

@@ -1,4 +1,4 @@
-//! Request bodies: read whole, within a size, a speed and a share of the server's memory.
+//! Request bodies: read whole or piece by piece, within a size, a speed and a share of the server's memory.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -45,32 +45,63 @@ impl Budget {
 
 /// Reads the whole body of at most `limit` bytes.
 pub async fn receive(headers: &HeaderMap, body: Body, limit: usize, budget: &Budget) -> Result<Received, Problem> {
-    refuse_encoded(headers)?;
+    let mut incoming = Incoming::new(headers, body, budget)?;
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|bytes| bytes > limit as u64) {
         return Err(too_large(limit));
     }
-    let started = Instant::now();
-    let mut body = std::pin::pin!(body);
     let mut received: Vec<u8> = Vec::new();
-    let mut share: Option<OwnedSemaphorePermit> = None;
-    loop {
-        let earned = Duration::from_secs(received.len() as u64 / SLOWEST);
-        let frame = timeout_at(started + GRACE + earned, body.frame()).await.map_err(|_| too_slow())?;
-        let Some(frame) = frame else { break };
-        let Ok(data) = frame.map_err(|_| cut())?.into_data() else { continue };
+    while let Some(data) = incoming.next().await? {
         if received.len() + data.len() > limit {
             return Err(too_large(limit));
         }
-        let held = share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        let more = budget.take((received.len() + data.len()).div_ceil(KIB) - held)?;
-        match &mut share {
-            Some(share) => share.merge(more),
-            None => share = Some(more),
-        }
+        incoming.hold(received.len() + data.len())?;
         received.extend_from_slice(&data);
     }
-    Ok(Received { bytes: received.into(), _share: share })
+    Ok(Received { bytes: received.into(), _share: incoming.share })
+}
+
+/// A body read piece by piece, as slow as [`SLOWEST`] at the most, with what is held of it taken from the budget.
+pub struct Incoming<'a> {
+    body: Body,
+    budget: &'a Budget,
+    share: Option<OwnedSemaphorePermit>,
+    received: u64,
+    /// Spent waiting for the client; what is done between two pieces is not its fault.
+    waited: Duration,
+}
+
+impl Incoming<'_> {
+    pub fn new<'a>(headers: &HeaderMap, body: Body, budget: &'a Budget) -> Result<Incoming<'a>, Problem> {
+        refuse_encoded(headers)?;
+        Ok(Incoming { body, budget, share: None, received: 0, waited: Duration::ZERO })
+    }
+
+    /// The next bytes; `None` at the end.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Problem> {
+        loop {
+            let earned = GRACE + Duration::from_secs(self.received / SLOWEST);
+            let began = Instant::now();
+            let frame = timeout_at(began + earned.saturating_sub(self.waited), self.body.frame()).await;
+            let frame = frame.map_err(|_| too_slow())?;
+            self.waited += began.elapsed();
+            let Some(frame) = frame else { return Ok(None) };
+            let Ok(data) = frame.map_err(|_| cut())?.into_data() else { continue };
+            self.received += data.len() as u64;
+            return Ok(Some(data));
+        }
+    }
+
+    /// Takes from the budget what is missing to hold this many bytes; nothing is given back before the end.
+    pub fn hold(&mut self, bytes: usize) -> Result<(), Problem> {
+        let held = self.share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let more = self.budget.take(bytes.div_ceil(KIB).saturating_sub(held))?;
+        match &mut self.share {
+            Some(share) => share.merge(more),
+            None => self.share = Some(more),
+        }
+        Ok(())
+    }
 }
 
 /// The body of a refused request is read and thrown away up to here: a socket that is closed with unread bytes in it

@@ -45,6 +45,12 @@ impl Problem {
         Problem::new(500, "internal", detail)
     }
 
+    /// Says first which part of the request it is about.
+    pub fn within(mut self, part: &str) -> Problem {
+        self.detail = format!("{part}: {}", self.detail);
+        self
+    }
+
     pub fn with(mut self, name: &'static str, value: Value) -> Problem {
         self.extra.push((name, value));
         self
@@ -105,8 +111,10 @@ impl From<DbError> for Problem {
             DbError::Store(error) => error.into(),
             DbError::Plugin(error) => error.into(),
             DbError::NotFound(detail) => Problem::new(404, "not_found", detail),
+            DbError::SeveralResults(_) => Problem::new(406, "several_results", error.to_string()),
             DbError::BadRequest(detail) => Problem::bad_request(detail),
             DbError::Forbidden(detail) => Problem::new(403, "forbidden", detail),
+            DbError::Gone(detail) => Problem::new(410, "killed", detail),
             DbError::TooMany(detail) => Problem::new(429, "too_many", detail).retry_after(5),
             DbError::KeyReused => Problem::new(422, "idempotency_key_reused", error.to_string()),
             DbError::InUse(detail) => Problem::new(409, "in_use", detail),

@@ -5,18 +5,19 @@ use axum::extract::Query;
 use axum::http::{HeaderMap, Uri};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use serde_json::json;
 use serde_json::value::RawValue;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::error::Problem;
+use super::several::split;
 use crate::catalog::OnError;
 use crate::db::{Idempotency, LiveRequest, SqlRequest, StageRequest};
 use crate::live::OldMode;
 use crate::sql::Param;
 
 /// Deeper JSON is refused before it is parsed.
-const JSON_DEPTH: usize = 64;
+pub const JSON_DEPTH: usize = 64;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -45,7 +46,7 @@ fn bad_json(detail: String) -> Problem {
 }
 
 /// The byte where the nesting becomes too deep.
-fn too_deep(text: &str) -> Option<usize> {
+pub fn too_deep(text: &str) -> Option<usize> {
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
     for (position, byte) in text.bytes().enumerate() {
         match byte {
@@ -74,14 +75,28 @@ fn offset(text: &str, line: usize, column: usize) -> usize {
 pub fn sql_from_json(body: &[u8]) -> Result<SqlRequest, Problem> {
     let raw: RawSql<'_> = parse("the request body", body)?;
     let params = params(raw.params.as_deref().unwrap_or_default())?;
-    Ok(SqlRequest { sql: raw.sql, params, namespace: raw.namespace, read_only: false, idempotency: None })
+    Ok(SqlRequest {
+        sql: raw.sql,
+        params,
+        namespace: raw.namespace,
+        read_only: false,
+        one_result: false,
+        idempotency: None,
+    })
 }
 
 /// `POST /v1/sql` as raw SQL.
 pub fn sql_from_text(body: &[u8]) -> Result<SqlRequest, Problem> {
     let sql = std::str::from_utf8(body)
         .map_err(|e| Problem::bad_request("the SQL text is not UTF-8").with("position", json!(e.valid_up_to())))?;
-    Ok(SqlRequest { sql: sql.to_owned(), params: Vec::new(), namespace: None, read_only: false, idempotency: None })
+    Ok(SqlRequest {
+        sql: sql.to_owned(),
+        params: Vec::new(),
+        namespace: None,
+        read_only: false,
+        one_result: false,
+        idempotency: None,
+    })
 }
 
 /// `GET /v1/sql?sql=…`
@@ -98,7 +113,7 @@ pub fn sql_from_query(uri: &Uri) -> Result<SqlRequest, Problem> {
         }
     }
     let sql = sql.ok_or_else(|| Problem::bad_request("the query parameter `sql` is missing"))?;
-    Ok(SqlRequest { sql, params, namespace, read_only: true, idempotency: None })
+    Ok(SqlRequest { sql, params, namespace, read_only: true, one_result: false, idempotency: None })
 }
 
 /// The longest key; a UUID has 36 characters.
@@ -193,6 +208,7 @@ fn param(number: usize, text: &str) -> Result<Param, Problem> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawLive<'a> {
+    q: Option<String>,
     sql: String,
     #[serde(borrow)]
     params: Option<Vec<&'a RawValue>>,
@@ -202,7 +218,7 @@ struct RawLive<'a> {
     snapshot: Option<bool>,
     old: Option<String>,
     last_event_id: Option<String>,
-    last_rows: Option<IgnoredAny>,
+    last_rows: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -232,43 +248,109 @@ impl RawStage {
     }
 }
 
+/// The most live queries on one stream: their positions have to fit into one id.
+const MAX_QUERIES: usize = 32;
+
+/// What a stream is asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Asked {
+    /// One or more, in order.
+    pub queries: Vec<LiveRequest>,
+    /// What their events are marked with, where there may be several.
+    pub names: Option<Vec<Value>>,
+    /// Where to go on.
+    pub position: Option<String>,
+}
+
+impl Asked {
+    /// Each query with its own position out of the stream's.
+    pub fn placed(&self) -> Result<Vec<LiveRequest>, Problem> {
+        let positions = match (&self.position, &self.names) {
+            (None, _) => vec![None; self.queries.len()],
+            (Some(position), None) => vec![Some(position.clone())],
+            (Some(position), Some(_)) => split(position, self.queries.len()).ok_or_else(|| {
+                Problem::bad_request("the position (Last-Event-ID) is not one of a stream of so many queries")
+            })?,
+        };
+        let placed = |(query, position): (&LiveRequest, _)| LiveRequest { position, ..query.clone() };
+        Ok(self.queries.iter().zip(positions).map(placed).collect())
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSeveral<'a> {
+    #[serde(borrow)]
+    queries: Vec<RawLive<'a>>,
+    last_event_id: Option<String>,
+}
+
 /// `POST /v1/live` and `POST /v1/auth/ticket`.
-pub fn live_from_json(body: &[u8]) -> Result<LiveRequest, Problem> {
-    // Looked for first: a list of queries has no `sql`, and "missing field `sql`" would not say why it is refused.
-    if let Ok(fields) = serde_json::from_slice::<std::collections::HashMap<String, IgnoredAny>>(body)
-        && fields.contains_key("queries")
-    {
-        return Err(Problem::not_implemented("`queries` (several live queries on one stream)"));
+pub fn live_from_json(body: &[u8]) -> Result<Asked, Problem> {
+    // Looked for first: "missing field `sql`" would not say what is wrong with a list of queries.
+    let fields = serde_json::from_slice::<std::collections::HashMap<String, IgnoredAny>>(body);
+    if fields.is_ok_and(|fields| fields.contains_key("queries")) {
+        let raw: RawSeveral<'_> = parse("the request body", body)?;
+        return several(raw.queries, raw.last_event_id);
     }
-    let raw: RawLive<'_> = parse("the request body", body)?;
-    if raw.last_rows.is_some() {
-        return Err(Problem::not_implemented("`last_rows`"));
+    let mut raw: RawLive<'_> = parse("the request body", body)?;
+    if raw.q.is_some() {
+        return Err(Problem::bad_request("`q` names one of several `queries`; a single one has no name"));
     }
-    Ok(LiveRequest {
-        sql: raw.sql,
-        params: params(raw.params.as_deref().unwrap_or_default())?,
-        namespace: raw.namespace,
-        pipeline: raw.pipeline.unwrap_or_default().into_iter().map(RawStage::check).collect(),
-        on_error: on_error(raw.on_error.as_deref())?,
-        snapshot: raw.snapshot,
-        old: old_mode(raw.old.as_deref())?,
-        position: raw.last_event_id,
-    })
+    let position = raw.last_event_id.take();
+    Ok(Asked { queries: vec![raw.check()?], names: None, position })
+}
+
+fn several(raw: Vec<RawLive<'_>>, position: Option<String>) -> Result<Asked, Problem> {
+    if raw.is_empty() || raw.len() > MAX_QUERIES {
+        return Err(Problem::bad_request(format!("`queries` has 1 to {MAX_QUERIES} entries, not {}", raw.len())));
+    }
+    let (mut queries, mut names) = (Vec::new(), Vec::new());
+    for (at, mut raw) in raw.into_iter().enumerate() {
+        if raw.last_event_id.is_some() {
+            return Err(Problem::bad_request("`last_event_id` is one for all `queries`: it stands beside them"));
+        }
+        let name = raw.q.take().map_or_else(|| json!(at), Value::from);
+        if names.contains(&name) {
+            return Err(Problem::bad_request(format!("two `queries` have the name {name}")));
+        }
+        names.push(name);
+        queries.push(raw.check().map_err(|problem| problem.within(&format!("queries[{at}]")))?);
+    }
+    Ok(Asked { queries, names: Some(names), position })
+}
+
+impl RawLive<'_> {
+    fn check(self) -> Result<LiveRequest, Problem> {
+        Ok(LiveRequest {
+            sql: self.sql,
+            params: params(self.params.as_deref().unwrap_or_default())?,
+            namespace: self.namespace,
+            pipeline: self.pipeline.unwrap_or_default().into_iter().map(RawStage::check).collect(),
+            on_error: on_error(self.on_error.as_deref())?,
+            snapshot: self.snapshot,
+            last_rows: last_rows(self.last_rows, self.snapshot)?,
+            old: old_mode(self.old.as_deref())?,
+            position: None,
+        })
+    }
 }
 
 /// `GET /v1/live`: the query (none if only the ticket says it), the ticket, the event id of the query string.
 #[derive(Debug)]
 pub struct LiveQuery {
-    pub request: Option<LiveRequest>,
+    pub request: Option<Asked>,
     pub ticket: Option<String>,
     pub last_event_id: Option<String>,
 }
 
-const LIVE_PARAMETERS: &str = "sql, params, namespace, plugin, on_error, snapshot, old, last_event_id, ticket";
+const LIVE_PARAMETERS: &str =
+    "sql, params, namespace, plugin, on_error, snapshot, last_rows, old, last_event_id, ticket, queries";
 
 pub fn live_from_query(uri: &Uri) -> Result<LiveQuery, Problem> {
     let mut query = LiveQuery { request: None, ticket: None, last_event_id: None };
     let (mut sql, mut namespace, mut old, mut error, mut snapshot, mut list) = (None, None, None, None, None, None);
+    let (mut last, mut queries) = (None, None);
     let mut pipeline = Vec::new();
     for (name, value) in pairs(uri)? {
         match name.as_str() {
@@ -281,28 +363,48 @@ pub fn live_from_query(uri: &Uri) -> Result<LiveQuery, Problem> {
             "old" => once(&mut old, "old", value)?,
             "last_event_id" => once(&mut query.last_event_id, "last_event_id", value)?,
             "ticket" => once(&mut query.ticket, "ticket", value)?,
-            "last_rows" => return Err(Problem::not_implemented("`last_rows`")),
+            "last_rows" => once(&mut last, "last_rows", value)?,
+            "queries" => once(&mut queries, "queries", value)?,
             _ => return Err(unknown_parameter(&name, LIVE_PARAMETERS)),
         }
     }
     let on_error = on_error(error.as_deref())?;
-    let options = [&list, &namespace, &old, &error, &snapshot].into_iter().any(Option::is_some) || !pipeline.is_empty();
+    let options = [&list, &namespace, &old, &error, &snapshot, &last].into_iter().any(Option::is_some);
+    let options = options || !pipeline.is_empty();
+    if let Some(list) = queries {
+        if sql.is_some() || options {
+            return Err(Problem::bad_request("with `queries` each entry has its own `sql` and options"));
+        }
+        let raw: Vec<RawLive<'_>> = parse("`queries` (a JSON array)", list.as_bytes())?;
+        query.request = Some(several(raw, None)?);
+        return Ok(query);
+    }
     let Some(sql) = sql else {
         if options || query.ticket.is_none() {
             return Err(Problem::bad_request("the query parameter `sql` is missing"));
         }
         return Ok(query);
     };
-    query.request = Some(LiveRequest {
+    let request = LiveRequest {
         sql,
         params: list.as_deref().map(params_text).transpose()?.unwrap_or_default(),
         namespace,
         pipeline,
         on_error,
         snapshot: flag("snapshot", snapshot.as_deref())?,
+        last_rows: match last {
+            None => None,
+            Some(text) => {
+                let rows = text
+                    .parse()
+                    .map_err(|_| Problem::bad_request(format!("`last_rows` is a number of rows, not {text:?}")))?;
+                last_rows(Some(rows), snapshot.map(|text| text == "true"))?
+            }
+        },
         old: old_mode(old.as_deref())?,
         position: None,
-    });
+    };
+    query.request = Some(Asked { queries: vec![request], names: None, position: None });
     Ok(query)
 }
 
@@ -340,6 +442,17 @@ fn old_mode(value: Option<&str>) -> Result<OldMode, Problem> {
         Some("full") => Ok(OldMode::Full),
         Some("none") => Ok(OldMode::None),
         Some(other) => Err(Problem::bad_request(format!("`old` is `changed`, `full` or `none`, not {other:?}"))),
+    }
+}
+
+/// A snapshot of the last rows and no snapshot contradict each other.
+fn last_rows(rows: Option<u64>, snapshot: Option<bool>) -> Result<Option<u64>, Problem> {
+    match (rows, snapshot) {
+        (Some(0), _) => Err(Problem::bad_request("`last_rows` is 1 or more; say `snapshot=false` for none")),
+        (Some(_), Some(false)) => {
+            Err(Problem::bad_request("`last_rows` and `snapshot=false` contradict each other: leave one out"))
+        }
+        (rows, _) => Ok(rows),
     }
 }
 
@@ -453,12 +566,39 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_built_is_refused_by_name() {
-        for body in [r#"{"queries":[]}"#, r#"{"sql":"S","last_rows":5}"#] {
-            assert_eq!(live_from_json(body.as_bytes()).unwrap_err().status(), 501, "{body}");
+    fn several_queries_on_one_stream() {
+        let list = r#"[{"sql":"A","old":"none"},{"q":"b","sql":"B","last_rows":5}]"#;
+        let post = live_from_json(format!(r#"{{"queries":{list}}}"#).as_bytes()).unwrap();
+        assert_eq!(post.names, Some(vec![json!(0), json!("b")]));
+        assert_eq!((post.queries[0].old, post.queries[1].last_rows), (OldMode::None, Some(5)));
+        let encoded: String = list.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        let get = live_from_query(&format!("/v1/live?queries={encoded}").parse().unwrap()).unwrap();
+        assert_eq!(get.request, Some(post.clone()));
+
+        let at = |position: &str| Asked { position: Some(position.to_owned()), ..post.clone() }.placed();
+        let placed = at("e-1-f~_").unwrap();
+        assert_eq!((placed[0].position.as_deref(), placed[1].position.as_deref()), (Some("e-1-f"), None));
+        assert_eq!(at("e-1-f").unwrap_err().status(), 400);
+        assert!(post.placed().unwrap().iter().all(|query| query.position.is_none()));
+
+        let many = format!(r#"{{"queries":[{}]}}"#, vec![r#"{"sql":"S"}"#; MAX_QUERIES + 1].join(","));
+        for (body, named) in [
+            (r#"{"queries":[]}"#, "1 to 32"),
+            (many.as_str(), "1 to 32"),
+            (r#"{"queries":[{"sql":"A","last_event_id":"1"}]}"#, "last_event_id"),
+            (r#"{"queries":[{"sql":"A","q":"x"},{"sql":"B","q":"x"}]}"#, "\"x\""),
+            (r#"{"queries":[{"sql":"A"},{"sql":"B","old":"blue"}]}"#, "queries[1]: `old`"),
+            (r#"{"sql":"A","queries":[]}"#, "sql"),
+            (r#"{"sql":"A","q":"x"}"#, "`q`"),
+        ] {
+            let said = detail(live_from_json(body.as_bytes()).unwrap_err());
+            assert!(said.replace("\\\"", "\"").contains(named), "{body:.60}: {said}");
         }
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
         assert!(live_from_json(br#"{"sql":"S","on_error":"never"}"#).is_err());
-        assert_eq!(live_from_query(&"/v1/live?sql=S&last_rows=1".parse().unwrap()).unwrap_err().status(), 501);
         assert!(live_from_query(&"/v1/live".parse().unwrap()).is_err());
         assert!(live_from_query(&"/v1/live?ticket=t&old=full".parse().unwrap()).is_err());
         assert!(live_from_query(&"/v1/live?ticket=t&on_error=skip".parse().unwrap()).is_err());

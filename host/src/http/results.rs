@@ -1,23 +1,31 @@
-//! The answer to SQL: JSON with all results, or NDJSON with the rows of one, written as batches arrive.
+//! The answer to SQL: JSON with all results, or NDJSON, CSV or an Arrow stream with the rows of one, written as batches
+//! arrive.
 //!
 //! Nothing is answered before the first piece is made, so an error in it has its true status. An error later can only
-//! be told in the body: NDJSON ends with an `{"error":…}` line, JSON is cut off (a document that does not parse is the
-//! one thing no client takes for a whole answer).
+//! be told in the body: NDJSON ends with an `{"error":…}` line, everything else is cut off (a connection that breaks is
+//! the one thing no client takes for a whole answer).
 
 use std::io::Write;
 use std::time::Instant;
 
+use arrow::array::Int64Array;
+use arrow::error::ArrowError;
 use arrow::record_batch::RecordBatch;
+use arrow_ipc::writer::StreamWriter;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use serde_json::json;
 
+use wire::Type;
+
+use super::csv;
 use super::error::Problem;
 use super::json::{Rows, text};
 use crate::db::{SqlAnswer, StatementResult};
-use crate::sql::RowStream;
+use crate::sql::arrow::output_schema;
+use crate::sql::{OutputColumn, RowStream};
 use crate::store::Seq;
 
 /// A piece leaves when it has this many bytes: large enough to be cheap, small against a result.
@@ -29,7 +37,20 @@ const STRIDE: usize = 64;
 pub enum Format {
     Json,
     Ndjson,
+    Csv,
+    Arrow,
 }
+
+/// What `Accept` may ask for, and the format it gets.
+const MEDIA_TYPES: &[(&str, Format)] = &[
+    ("application/json", Format::Json),
+    ("application/x-ndjson", Format::Ndjson),
+    ("text/csv", Format::Csv),
+    ("application/vnd.apache.arrow.stream", Format::Arrow),
+    ("application/*", Format::Json),
+    ("text/*", Format::Csv),
+    ("*/*", Format::Json),
+];
 
 impl Format {
     /// The first of the client's wishes, by its weights, that there is.
@@ -43,37 +64,37 @@ impl Format {
         let mut wishes: Vec<(f32, Format)> = accept.split(',').filter_map(wish).collect();
         wishes.sort_by(|a, b| b.0.total_cmp(&a.0));
         wishes.first().map(|(_, format)| *format).ok_or_else(|| {
-            let detail = "this build answers SQL as application/json or application/x-ndjson; \
-                          text/csv and Arrow streams are not built yet";
+            let detail = "SQL is answered as application/json, application/x-ndjson, text/csv or \
+                          application/vnd.apache.arrow.stream; accept one of them";
             Problem::new(406, "not_acceptable", detail)
         })
+    }
+
+    /// Whether the format has no way to say where one result ends and the next begins.
+    pub fn holds_one_result(self) -> bool {
+        self != Format::Json
     }
 
     fn content_type(self) -> &'static str {
         match self {
             Format::Json => "application/json",
             Format::Ndjson => "application/x-ndjson",
+            Format::Csv => "text/csv; charset=utf-8; header=present",
+            Format::Arrow => "application/vnd.apache.arrow.stream",
         }
     }
 }
 
 fn wish(range: &str) -> Option<(f32, Format)> {
     let mut parts = range.split(';').map(str::trim);
-    let format = match parts.next()?.to_ascii_lowercase().as_str() {
-        "*/*" | "application/*" | "application/json" => Format::Json,
-        "application/x-ndjson" => Format::Ndjson,
-        _ => return None,
-    };
+    let name = parts.next()?.to_ascii_lowercase();
+    let (_, format) = MEDIA_TYPES.iter().find(|(known, _)| *known == name)?;
     let weight = parts.find_map(|part| part.strip_prefix("q=")?.trim().parse().ok()).unwrap_or(1.0);
-    (weight > 0.0).then_some((weight, format))
+    (weight > 0.0).then_some((weight, *format))
 }
 
 /// Makes the response, with the first piece of the body already there.
 pub async fn respond(answer: SqlAnswer, format: Format, started: Instant) -> Response {
-    let format = match fitting(&answer, format) {
-        Ok(format) => format,
-        Err(problem) => return problem.into_response(),
-    };
     let mut writer = Writer::new(answer, format, started);
     let mut first = Vec::new();
     let body = match writer.fill(&mut first).await {
@@ -86,20 +107,6 @@ pub async fn respond(answer: SqlAnswer, format: Format, started: Instant) -> Res
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
-}
-
-/// NDJSON has no way to say where one result ends. Where statements wrote, refusing would hide that, so JSON it is.
-fn fitting(answer: &SqlAnswer, format: Format) -> Result<Format, Problem> {
-    let rows = answer.results.iter().filter(|result| matches!(result, StatementResult::Rows(_))).count();
-    if format == Format::Json || answer.results.len() <= 1 {
-        return Ok(format);
-    }
-    if rows == answer.results.len() {
-        let detail =
-            "NDJSON carries the rows of one statement; send the statements one by one, or accept application/json";
-        return Err(Problem::new(406, "several_results", detail));
-    }
-    Ok(Format::Json)
 }
 
 fn streamed(writer: Writer, first: Vec<u8>) -> Body {
@@ -143,11 +150,16 @@ struct Running {
     /// The batch being written and its next row.
     batch: Option<(RecordBatch, usize)>,
     written: u64,
+    /// RETURNING's rows are counted as `affected` already.
+    counted: bool,
+    /// Frames batches as Arrow messages; what it writes is taken out at once.
+    arrow: Option<StreamWriter<Vec<u8>>>,
 }
 
 impl Writer {
     fn new(answer: SqlAnswer, format: Format, started: Instant) -> Writer {
         let SqlAnswer { results, seq, .. } = answer;
+        debug_assert!(results.len() <= 1 || !format.holds_one_result());
         Writer { format, results: results.into_iter(), running: None, begun: 0, seq, started }
     }
 
@@ -157,11 +169,11 @@ impl Writer {
             match &mut self.running {
                 Some(running) => {
                     if !running.advance(self.format, out).await? {
-                        self.end_rows(out);
+                        self.end_rows(out)?;
                     }
                 }
                 None => match self.results.next() {
-                    Some(result) => self.begin(result, out),
+                    Some(result) => self.begin(result, out)?,
                     None => {
                         self.end(out);
                         return Ok(false);
@@ -172,34 +184,58 @@ impl Writer {
         Ok(true)
     }
 
-    fn begin(&mut self, result: StatementResult, out: &mut Vec<u8>) {
+    fn begin(&mut self, result: StatementResult, out: &mut Vec<u8>) -> Result<(), Problem> {
         if self.format == Format::Json {
             out.extend_from_slice(if self.begun == 0 { b"{\"results\":[" } else { b"," });
         }
         self.begun += 1;
-        match result {
-            StatementResult::Affected { affected } if self.format == Format::Json => {
-                write!(out, "{{\"affected\":{affected}}}").expect("writing to memory cannot fail");
-            }
-            StatementResult::Affected { affected } => {
-                writeln!(out, "{{\"affected\":{affected},\"seq\":{}}}", self.seq.0)
-                    .expect("writing to memory cannot fail");
-            }
+        let (rows, counted) = match result {
             StatementResult::Rows(rows) => {
                 if self.format == Format::Json {
-                    columns(&rows, out);
+                    out.push(b'{');
                 }
-                self.running = Some(Running { rows, batch: None, written: 0 });
+                (rows, true)
+            }
+            StatementResult::Affected { affected, returned: Some(rows) } => {
+                if self.format == Format::Json {
+                    write!(out, "{{\"affected\":{affected},").expect("writing to memory cannot fail");
+                }
+                (rows, false)
+            }
+            StatementResult::Affected { affected, returned: None } if self.format == Format::Json => {
+                write!(out, "{{\"affected\":{affected}}}").expect("writing to memory cannot fail");
+                return Ok(());
+            }
+            StatementResult::Affected { affected, returned: None } => (affected_row(affected, self.seq)?, true),
+        };
+        let mut arrow = None;
+        match self.format {
+            Format::Json => columns(&rows, out),
+            Format::Ndjson => {}
+            Format::Csv => csv::header(&rows.columns, out),
+            Format::Arrow => {
+                let schema = output_schema(&rows.columns);
+                arrow = Some(StreamWriter::try_new(Vec::new(), &schema).map_err(unwritable)?);
             }
         }
+        self.running = Some(Running { rows, batch: None, written: 0, counted, arrow });
+        Ok(())
     }
 
-    fn end_rows(&mut self, out: &mut Vec<u8>) {
-        if let Some(running) = self.running.take()
-            && self.format == Format::Json
-        {
-            write!(out, "],\"row_count\":{}}}", running.written).expect("writing to memory cannot fail");
+    fn end_rows(&mut self, out: &mut Vec<u8>) -> Result<(), Problem> {
+        let Some(mut running) = self.running.take() else { return Ok(()) };
+        if self.format == Format::Json {
+            match running.counted {
+                true => write!(out, "],\"row_count\":{}}}", running.written),
+                false => write!(out, "]}}"),
+            }
+            .expect("writing to memory cannot fail");
         }
+        if let Some(arrow) = &mut running.arrow {
+            arrow.finish().map_err(unwritable)?;
+            out.append(arrow.get_mut());
+        }
+        Ok(())
     }
 
     fn end(&mut self, out: &mut Vec<u8>) {
@@ -214,8 +250,17 @@ impl Writer {
     }
 }
 
+/// What a statement without rows did, as the one row of its result.
+fn affected_row(affected: u64, seq: Seq) -> Result<RowStream, Problem> {
+    let column = |name: &str| OutputColumn { name: name.to_owned(), ty: Type::BigInt };
+    let columns = vec![column("affected"), column("seq")];
+    let cell = |value: u64| std::sync::Arc::new(Int64Array::from_iter([i64::try_from(value).ok()]));
+    let batch = RecordBatch::try_new(output_schema(&columns), vec![cell(affected), cell(seq.0)]).map_err(unwritable)?;
+    Ok(RowStream { columns, batches: Box::pin(futures::stream::iter([Ok(batch)])) })
+}
+
 fn columns(rows: &RowStream, out: &mut Vec<u8>) {
-    out.extend_from_slice(b"{\"columns\":[");
+    out.extend_from_slice(b"\"columns\":[");
     for (index, column) in rows.columns.iter().enumerate() {
         out.extend_from_slice(if index == 0 { b"{\"name\":" } else { b",{\"name\":" });
         text(&column.name, out);
@@ -224,6 +269,12 @@ fn columns(rows: &RowStream, out: &mut Vec<u8>) {
         out.push(b'}');
     }
     out.extend_from_slice(b"],\"rows\":[");
+}
+
+/// Our own bug: results have SQL types only, and every format can say those.
+fn unwritable(error: ArrowError) -> Problem {
+    tracing::error!(%error, "a result cannot be written");
+    Problem::internal("a column of this result cannot be written; cast it to TEXT")
 }
 
 impl Running {
@@ -236,7 +287,7 @@ impl Running {
                 None => return Ok(false),
             },
         };
-        let next = self.rows(&batch, start, format, out)?;
+        let next = self.rows(&batch, start, format, out).map_err(unwritable)?;
         if next < batch.num_rows() {
             self.batch = Some((batch, next));
         }
@@ -244,51 +295,70 @@ impl Running {
     }
 
     /// Writes rows from `start` until the piece is full; the next row to write.
-    fn rows(&mut self, batch: &RecordBatch, start: usize, format: Format, out: &mut Vec<u8>) -> Result<usize, Problem> {
-        let rows = Rows::new(batch).map_err(|error| {
-            tracing::error!(%error, "a result has a type without JSON form");
-            Problem::internal("a column of this result has no JSON form; cast it to TEXT")
-        })?;
-        let mut row = start;
-        while row < batch.num_rows() && out.len() < PIECE {
-            let end = batch.num_rows().min(row + STRIDE);
-            for row in row..end {
-                self.row(&rows, row, format, out);
+    fn rows(
+        &mut self,
+        batch: &RecordBatch,
+        start: usize,
+        format: Format,
+        out: &mut Vec<u8>,
+    ) -> Result<usize, ArrowError> {
+        let mut written = self.written;
+        let next = match format {
+            Format::Arrow => {
+                if let Some(arrow) = &mut self.arrow {
+                    arrow.write(batch)?;
+                    out.append(arrow.get_mut());
+                }
+                batch.num_rows()
             }
-            row = end;
-        }
-        Ok(row)
-    }
-
-    fn row(&mut self, rows: &Rows<'_>, row: usize, format: Format, out: &mut Vec<u8>) {
-        match format {
+            Format::Csv => {
+                let mut lines = csv::Lines::new(batch)?;
+                pieces(batch, start, out, |row, out| lines.row(row, out))
+            }
             Format::Ndjson => {
-                rows.object(row, out);
-                out.push(b'\n');
+                let rows = Rows::new(batch)?;
+                pieces(batch, start, out, |row, out| {
+                    rows.object(row, out);
+                    out.push(b'\n');
+                })
             }
             Format::Json => {
-                if self.written > 0 {
-                    out.push(b',');
-                }
-                rows.array(row, out);
+                let rows = Rows::new(batch)?;
+                pieces(batch, start, out, |row, out| {
+                    if written > 0 {
+                        out.push(b',');
+                    }
+                    written += 1;
+                    rows.array(row, out);
+                })
             }
-        }
-        self.written += 1;
+        };
+        self.written = written;
+        Ok(next)
     }
+}
+
+/// Writes rows until the piece is full; the next row to write.
+fn pieces(batch: &RecordBatch, start: usize, out: &mut Vec<u8>, mut write: impl FnMut(usize, &mut Vec<u8>)) -> usize {
+    let mut row = start;
+    while row < batch.num_rows() && out.len() < PIECE {
+        let end = batch.num_rows().min(row + STRIDE);
+        (row..end).for_each(|row| write(row, out));
+        row = end;
+    }
+    row
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
-    use arrow::array::Int64Array;
     use arrow::datatypes::{DataType, Field, Schema};
     use axum::http::StatusCode;
     use http_body_util::BodyExt;
-    use wire::Type;
 
     use super::*;
-    use crate::sql::{OutputColumn, SqlError};
+    use crate::sql::SqlError;
 
     fn batch(values: std::ops::Range<i64>) -> RecordBatch {
         let schema = Schema::new(vec![Field::new("n", DataType::Int64, false)]);
@@ -307,14 +377,21 @@ mod tests {
         (status, body.map(|body| String::from_utf8(body.to_bytes().to_vec()).unwrap()))
     }
 
+    fn answer_of(result: StatementResult) -> SqlAnswer {
+        SqlAnswer { results: vec![result], seq: Seq(7), replayed: false }
+    }
+
     fn late_error() -> Vec<Result<RecordBatch, SqlError>> {
         vec![Ok(batch(0..50_000)), Err(SqlError::Limit("too much".to_owned()))]
     }
 
     #[tokio::test]
     async fn json_has_all_results() {
-        let results =
-            vec![rows(vec![Ok(batch(1..3)), Ok(batch(3..4))]), StatementResult::Affected { affected: 2 }, rows(vec![])];
+        let results = vec![
+            rows(vec![Ok(batch(1..3)), Ok(batch(3..4))]),
+            StatementResult::Affected { affected: 2, returned: None },
+            rows(vec![]),
+        ];
         let (status, body) = answer(results, Format::Json).await;
         let mut body: serde_json::Value = serde_json::from_str(&body.unwrap()).unwrap();
         assert_eq!(status, 200);
@@ -343,18 +420,35 @@ mod tests {
         let early = || vec![rows(vec![Err(SqlError::Limit("too much".to_owned()))])];
         assert_eq!(answer(early(), Format::Json).await.0, 400);
         assert_eq!(answer(early(), Format::Ndjson).await.0, 400);
-        let (status, body) = answer(vec![rows(late_error())], Format::Json).await;
-        assert_eq!((status.as_u16(), body), (200, None), "the body is cut off");
+        assert_eq!(answer(early(), Format::Csv).await.0, 400);
+        for format in [Format::Json, Format::Csv, Format::Arrow] {
+            let response = respond(answer_of(rows(late_error())), format, Instant::now());
+            let response = response.await;
+            assert_eq!(response.status(), 200);
+            assert!(response.into_body().collect().await.is_err(), "the body is cut off");
+        }
         let body = answer(vec![rows(late_error())], Format::Ndjson).await.1.unwrap();
         let last: serde_json::Value = serde_json::from_str(body.lines().last().unwrap()).unwrap();
         assert_eq!(last["error"]["code"], "limit");
     }
 
     #[tokio::test]
-    async fn ndjson_is_for_one_result() {
-        assert_eq!(answer(vec![rows(vec![]), rows(vec![])], Format::Ndjson).await.0, 406);
-        let one = answer(vec![StatementResult::Affected { affected: 3 }], Format::Ndjson).await.1;
+    async fn a_write_is_one_row_where_there_are_only_rows() {
+        let affected = || vec![StatementResult::Affected { affected: 3, returned: None }];
+        let one = answer(affected(), Format::Ndjson).await.1;
         assert_eq!(one.as_deref(), Some("{\"affected\":3,\"seq\":7}\n"));
+        assert_eq!(answer(affected(), Format::Csv).await.1.as_deref(), Some("affected,seq\n3,7\n"));
+    }
+
+    #[tokio::test]
+    async fn an_arrow_stream_has_its_schema_also_without_rows() {
+        for (results, expected) in [(rows(vec![]), 0), (rows(vec![Ok(batch(0..20_000)), Ok(batch(0..1))]), 20_001)] {
+            let response = respond(answer_of(results), Format::Arrow, Instant::now());
+            let body = response.await.into_body().collect().await.unwrap().to_bytes();
+            let reader = arrow_ipc::reader::StreamReader::try_new(std::io::Cursor::new(body), None).unwrap();
+            assert_eq!(reader.schema().field(0).name(), "n");
+            assert_eq!(reader.map(|batch| batch.unwrap().num_rows()).sum::<usize>(), expected);
+        }
     }
 
     #[test]
@@ -364,8 +458,9 @@ mod tests {
             ("application/x-ndjson", Some(Format::Ndjson)),
             ("application/json;q=0.5, application/x-ndjson", Some(Format::Ndjson)),
             ("text/html, */*;q=0.8", Some(Format::Json)),
-            ("text/csv", None),
-            ("application/vnd.apache.arrow.stream", None),
+            ("text/csv", Some(Format::Csv)),
+            ("application/vnd.apache.arrow.stream", Some(Format::Arrow)),
+            ("text/plain", None),
             ("application/json;q=0", None),
         ] {
             let headers = HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_str(accept).unwrap())]);

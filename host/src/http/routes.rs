@@ -16,13 +16,16 @@ use tokio_util::task::TaskTracker;
 use super::auth::{Auth, Caller};
 use super::body::{Budget, Received, lend, receive};
 use super::error::Problem;
+use super::limits::Limits;
+use super::request::Asked;
 use super::results::{self, Format};
+use super::several::Streams;
 use super::stall::paced;
 use super::stream::{self, Subscriber};
 use super::tickets::Tickets;
-use super::{plugins, request};
+use super::{plugins, request, rows};
 use crate::config::{Config, HttpOptions};
-use crate::db::{Db, Identity, LiveRequest, SqlRequest};
+use crate::db::{Db, Identity, SqlRequest};
 use crate::telemetry::{Exposition, Metrics};
 
 /// Longer URLs are refused; what does not fit belongs into a POST.
@@ -39,6 +42,7 @@ pub struct Shared {
     pub(super) auth: Auth,
     pub(super) budget: Budget,
     tickets: Tickets,
+    limits: Limits,
     exposition: Exposition,
     heartbeat: Duration,
     /// Set when the server goes down: not ready, no new calls, streams end.
@@ -64,6 +68,7 @@ impl App {
             auth: Auth::new(&config.tokens, admin_token),
             budget: Budget::new(config.http.body_total_bytes),
             tickets: Tickets::new(config.http.ticket_ttl),
+            limits: Limits::new(config.live.max_per_user, config.live.max_per_address),
             exposition,
             heartbeat: config.live.heartbeat,
             draining: CancellationToken::new(),
@@ -91,7 +96,7 @@ pub fn router(app: App) -> Router {
             get(plugins::show).put(plugins::put).delete(plugins::delete).post(plugins::act),
         )
         .route("/v1/plugins/{namespace}/{name}/{action}", get(plugins::errors).post(plugins::act))
-        .route("/v1/tables/{namespace}/{table}/rows", post(async || Problem::not_implemented("bulk insert")))
+        .route("/v1/tables/{namespace}/{table}/rows", post(rows::post))
         .route("/v1/auth/login", post(async || Problem::not_implemented("login with a password")))
         .route("/v1/auth/refresh", post(async || Problem::not_implemented("refreshing a session")))
         .route("/v1/openapi.json", get(async || Problem::not_implemented("the OpenAPI document")))
@@ -223,6 +228,7 @@ async fn sql_post(
 }
 
 async fn execute(app: &App, who: &Identity, request: SqlRequest, format: Format) -> Result<Response, Problem> {
+    let request = SqlRequest { one_result: format.holds_one_result(), ..request };
     let started = Instant::now();
     let answer = app.db.execute(who, request).await?;
     let replayed = answer.replayed;
@@ -244,7 +250,7 @@ pub(super) fn wrong_type(given: &str, wanted: &str) -> Problem {
     Problem::new(415, "unsupported_media_type", format!("the Content-Type is {given}; send {wanted}"))
 }
 
-async fn live_body(app: &App, headers: &HeaderMap, body: Body) -> Result<LiveRequest, Problem> {
+async fn live_body(app: &App, headers: &HeaderMap, body: Body) -> Result<Asked, Problem> {
     match media_type(headers).as_str() {
         "application/json" => request::live_from_json(&app.body(headers, body).await?.bytes),
         other => Err(wrong_type(other, "application/json")),
@@ -254,6 +260,7 @@ async fn live_body(app: &App, headers: &HeaderMap, body: Body) -> Result<LiveReq
 async fn live_get(
     State(app): State<App>,
     caller: Result<Caller, Problem>,
+    peer: Option<axum::Extension<Peer>>,
     uri: Uri,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
@@ -264,25 +271,26 @@ async fn live_get(
     let query = request::live_from_query(&uri)?;
     let position = last_event_id(&headers)?.or(query.last_event_id);
     let Some(ticket) = query.ticket else {
-        let request = query.request.ok_or_else(|| Problem::bad_request("the query parameter `sql` is missing"))?;
-        return subscribe(&app, caller?.0, LiveRequest { position, ..request }, None).await;
+        let asked = query.request.ok_or_else(|| Problem::bad_request("the query parameter `sql` is missing"))?;
+        return subscribe(&app, caller?.0, peer, Asked { position, ..asked }, None).await;
     };
     let redeemed = app.tickets.redeem(&ticket, query.request.as_ref())?;
-    let request = LiveRequest { position, ..redeemed.request.clone() };
-    subscribe(&app, redeemed.who.clone(), request, Some(&redeemed)).await
+    let asked = Asked { position, ..redeemed.request.clone() };
+    subscribe(&app, redeemed.who.clone(), peer, asked, Some(&redeemed)).await
 }
 
 async fn live_post(
     State(app): State<App>,
     Caller(who): Caller,
+    peer: Option<axum::Extension<Peer>>,
     uri: Uri,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     request::no_parameters(&uri)?;
-    let mut request = live_body(&app, &headers, body).await?;
-    request.position = last_event_id(&headers)?.or(request.position);
-    subscribe(&app, who, request, None).await
+    let mut asked = live_body(&app, &headers, body).await?;
+    asked.position = last_event_id(&headers)?.or(asked.position);
+    subscribe(&app, who, peer, asked, None).await
 }
 
 /// An empty one is what EventSource sends when it has none.
@@ -295,31 +303,54 @@ fn last_event_id(headers: &HeaderMap) -> Result<Option<String>, Problem> {
 async fn subscribe(
     app: &App,
     who: Identity,
-    request: LiveRequest,
+    peer: Option<axum::Extension<Peer>>,
+    asked: Asked,
     ticket: Option<&super::tickets::Redeemed>,
 ) -> Result<Response, Problem> {
-    let reconnect = request.position.is_some();
-    let opened = if app.draining.is_cancelled() {
-        Err(crate::db::DbError::Closed)
-    } else {
-        app.db.subscribe(&who, request).await
+    let address = peer.map(|peer| peer.0.0.ip().to_canonical());
+    // Counted before anything is opened: what is turned away has cost nothing.
+    let opened = match app.limits.open(&who.user, address, asked.queries.len()) {
+        Ok(counted) => open(app, &who, &asked).await.map(|streams| (counted, streams)),
+        Err(problem) => Err(problem),
     };
-    let stream = match opened.map_err(Problem::from) {
-        Ok(stream) => stream,
-        Err(problem) if reconnect && matches!(problem.status().as_u16(), 429 | 503) => {
+    let (counted, streams) = match opened {
+        Ok(opened) => opened,
+        Err(problem) if asked.position.is_some() && matches!(problem.status().as_u16(), 429 | 503) => {
             return Ok(stream::busy(&problem));
         }
         Err(problem) => return Err(problem),
     };
     Ok(stream::respond(Subscriber {
-        stream,
+        streams,
         // `live` sends progress every heartbeat; this is for the times when it cannot, say while it waits for a plugin.
         idle: app.heartbeat * 2,
         draining: app.draining.clone(),
         ticket: ticket.map(|redeemed| app.tickets.open(redeemed)).transpose()?,
         metrics: app.metrics.clone(),
         open: app.streams.token(),
+        counted,
     }))
+}
+
+/// All queries of a stream or none.
+async fn open(app: &App, who: &Identity, asked: &Asked) -> Result<Streams, Problem> {
+    if app.draining.is_cancelled() {
+        return Err(crate::db::DbError::Closed.into());
+    }
+    let mut streams = Vec::new();
+    for (at, request) in asked.placed()?.into_iter().enumerate() {
+        let position = request.position.clone();
+        let stream = app.db.subscribe(who, request).await.map_err(Problem::from);
+        let stream = match &asked.names {
+            None => return stream.map(Streams::one),
+            Some(_) => stream.map_err(|problem| problem.within(&format!("queries[{at}]")))?,
+        };
+        streams.push((stream, position));
+    }
+    let names = asked.names.iter().flatten().cloned();
+    Ok(Streams::several(
+        streams.into_iter().zip(names).map(|((stream, position), name)| (stream, name, position)).collect(),
+    ))
 }
 
 async fn ticket(

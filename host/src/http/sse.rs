@@ -208,12 +208,16 @@ pub fn output(output: LiveOutput) -> Bytes {
     let mut out = Vec::new();
     match output {
         LiveOutput::Encoded(bytes) => return bytes,
-        LiveOutput::Start { live_id, columns, key, semantics, from } => {
+        LiveOutput::Start { live_id, columns, key, semantics, requery, from } => {
             let columns: Vec<Value> =
                 columns.iter().map(|c| json!({"name": c.name, "type": c.ty.to_string()})).collect();
             let from = from.unwrap_or_else(|| "snapshot".to_owned());
-            let data = json!({"live_id": live_id, "columns": columns, "key": key, "semantics": semantics.as_str(),
-                              "mode": "incremental", "from": from});
+            let mode = if requery.is_some() { "requery" } else { "incremental" };
+            let mut data = json!({"live_id": live_id, "columns": columns, "key": key, "semantics": semantics.as_str(),
+                                  "mode": mode, "from": from});
+            if let Some(interval) = requery {
+                data["interval_ms"] = json!(interval.as_millis() as u64);
+            }
             frame("start", None, &data, &mut out);
         }
         LiveOutput::UpToDate { position, seq } => frame("uptodate", Some(&position), &json!({"seq": seq.0}), &mut out),
@@ -252,6 +256,7 @@ fn reason_name(reason: ResyncReason) -> &'static str {
         ResyncReason::Epoch => "epoch",
         ResyncReason::Schema => "schema",
         ResyncReason::Plugin => "plugin",
+        ResyncReason::Requery => "requery",
     }
 }
 
@@ -382,6 +387,7 @@ mod tests {
             columns,
             key: vec!["id".to_owned()],
             semantics: Semantics::Map,
+            requery: None,
             from: None,
         };
         assert_eq!(

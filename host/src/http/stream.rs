@@ -12,9 +12,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::error::Problem;
+use super::limits::Counted;
+use super::several::Streams;
 use super::sse;
 use super::tickets::TicketUse;
-use crate::db::{DbError, LiveStream};
+use crate::db::DbError;
 use crate::telemetry::Metrics;
 
 /// When the server goes down, streams end over this long, so that their clients do not all come back at once.
@@ -22,7 +24,7 @@ pub const CLOSE_SPREAD: Duration = Duration::from_secs(2);
 
 /// One subscriber's connection to its stream.
 pub struct Subscriber {
-    pub stream: LiveStream,
+    pub streams: Streams,
     /// Something is sent at least this often.
     pub idle: Duration,
     pub draining: CancellationToken,
@@ -30,6 +32,7 @@ pub struct Subscriber {
     pub metrics: Arc<Metrics>,
     /// Counted until dropped, so that shutdown can wait for streams.
     pub open: TaskTrackerToken,
+    pub counted: Counted,
 }
 
 /// What to do next.
@@ -76,8 +79,8 @@ impl Subscriber {
                     let spread = rand::rng().random_range(0..CLOSE_SPREAD.as_millis() as u64);
                     *end_at = Some(Instant::now() + Duration::from_millis(spread));
                 }
-                output = tokio::time::timeout(self.idle, self.stream.next()) => return match output {
-                    Ok(Some(output)) => Step::Send(sse::output(output)),
+                output = tokio::time::timeout(self.idle, self.streams.next()) => return match output {
+                    Ok(Some(bytes)) => Step::Send(bytes),
                     Ok(None) => Step::End,
                     Err(_) => Step::Send(sse::COMMENT),
                 },

@@ -13,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::auth::{hash, random_token, unauthorized};
 use super::error::Problem;
-use crate::db::{Identity, LiveRequest};
+use super::request::Asked;
+use crate::db::Identity;
 
 /// Streams of one user that may wait for their reconnect; a browser keeps a handful.
 const PER_USER: usize = 256;
@@ -30,7 +31,7 @@ pub struct Tickets {
 
 struct Entry {
     who: Identity,
-    request: LiveRequest,
+    request: Asked,
     /// When it ends; `None` while a stream runs.
     until: Option<Instant>,
     /// The connection that has the stream now.
@@ -43,7 +44,7 @@ struct Entry {
 #[derive(Debug)]
 pub struct Redeemed {
     pub who: Identity,
-    pub request: LiveRequest,
+    pub request: Asked,
     key: [u8; 32],
 }
 
@@ -69,7 +70,7 @@ impl Tickets {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn issue(&self, who: Identity, request: LiveRequest) -> Result<String, Problem> {
+    pub fn issue(&self, who: Identity, request: Asked) -> Result<String, Problem> {
         let now = Instant::now();
         let mut entries = self.entries();
         entries.retain(|_, entry| entry.until.is_none_or(|until| until > now));
@@ -79,14 +80,14 @@ impl Tickets {
             return Err(Problem::new(429, "too_many", detail).retry_after(self.ttl.as_secs().clamp(1, 600) as u32));
         }
         let ticket = random_token();
-        let request = LiveRequest { position: None, ..request };
+        let request = Asked { position: None, ..request };
         let entry = Entry { who, request, until: Some(now + self.ttl), current: CancellationToken::new(), opened: 0 };
         entries.insert(hash(&ticket), entry);
         Ok(ticket)
     }
 
     /// The stream a ticket stands for. A query that comes with it must be the very same one.
-    pub fn redeem(&self, ticket: &str, given: Option<&LiveRequest>) -> Result<Redeemed, Problem> {
+    pub fn redeem(&self, ticket: &str, given: Option<&Asked>) -> Result<Redeemed, Problem> {
         let key = hash(ticket);
         let entries = self.entries();
         let entry = entries
@@ -128,10 +129,8 @@ impl Drop for TicketUse {
 }
 
 /// Equal in everything but the position.
-fn same(a: &LiveRequest, b: &LiveRequest) -> bool {
-    let LiveRequest { sql, params, namespace, pipeline, on_error, snapshot, old, position: _ } = a;
-    (sql, params, namespace, pipeline) == (&b.sql, &b.params, &b.namespace, &b.pipeline)
-        && (on_error, snapshot, old) == (&b.on_error, &b.snapshot, &b.old)
+fn same(a: &Asked, b: &Asked) -> bool {
+    (&a.queries, &a.names) == (&b.queries, &b.names)
 }
 
 #[cfg(test)]
@@ -139,23 +138,26 @@ mod tests {
     use super::*;
     use crate::catalog::OnError;
     use crate::config::Role;
+    use crate::db::LiveRequest;
     use crate::live::OldMode;
 
     fn who(user: &str) -> Identity {
         Identity { user: Arc::from(user), role: Role::User }
     }
 
-    fn request(sql: &str) -> LiveRequest {
-        LiveRequest {
+    fn request(sql: &str) -> Asked {
+        let query = LiveRequest {
             sql: sql.to_owned(),
             params: Vec::new(),
             namespace: None,
             pipeline: Vec::new(),
             on_error: OnError::Stop,
             snapshot: None,
+            last_rows: None,
             old: OldMode::Changed,
-            position: Some("1-2-3".to_owned()),
-        }
+            position: None,
+        };
+        Asked { queries: vec![query], names: None, position: Some("1-2-3".to_owned()) }
     }
 
     #[test]

@@ -37,6 +37,10 @@ pub(super) struct Rows<'a> {
     schema_version: Option<u32>,
 }
 
+/// Old and new image of a change, as bytes.
+#[cfg(test)]
+pub(super) type Pair = (Option<Vec<u8>>, Option<Vec<u8>>);
+
 /// One change: its images as indices of [`Rows::images`], and where its bitmap of changed columns lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RowChange {
@@ -72,6 +76,38 @@ impl<'a> Rows<'a> {
         for (image, at, expires) in images {
             let new = Some(rows.push(image, at));
             rows.changes.push(RowChange { old: None, new, changed: 0, columns: 0, expires });
+        }
+        rows
+    }
+
+    /// Old and new image of every change.
+    pub(super) fn pairs(&self) -> impl Iterator<Item = (Option<ImageRef<'a>>, Option<ImageRef<'a>>)> {
+        let image = |at: Option<usize>| at.map(|at| self.images[at]);
+        self.changes.iter().map(move |change| (image(change.old), image(change.new)))
+    }
+
+    /// Changes that lie nowhere, for tests of the index.
+    #[cfg(test)]
+    pub(super) fn of_pairs(pairs: &'a [Pair]) -> Self {
+        let mut rows = Rows::default();
+        for (old, new) in pairs {
+            let mut push = |image: &'a Option<Vec<u8>>| {
+                let (image, at, _) = ImageRef::parse(image.as_ref()?).expect("an image");
+                Some(rows.push(image, at))
+            };
+            let (old, new) = (push(old), push(new));
+            rows.changes.push(RowChange { old, new, changed: 0, columns: 0, expires: None });
+        }
+        rows
+    }
+
+    /// Some of the changes, by their numbers.
+    pub(super) fn some(&self, changes: &[usize]) -> Self {
+        let mut rows = Rows { committed_at: self.committed_at, schema_version: self.schema_version, ..Rows::default() };
+        for change in changes.iter().map(|at| self.changes[*at]) {
+            let mut copy = |at: Option<usize>| at.map(|at| rows.push(self.images[at], self.places[at]));
+            let (old, new) = (copy(change.old), copy(change.new));
+            rows.changes.push(RowChange { old, new, ..change });
         }
         rows
     }
@@ -193,12 +229,23 @@ fn answer(what: &str) -> ProgramError {
 }
 
 /// Which images the predicate takes.
+///
+/// Rows that cannot match are not asked about on any path, so that a predicate that fails on one of them fails neither
+/// live (where the index keeps it away) nor in a replay.
 fn matching(spec: &GroupSpec, rows: &Rows<'_>) -> Result<Vec<bool>, ProgramError> {
-    let matching = spec.program.matches(&rows.images)?;
-    if matching.len() != rows.images.len() {
+    let mut taken: Vec<bool> = rows.images.iter().map(|image| spec.admits(image)).collect();
+    let fit: Vec<usize> = (0..taken.len()).filter(|image| taken[*image]).collect();
+    if fit.is_empty() {
+        return Ok(taken);
+    }
+    let matching = spec.program.matches(&fit.iter().map(|image| rows.images[*image]).collect::<Vec<_>>())?;
+    if matching.len() != fit.len() {
         return Err(ProgramError("the predicate did not answer for every row".to_owned()));
     }
-    Ok(matching)
+    for (image, matches) in fit.into_iter().zip(matching) {
+        taken[image] = matches;
+    }
+    Ok(taken)
 }
 
 /// What a change is to somebody who holds the earlier result. `old` and `new` are the output rows before and after, if
@@ -281,7 +328,7 @@ fn parse_all(images: &[Vec<u8>]) -> Result<Vec<ImageRef<'_>>, ProgramError> {
 
 /// Whether two rows of a batch show the same in every column: NULL equals NULL, NaN equals NaN. Comparators are made at
 /// the first question, because most commits only insert or delete.
-struct RowEquality<'a> {
+pub(super) struct RowEquality<'a> {
     batch: &'a RecordBatch,
     columns: Option<Vec<SameInColumn<'a>>>,
 }
@@ -289,11 +336,11 @@ struct RowEquality<'a> {
 type SameInColumn<'a> = Box<dyn Fn(usize, usize) -> bool + 'a>;
 
 impl<'a> RowEquality<'a> {
-    fn new(batch: &'a RecordBatch) -> Self {
+    pub(super) fn new(batch: &'a RecordBatch) -> Self {
         RowEquality { batch, columns: None }
     }
 
-    fn rows(&mut self, one: usize, other: usize) -> Result<bool, ProgramError> {
+    pub(super) fn rows(&mut self, one: usize, other: usize) -> Result<bool, ProgramError> {
         let columns = match &mut self.columns {
             Some(columns) => columns,
             empty => {

@@ -27,6 +27,8 @@ pub(super) struct Group {
     tail: Mutex<GroupTail>,
     changed: Notify,
     budget: Arc<TailBudget>,
+    events: AtomicU64,
+    bytes: AtomicU64,
 }
 
 impl Group {
@@ -35,7 +37,10 @@ impl Group {
         lock(&self.tail).open(seq);
     }
 
-    pub(super) fn append(&self, seq: Seq, events: Bytes) {
+    /// `count` events of one commit.
+    pub(super) fn append(&self, seq: Seq, count: usize, events: Bytes) {
+        self.events.fetch_add(count as u64, Ordering::Relaxed);
+        self.bytes.fetch_add(events.len() as u64, Ordering::Relaxed);
         let mut tail = lock(&self.tail);
         let before = tail.bytes();
         tail.append(seq, events, self.budget.group);
@@ -46,6 +51,11 @@ impl Group {
         }
         drop(tail);
         self.changed.notify_waiters();
+    }
+
+    /// Events and bytes appended so far.
+    pub(super) fn told(&self) -> (u64, u64) {
+        (self.events.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed))
     }
 
     pub(super) fn forget_older(&self, age: Duration) {
@@ -64,12 +74,43 @@ impl Group {
         lock(&self.tail).ended().cloned()
     }
 
-    /// What waits after `cursor`, and how far the worker was at that time.
+    /// A query that is run again: a commit at `seq` may have changed its result.
+    pub(super) fn touch(&self, seq: Seq) {
+        lock(&self.tail).touch(seq);
+    }
+
+    pub(super) fn ran(&self, seq: Seq) {
+        lock(&self.tail).ran(seq);
+    }
+
+    /// Whether the last answer of a query that is run again is older than a commit that touched its tables.
+    pub(super) fn stale(&self) -> bool {
+        lock(&self.tail).stale()
+    }
+
+    /// Whether a commit after `seq` touched the tables of a query that is run again.
+    pub(super) fn touched_after(&self, seq: Seq) -> bool {
+        lock(&self.tail).touched() > seq
+    }
+
+    /// How far everything is known (see [`GroupTail::settled`]).
+    pub(super) fn settled(&self) -> Seq {
+        let processed = self.worker.processed();
+        lock(&self.tail).settled(processed)
+    }
+
+    /// Where the tail begins.
+    pub(super) fn floor(&self) -> Seq {
+        lock(&self.tail).floor()
+    }
+
+    /// What waits after `cursor`, and how far the group was at that time.
     pub(super) fn after(&self, cursor: Seq, limit: usize) -> (EventsAfter, Seq) {
         // In this order: what the tail does not show up to `processed` has not happened. The other way round, a commit
         // between the two would be passed over unseen.
         let processed = self.worker.processed();
-        (lock(&self.tail).after(cursor, limit), processed)
+        let tail = lock(&self.tail);
+        (tail.after(cursor, limit), tail.settled(processed))
     }
 
     /// Resolves when something is appended, or the group ends, after this call (not after the first poll).
@@ -173,6 +214,8 @@ impl Registry {
             tail: Mutex::new(GroupTail::new()),
             changed: Notify::new(),
             budget: Arc::clone(&self.budget),
+            events: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
         })
     }
 
@@ -212,6 +255,11 @@ impl Registry {
         for group in all.iter().filter(|group| Arc::ptr_eq(&group.worker, worker)) {
             self.end(group, end.clone());
         }
+    }
+
+    /// The group of this key.
+    pub(super) fn group(&self, key: &[u8]) -> Option<Arc<Group>> {
+        lock(&self.groups).by_key.get(key).map(|(group, _)| Arc::clone(group))
     }
 
     /// No more subscriptions.

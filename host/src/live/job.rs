@@ -1,13 +1,17 @@
 //! Work a worker does for one subscription, a piece at a time and only when asked: present rows of a snapshot, commits
 //! replayed from the change log. Nothing is made ahead of its client, so a stalled reader costs one piece.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use tokio::sync::oneshot;
 use wire::image::ImageAt;
 use wire::{FrameView, ImageRef};
 
 use super::evaluate::{Fault, Query, Rows, Source, evaluate};
+use super::event::CommitEvents;
 use super::log::{LogError, read_piece};
+use super::requery::Held;
 use super::subscription::EndReason;
 use super::worker::{Shared, outdated};
 use super::{Encoder, GroupSpec, Pass};
@@ -20,12 +24,16 @@ const PIECE_ROWS: usize = 1000;
 pub(super) struct Job {
     pub group: u64,
     pub work: Work,
+    /// The newest commit when the worker took the job: an answer must not be older.
+    pub asked: Option<Seq>,
     pub reply: oneshot::Sender<Piece>,
 }
 
 pub(super) enum Work {
-    /// The next rows of a snapshot; `None` takes the snapshot first.
-    Snapshot(Option<Box<SnapshotScan>>),
+    /// Takes a snapshot; of its rows all, or the last so many.
+    Snapshot { last: Option<u64> },
+    /// The next rows of a snapshot.
+    Rows(Box<SnapshotScan>),
     /// Commits after `after`, up to `until`.
     Replay { after: Seq, until: Seq },
 }
@@ -67,32 +75,48 @@ type RowStart = (usize, Option<i64>);
 /// A snapshot half sent: its position and the rows to come.
 pub(super) struct SnapshotScan {
     seq: Seq,
-    rows: RowScan,
+    rows: Present,
+    /// How many rows are wanted still; `None`: all.
+    left: Option<u64>,
+}
+
+enum Present {
+    Stored(RowScan),
+    /// The result of a query that is run again, and the next row of it.
+    Held(Arc<Held>, usize),
 }
 
 impl SnapshotScan {
-    pub(super) fn start(store: &Store, spec: &GroupSpec) -> Result<Self, JobError> {
+    pub(super) fn start(store: &Store, spec: &GroupSpec, last: Option<u64>) -> Result<Self, JobError> {
         let snapshot = store.snapshot();
         // Rows of the next version do not have this one's columns any more: nothing true could be said of them.
         if let Some(reason) = outdated(snapshot.catalog(), spec) {
             return Err(JobError::Outdated(reason));
         }
         store.make_durable(&snapshot)?;
-        let rows = snapshot.scan(&spec.table, &spec.scope, spec.range.clone());
-        Ok(SnapshotScan { seq: snapshot.seq(), rows })
+        let rows = match last {
+            None => snapshot.scan(&spec.table, &spec.scope, spec.range.clone()),
+            Some(_) => snapshot.scan_back(&spec.table, &spec.scope, spec.range.clone()),
+        };
+        Ok(SnapshotScan { seq: snapshot.seq(), rows: Present::Stored(rows), left: last })
     }
 
-    /// The next rows copied one after the other, where each starts and when it expires, and whether there may be more.
-    fn read(&mut self, bytes: usize) -> Result<(Vec<u8>, Vec<RowStart>, bool), StoreError> {
-        let (mut base, mut starts) = (Vec::new(), Vec::new());
-        while starts.len() < PIECE_ROWS && base.len() < bytes {
-            let Some((_, image)) = self.rows.next_row()? else { return Ok((base, starts, false)) };
-            let start = base.len();
-            base.extend_from_slice(image);
-            starts.push((start, self.rows.expires()));
-        }
-        Ok((base, starts, true))
+    /// A result as it is known at `seq`.
+    pub(super) fn held(held: Arc<Held>, seq: Seq, last: Option<u64>) -> Self {
+        SnapshotScan { seq, rows: Present::Held(held, 0), left: last }
     }
+}
+
+/// The next rows copied one after the other, where each starts and when it expires, and whether there may be more.
+fn read(rows: &mut RowScan, bytes: usize) -> Result<(Vec<u8>, Vec<RowStart>, bool), StoreError> {
+    let (mut base, mut starts) = (Vec::new(), Vec::new());
+    while starts.len() < PIECE_ROWS && base.len() < bytes {
+        let Some((_, image)) = rows.next_row()? else { return Ok((base, starts, false)) };
+        let start = base.len();
+        base.extend_from_slice(image);
+        starts.push((start, rows.expires()));
+    }
+    Ok((base, starts, true))
 }
 
 /// The next piece of a snapshot.
@@ -101,19 +125,40 @@ pub(super) fn snapshot_piece(
     query: &mut Query<'_>,
     mut scan: Box<SnapshotScan>,
 ) -> Result<Piece, JobError> {
-    let (base, starts, more) = scan.read(shared.options.chunk_bytes)?;
+    let (events, mut more) = match &mut scan.rows {
+        Present::Stored(rows) => stored_piece(shared, query, scan.seq, rows)?,
+        Present::Held(held, next) => {
+            let from = *next;
+            *next = (from + PIECE_ROWS).min(held.len());
+            (held.present(scan.seq, from..*next), *next < held.len())
+        }
+    };
+    let (mut out, seq) = (Vec::new(), scan.seq);
+    if let Some(mut events) = events {
+        if let Some(left) = &mut scan.left {
+            events.events.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
+            *left -= events.events.len() as u64;
+            more &= *left > 0;
+        }
+        shared.encoder.encode(query.spec, &events, &mut out);
+    }
+    Ok(Piece::Rows { bytes: out.into(), seq, rest: more.then_some(scan) })
+}
+
+fn stored_piece(
+    shared: &Shared,
+    query: &mut Query<'_>,
+    seq: Seq,
+    rows: &mut RowScan,
+) -> Result<(Option<CommitEvents>, bool), JobError> {
+    let (base, starts, more) = read(rows, shared.options.chunk_bytes)?;
     let mut images = Vec::with_capacity(starts.len());
     for (start, expires) in starts {
         let (image, place, _) = ImageRef::parse(&base[start..]).map_err(|error| damaged("a stored row", error))?;
         images.push((image, shifted(place, start), expires));
     }
-    let source = Source { seq: scan.seq, pass: Pass::Snapshot, base: &base };
-    let events = evaluate(query, source, &Rows::present(images))?;
-    let mut out = Vec::new();
-    if let Some(events) = &events {
-        shared.encoder.encode(query.spec, events, &mut out);
-    }
-    Ok(Piece::Rows { bytes: out.into(), seq: scan.seq, rest: more.then_some(scan) })
+    let source = Source { seq, pass: Pass::Snapshot, base: &base };
+    Ok((evaluate(query, source, &Rows::present(images))?, more))
 }
 
 /// The place of an image that starts `start` bytes into the buffer. A piece is far smaller than 4 GiB.

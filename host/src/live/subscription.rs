@@ -92,7 +92,11 @@ pub struct Subscription {
 }
 
 enum State {
-    /// Present rows are being sent; `None` before the first piece.
+    /// Present rows are to be sent: all, or the last so many.
+    Start {
+        last: Option<u64>,
+    },
+    /// They are being sent; `None` while a piece is under way.
     Snapshot(Option<Box<SnapshotScan>>),
     /// Commits after the cursor; `caught_up` once the subscriber was told so.
     Commits {
@@ -103,8 +107,8 @@ enum State {
 
 impl Subscription {
     /// From the present rows on.
-    pub(super) fn snapshot(seat: Seat, heartbeat: Duration) -> Self {
-        Self::new(seat, Seq::default(), State::Snapshot(None), heartbeat)
+    pub(super) fn snapshot(seat: Seat, last: Option<u64>, heartbeat: Duration) -> Self {
+        Self::new(seat, Seq::default(), State::Start { last }, heartbeat)
     }
 
     /// Commits after `cursor`.
@@ -131,9 +135,16 @@ impl Subscription {
             }
             match &mut self.state {
                 State::Ended(delivery) => return Delivery::clone(delivery),
-                State::Snapshot(scan) => {
-                    let work = Work::Snapshot(scan.take());
+                State::Start { last } => {
+                    let work = Work::Snapshot { last: *last };
                     if let Some(delivery) = self.ask(work) {
+                        return delivery;
+                    }
+                }
+                State::Snapshot(scan) => {
+                    // Only taken together with asking: what was taken and not asked for would be lost.
+                    let Some(scan) = scan.take() else { unreachable!("a piece is under way or the scan is here") };
+                    if let Some(delivery) = self.ask(Work::Rows(scan)) {
                         return delivery;
                     }
                 }

@@ -83,6 +83,9 @@ pub(super) struct GroupTail {
     floor: Seq,
     end: Option<GroupEnd>,
     appended: Instant,
+    /// Of a query that is run again: the last commit that touched its tables, and the place of its last result.
+    touched: Seq,
+    ran: Seq,
 }
 
 /// What a subscriber finds after its cursor.
@@ -107,12 +110,44 @@ pub(super) enum EventsAfter {
 
 impl GroupTail {
     pub(super) fn new() -> Self {
-        GroupTail { entries: VecDeque::new(), bytes: 0, floor: Seq::default(), end: None, appended: Instant::now() }
+        GroupTail {
+            entries: VecDeque::new(),
+            bytes: 0,
+            floor: Seq::default(),
+            end: None,
+            appended: Instant::now(),
+            touched: Seq::default(),
+            ran: Seq::default(),
+        }
     }
 
     /// The worker starts to append: everything after `seq` will come by here.
     pub(super) fn open(&mut self, seq: Seq) {
         self.floor = seq;
+    }
+
+    /// A commit at `seq` may have changed the result.
+    pub(super) fn touch(&mut self, seq: Seq) {
+        self.touched = self.touched.max(seq);
+    }
+
+    pub(super) fn touched(&self) -> Seq {
+        self.touched
+    }
+
+    /// The result was looked at as of `seq`; what that brought has been appended.
+    pub(super) fn ran(&mut self, seq: Seq) {
+        self.ran = seq;
+    }
+
+    /// How far the result is known, when the worker has seen the commits up to `processed`: while a touched query waits
+    /// to be run again, no further than its last result.
+    pub(super) fn settled(&self, processed: Seq) -> Seq {
+        if self.stale() { self.ran } else { processed.max(self.ran) }
+    }
+
+    pub(super) fn stale(&self) -> bool {
+        self.touched > self.ran
     }
 
     /// Appends the events of a commit; lets go of the oldest beyond `bound` bytes, be it this very one.
@@ -135,6 +170,10 @@ impl GroupTail {
         self.bytes -= events.len() + ENTRY_OVERHEAD;
         self.floor = seq;
         true
+    }
+
+    pub(super) fn floor(&self) -> Seq {
+        self.floor
     }
 
     pub(super) fn bytes(&self) -> usize {

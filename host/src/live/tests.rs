@@ -45,6 +45,7 @@ fn table(id: TableId, namespace: NamespaceId, name: &str) -> Arc<Table> {
         ],
         key: vec![0],
         generated_key: false,
+        indexes: Vec::new(),
         next_column: 3,
         images_since: 1,
         ttl_micros: None,
@@ -98,6 +99,23 @@ impl Program for Least {
         let (fields, columns): (Vec<_>, Vec<_>) = columns.unzip();
         RecordBatch::try_new(Arc::new(arrow::datatypes::Schema::new(fields)), columns)
             .map_err(|error| ProgramError(error.to_string()))
+    }
+}
+
+/// For groups that are never evaluated.
+pub(super) struct Nothing;
+
+impl Program for Nothing {
+    fn matches(&self, _: &[ImageRef<'_>]) -> Result<Vec<bool>, ProgramError> {
+        Err(ProgramError("asked".to_owned()))
+    }
+
+    fn project(&self, _: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        Err(ProgramError("asked".to_owned()))
+    }
+
+    fn batch(&self, _: &Schema, _: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        Err(ProgramError("asked".to_owned()))
     }
 }
 
@@ -245,6 +263,11 @@ fn options() -> LiveOptions {
         chunk_bytes: 1 << 16,
         heartbeat: HEARTBEAT,
         max_subscriptions: 1000,
+        max_per_user: 1000,
+        max_per_address: 1000,
+        requery_interval: Duration::from_millis(1),
+        requery_bytes: 1 << 20,
+        requery_runs: 2,
     }
 }
 
@@ -341,7 +364,10 @@ impl World {
             live_id: "l".to_owned(),
             table: self.table.clone(),
             scope: Scope::Shared,
+            requery: None,
             range: KeyRange::all(),
+            anchors: Anchors::Any,
+            index: String::new(),
             program: Arc::new(Least(least)),
             stages: if piped { vec![stage()] } else { Vec::new() },
             semantics: Semantics::Map,
@@ -361,7 +387,10 @@ impl World {
             live_id: map.live_id.clone(),
             table: map.table.clone(),
             scope: map.scope.clone(),
+            requery: None,
             range: map.range.clone(),
+            anchors: map.anchors.clone(),
+            index: map.index.clone(),
             program: map.program.clone(),
             stages: map.stages.clone(),
             semantics: Semantics::Feed,
@@ -424,7 +453,7 @@ impl Client {
             From::After(seq) => (world.expected(seq, least, piped), Some(seq)),
             // No commit runs meanwhile in these tests.
             From::Now => (world.expected(world.store.applied(), least, piped), None),
-            From::Snapshot => (BTreeMap::new(), None),
+            From::Snapshot | From::Last(_) => (BTreeMap::new(), None),
         };
         Ok(Client { least, piped, subscription, held, position, newest_event: Seq(0) })
     }

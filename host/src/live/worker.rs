@@ -8,7 +8,7 @@
 //! most one message per worker and nap. A worker behind the commit tail reads the change log for the namespaces it has
 //! groups in; one behind the log itself ends its groups as expired, and their subscribers start afresh.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -18,12 +18,15 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 use wire::frame::SectionView;
-use wire::{CatalogEvent, FrameView, Scope};
+use wire::{CatalogEvent, FrameView};
 
 use super::evaluate::{Fault, Query, Rows, Source, evaluate};
+use super::event::CommitEvents;
 use super::group::{Group, Registry};
+use super::index::Index;
 use super::job::{Job, JobError, Piece, Replayed, SnapshotScan, Work, replay_piece, snapshot_piece};
 use super::log::{LogError, LogPiece, read_piece};
+use super::requery::{Answer, RequeryError, Rerun, Runs};
 use super::subscription::EndReason;
 use super::tail::{CommitTail, CommitsAfter, GroupEnd};
 use super::{Encoder, GroupSpec, LiveOptions, Pass, PipelineFault, Pipelines};
@@ -39,6 +42,9 @@ const TURN_EVENTS: usize = 256;
 
 /// The least age at which a quiet group's tail is let go of: a reader slower than this may as well read the log.
 const LEAST_TAIL_AGE: Duration = Duration::from_secs(5);
+
+/// Behind every commit there will be.
+const NEVER: Seq = Seq(u64::MAX);
 
 /// What all workers and subscriptions of one server have in common.
 pub(super) struct Shared {
@@ -61,6 +67,11 @@ pub(super) enum Event {
     /// The group's last subscription left.
     Leave(u64),
     Job(Job),
+    /// A query has been run again.
+    Answered {
+        group: u64,
+        answer: Result<Answer, RequeryError>,
+    },
     Close,
 }
 
@@ -111,8 +122,12 @@ impl Mailbox {
 
     pub(super) fn ask(&self, group: u64, work: Work) -> oneshot::Receiver<Piece> {
         let (reply, answer) = oneshot::channel();
-        self.send(Event::Job(Job { group, work, reply }));
+        self.send(Event::Job(Job { group, work, asked: None, reply }));
         answer
+    }
+
+    pub(super) fn answered(&self, group: u64, answer: Result<Answer, RequeryError>) {
+        self.send(Event::Answered { group, answer });
     }
 
     pub(super) fn close(&self) {
@@ -136,48 +151,8 @@ struct Member {
     group: Arc<Group>,
     pipeline: Option<u64>,
     replayed: Option<Replayed>,
-}
-
-/// Which groups a change can concern: for now all on its table and scope.
-#[derive(Default)]
-struct Index {
-    by_table: HashMap<TableId, HashMap<Scope, Vec<u64>>>,
-    namespaces: HashMap<NamespaceId, usize>,
-}
-
-impl Index {
-    fn insert(&mut self, id: u64, spec: &GroupSpec) {
-        self.by_table.entry(spec.table.id).or_default().entry(spec.scope.clone()).or_default().push(id);
-        *self.namespaces.entry(spec.table.namespace).or_default() += 1;
-    }
-
-    fn remove(&mut self, id: u64, spec: &GroupSpec) {
-        if let Some(scopes) = self.by_table.get_mut(&spec.table.id)
-            && let Some(ids) = scopes.get_mut(&spec.scope)
-        {
-            ids.retain(|one| *one != id);
-            if ids.is_empty() {
-                scopes.remove(&spec.scope);
-            }
-            if scopes.is_empty() {
-                self.by_table.remove(&spec.table.id);
-            }
-        }
-        if let Some(count) = self.namespaces.get_mut(&spec.table.namespace) {
-            *count -= 1;
-            if *count == 0 {
-                self.namespaces.remove(&spec.table.namespace);
-            }
-        }
-    }
-
-    fn candidates(&self, table: TableId, scope: &Scope) -> &[u64] {
-        self.by_table.get(&table).and_then(|scopes| scopes.get(scope)).map_or(&[], Vec::as_slice)
-    }
-
-    fn on_table(&self, table: TableId) -> Vec<u64> {
-        self.by_table.get(&table).into_iter().flat_map(HashMap::values).flatten().copied().collect()
-    }
+    /// Where the query is run again as a whole.
+    runs: Option<Runs>,
 }
 
 pub(super) struct Worker {
@@ -188,6 +163,12 @@ pub(super) struct Worker {
     members: HashMap<u64, Member>,
     index: Index,
     jobs: VecDeque<Job>,
+    /// Groups that keep a replayed piece: let go of when there is nothing else to do.
+    replaying: Vec<u64>,
+    /// Groups to be run again, and when.
+    due: BTreeSet<(Instant, u64)>,
+    /// Groups with jobs that wait for a newer answer.
+    awaited: BTreeSet<u64>,
     processed: Seq,
 }
 
@@ -203,6 +184,9 @@ pub(super) fn run(shared: Arc<Shared>, mailbox: Arc<Mailbox>, events: Receiver<E
         members: HashMap::new(),
         index: Index::default(),
         jobs: VecDeque::new(),
+        replaying: Vec::new(),
+        due: BTreeSet::new(),
+        awaited: BTreeSet::new(),
     };
     worker.jump();
     worker.main_loop();
@@ -240,9 +224,13 @@ impl Worker {
                 }
             }
             let more_commits = self.follow();
+            if !self.awaited.is_empty() {
+                self.serve_waiting();
+            }
             if let Some(job) = self.jobs.pop_front() {
                 self.work(job);
             }
+            self.run_due();
             if Instant::now() >= sweep {
                 self.members.values().for_each(|member| member.group.forget_older(heartbeat.max(LEAST_TAIL_AGE)));
                 sweep = Instant::now() + heartbeat;
@@ -250,8 +238,13 @@ impl Worker {
             if more_commits || !self.jobs.is_empty() {
                 continue;
             }
-            self.members.values_mut().for_each(|member| member.replayed = None);
-            let taken = match self.events.recv_timeout(sweep.saturating_duration_since(Instant::now())) {
+            for id in self.replaying.drain(..) {
+                if let Some(member) = self.members.get_mut(&id) {
+                    member.replayed = None;
+                }
+            }
+            let until = self.due.first().map_or(sweep, |(due, _)| sweep.min(*due));
+            let taken = match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(event) => self.take(event),
                 Err(RecvTimeoutError::Timeout) => ControlFlow::Continue(()),
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -273,6 +266,7 @@ impl Worker {
             }
             Event::Leave(id) => drop(self.remove(id)),
             Event::Job(job) => self.jobs.push_back(job),
+            Event::Answered { group, answer } => self.answered(group, answer),
             Event::Close => return ControlFlow::Break(()),
         }
         ControlFlow::Continue(())
@@ -295,13 +289,17 @@ impl Worker {
             Ok(pipeline) => pipeline,
             Err(fault) => return Joined::Fault(fault),
         };
-        group.open(self.processed);
+        // A query that is run again has no events before its first answer, and nothing before it can be replayed.
+        let runs = spec.requery.as_ref().map(|_| Runs::new());
+        group.open(if runs.is_some() { NEVER } else { self.processed });
         self.index.insert(group.id, spec);
-        self.members.insert(group.id, Member { group: Arc::clone(group), pipeline, replayed: None });
+        self.members.insert(group.id, Member { group: Arc::clone(group), pipeline, replayed: None, runs });
         self.mailbox.groups.store(self.members.len(), Ordering::Release);
         // A drop or an ALTER before `processed` will not come by any more, so it is looked for; a later one will.
         if let Some(reason) = outdated(&self.shared.store.catalog(), spec) {
             self.end(group.id, GroupEnd::Reason(reason));
+        } else if spec.requery.is_some() {
+            self.plan_run(group.id);
         }
         Joined::Ready
     }
@@ -309,6 +307,10 @@ impl Worker {
     fn remove(&mut self, id: u64) -> Option<Member> {
         let member = self.members.remove(&id)?;
         self.index.remove(id, &member.group.spec);
+        self.awaited.remove(&id);
+        if let Some(due) = member.runs.as_ref().and_then(|runs| runs.due) {
+            self.due.remove(&(due, id));
+        }
         if let Some(pipeline) = member.pipeline {
             self.pipelines.close(pipeline);
         }
@@ -349,7 +351,7 @@ impl Worker {
 
     /// The next piece of the change log, when the commit tail no longer reaches back to this worker.
     fn catch_up(&mut self) -> bool {
-        let namespaces = self.index.namespaces.keys().copied();
+        let namespaces = self.index.namespaces();
         let bytes = self.shared.options.chunk_bytes;
         match read_piece(&self.shared.store, namespaces, self.processed, None, bytes) {
             Ok(LogPiece { commits, end }) => {
@@ -371,7 +373,7 @@ impl Worker {
     }
 
     fn commit(&mut self, seq: Seq, namespace: NamespaceId, frame: &[u8]) {
-        if self.index.namespaces.contains_key(&namespace) {
+        if self.index.has_namespace(namespace) {
             match FrameView::parse(frame) {
                 Ok(view) => self.frame(seq, namespace, &view),
                 Err(error) => {
@@ -401,36 +403,164 @@ impl Worker {
             }
         }
         for table in tables {
-            let groups = self.index.candidates(table, &section.scope).to_vec();
-            if groups.is_empty() {
+            if !self.index.concerns(table, &section.scope) {
                 continue;
             }
             let rows = Rows::of_section(section, table, committed_at);
-            for id in groups {
-                // A group planned after an ALTER starts behind it: commits before that are none of its own, and their
-                // rows have other columns.
-                let version = self.members.get(&id).map(|member| member.group.spec.table.schema_version);
-                if version == rows.schema_version() {
-                    self.deliver(id, source, &rows);
-                }
+            let candidates = self.index.candidates(table, &section.scope, &rows);
+            self.shared.metrics.live_candidates.inc_by((candidates.any.len() + candidates.some.len()) as u64);
+            for id in candidates.any {
+                self.deliver(id, source, &rows);
+            }
+            for (id, changes) in candidates.some {
+                self.deliver(id, source, &rows.some(&changes));
+            }
+            for id in candidates.requery {
+                self.touch(id, seq);
             }
         }
     }
 
     fn deliver(&mut self, id: u64, source: Source<'_>, rows: &Rows<'_>) {
         let Some(member) = self.members.get(&id) else { return };
+        // A group planned after an ALTER starts behind it: commits before that are none of its own, and their rows have
+        // other columns.
+        if Some(member.group.spec.table.schema_version) != rows.schema_version() {
+            return;
+        }
         match evaluate(&mut member.query(&mut *self.pipelines), source, rows) {
             Ok(None) => {}
-            Ok(Some(events)) => {
-                self.shared.metrics.events.inc_by(events.events.len() as u64);
-                let mut out = Vec::new();
-                self.shared.encoder.encode(&member.group.spec, &events, &mut out);
-                // The tail outlives this commit: it shall not hold the encoder's spare capacity.
-                out.shrink_to_fit();
-                member.group.append(source.seq, Bytes::from(out));
-            }
+            Ok(Some(events)) => append(&self.shared, &member.group, source.seq, &events),
             // Everything up to `processed` is in the tail; nothing of this commit is.
             Err(fault) => self.end(id, GroupEnd::Reason(reason(fault, self.processed))),
+        }
+    }
+
+    // ---- queries that are run again ----
+
+    fn touch(&mut self, id: u64, seq: Seq) {
+        let Some(member) = self.members.get(&id) else { return };
+        // An answer may be newer than the commits that have come by here.
+        if member.runs.as_ref().is_some_and(|runs| seq > runs.last()) {
+            member.group.touch(seq);
+            self.plan_run(id);
+        }
+    }
+
+    fn plan_run(&mut self, id: u64) {
+        let interval = self.shared.options.requery_interval;
+        let runs = self.members.get_mut(&id).and_then(|member| member.runs.as_mut());
+        if let Some(runs) = runs.filter(|runs| !runs.running) {
+            let before = runs.due;
+            let due = runs.plan(interval);
+            if let Some(before) = before.filter(|before| *before != due) {
+                self.due.remove(&(before, id));
+            }
+            self.due.insert((due, id));
+        }
+    }
+
+    /// Starts the runs whose time has come.
+    fn run_due(&mut self) {
+        let now = Instant::now();
+        while let Some(&(due, id)) = self.due.first().filter(|(due, _)| *due <= now) {
+            self.due.remove(&(due, id));
+            let Some(member) = self.members.get_mut(&id) else { continue };
+            let (Some(runs), Some(Rerun { runner, .. })) = (&mut member.runs, &member.group.spec.requery) else {
+                continue;
+            };
+            runs.start();
+            self.shared.metrics.live_requeries.inc();
+            let mailbox = Arc::clone(&self.mailbox);
+            runner.run(Box::new(move |answer| mailbox.answered(id, answer)));
+        }
+    }
+
+    fn answered(&mut self, id: u64, answer: Result<Answer, RequeryError>) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        let Some(runs) = &mut member.runs else { return };
+        runs.running = false;
+        let answer = match answer {
+            Ok(answer) => answer,
+            // The commit that changed the table ends the group at its place.
+            Err(RequeryError::Changed) => return,
+            Err(RequeryError::Failed(message)) => {
+                let seq = runs.last();
+                return self.end(id, GroupEnd::Reason(EndReason::Program { message, seq }));
+            }
+        };
+        let (seq, first) = (answer.seq, runs.held.is_none());
+        match runs.answered(answer) {
+            Ok(events) => {
+                if let Some(events) = events {
+                    append(&self.shared, &member.group, seq, &events);
+                }
+                member.group.ran(seq);
+                if first {
+                    member.group.open(seq);
+                }
+            }
+            Err(error) => {
+                let reason = EndReason::Program { message: error.to_string(), seq: runs.last() };
+                return self.end(id, GroupEnd::Reason(reason));
+            }
+        }
+        if member.group.touched_after(seq) {
+            self.plan_run(id);
+        }
+        self.serve_waiting();
+    }
+
+    /// Jobs whose answer has become new enough are done now.
+    fn serve_waiting(&mut self) {
+        for id in self.awaited.clone() {
+            let Some(member) = self.members.get_mut(&id) else { continue };
+            let Some(runs) = &mut member.runs else { continue };
+            // Before the first answer nothing is known, whatever the commits say.
+            if runs.held.is_none() {
+                continue;
+            }
+            let settled = member.group.settled();
+            let (ready, waiting): (Vec<_>, Vec<_>) = runs.waiting.drain(..).partition(|(_, need)| settled >= *need);
+            runs.waiting = waiting;
+            if runs.waiting.is_empty() {
+                self.awaited.remove(&id);
+            }
+            self.jobs.extend(ready.into_iter().map(|(job, _)| job));
+        }
+    }
+
+    /// A job of a query that is run again: done at once, or put by until there is an answer as of now.
+    fn work_again(&mut self, mut job: Job) {
+        let asked = *job.asked.get_or_insert_with(|| self.shared.store.applied());
+        let Some(member) = self.members.get_mut(&job.group) else { return };
+        let Some(runs) = &mut member.runs else { return };
+        let settled = member.group.settled();
+        let need = match (&runs.held, &job.work) {
+            (_, Work::Rows(_)) => return self.work_on(job),
+            (Some(held), Work::Snapshot { last }) if settled >= asked => {
+                let scan = SnapshotScan::held(Arc::clone(held), settled, *last);
+                return self.work_on(Job { work: Work::Rows(Box::new(scan)), ..job });
+            }
+            (Some(_), Work::Replay { after, .. }) => {
+                let piece = match *after >= member.group.floor() {
+                    true => Piece::Commits { bytes: Bytes::new(), seq: *after },
+                    // The change log knows no results.
+                    false => Piece::Expired,
+                };
+                // Whoever asked may be gone.
+                let _ = job.reply.send(piece);
+                return;
+            }
+            (_, Work::Snapshot { .. }) => asked,
+            (None, Work::Replay { .. }) => Seq::default(),
+        };
+        runs.waiting.push((job, need));
+        let id = member.group.id;
+        self.awaited.insert(id);
+        // Where nothing has changed the commits on their way here will do.
+        if self.members.get(&id).is_some_and(|member| member.group.stale()) {
+            self.plan_run(id);
         }
     }
 
@@ -446,7 +576,9 @@ impl Worker {
                 // A group of this very version was planned after the ALTER, by a faster thread.
                 let end = GroupEnd::Reason(EndReason::TableAltered);
                 let table = TableId(*table);
-                self.end_where(&end, |spec| spec.table.id == table && spec.table.schema_version < *schema_version);
+                self.end_where(&end, |spec| {
+                    spec.sources().any(|(known, _)| known.id == table && known.schema_version < *schema_version)
+                });
             }
             CatalogEvent::PluginActivated { name, version } => {
                 let end = GroupEnd::Reason(EndReason::PluginChanged { name: name.clone(), seq: self.processed });
@@ -486,20 +618,30 @@ impl Worker {
 
     fn work(&mut self, job: Job) {
         // A dropped reply is the answer where the group is gone: the subscription finds the end in the group.
-        let Some(member) = self.members.get_mut(&job.group) else { return };
+        let Some(member) = self.members.get(&job.group) else { return };
         if job.reply.is_closed() {
             return;
         }
+        match member.runs {
+            Some(_) => self.work_again(job),
+            None => self.work_on(job),
+        }
+    }
+
+    fn work_on(&mut self, job: Job) {
+        let Some(member) = self.members.get_mut(&job.group) else { return };
         let piece = match job.work {
-            Work::Snapshot(scan) => {
+            Work::Snapshot { last } => {
                 let mut query = member.query(&mut *self.pipelines);
-                let scan = match scan {
-                    Some(scan) => Ok(scan),
-                    None => SnapshotScan::start(&self.shared.store, query.spec).map(Box::new),
-                };
-                scan.and_then(|scan| snapshot_piece(&self.shared, &mut query, scan))
+                SnapshotScan::start(&self.shared.store, query.spec, last)
+                    .map(Box::new)
+                    .and_then(|scan| snapshot_piece(&self.shared, &mut query, scan))
             }
-            Work::Replay { after, until } => replay(&self.shared, &mut *self.pipelines, member, after, until),
+            Work::Rows(scan) => snapshot_piece(&self.shared, &mut member.query(&mut *self.pipelines), scan),
+            Work::Replay { after, until } => {
+                self.replaying.push(job.group);
+                replay(&self.shared, &mut *self.pipelines, member, after, until)
+            }
         };
         let piece = piece.unwrap_or_else(|error| match error {
             JobError::Expired => Piece::Expired,
@@ -513,6 +655,15 @@ impl Worker {
         // Whoever asked may be gone.
         let _ = job.reply.send(piece);
     }
+}
+
+fn append(shared: &Shared, group: &Group, seq: Seq, events: &CommitEvents) {
+    shared.metrics.events.inc_by(events.events.len() as u64);
+    let mut out = Vec::new();
+    shared.encoder.encode(&group.spec, events, &mut out);
+    // The tail outlives this commit: it shall not hold the encoder's spare capacity.
+    out.shrink_to_fit();
+    group.append(seq, events.events.len(), Bytes::from(out));
 }
 
 fn replay(
@@ -540,11 +691,12 @@ impl Member {
 
 /// Why a query over the table as `spec` knows it cannot go on with this catalog.
 pub(super) fn outdated(catalog: &Catalog, spec: &GroupSpec) -> Option<EndReason> {
-    match catalog.table_by_id(spec.table.id) {
+    let mut reasons = spec.sources().filter_map(|(known, _)| match catalog.table_by_id(known.id) {
         None => Some(EndReason::TableDropped),
-        Some(table) if table.schema_version != spec.table.schema_version => Some(EndReason::TableAltered),
+        Some(table) if table.schema_version != known.schema_version => Some(EndReason::TableAltered),
         Some(_) => None,
-    }
+    });
+    reasons.next()
 }
 
 fn reason(fault: Fault, seq: Seq) -> EndReason {

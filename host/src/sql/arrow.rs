@@ -27,7 +27,7 @@ use crate::store::StoreError;
 
 /// The metadata key that tells UUID and JSON from TEXT.
 pub const TYPE_KEY: &str = "tg.type";
-const UTC: &str = "+00:00";
+pub(crate) const UTC: &str = "+00:00";
 
 pub fn arrow_type(ty: Type) -> DataType {
     match ty {
@@ -73,8 +73,8 @@ pub(crate) fn output_type(field: &Field) -> Type {
         DataType::Boolean => Type::Boolean,
         DataType::Int8 | DataType::Int16 | DataType::UInt8 => Type::SmallInt,
         DataType::Int32 | DataType::UInt16 => Type::Int,
-        DataType::Int64 | DataType::UInt32 => Type::BigInt,
-        DataType::UInt64 => Type::Decimal { precision: 20, scale: 0 },
+        // Counts and ranks come unsigned; one beyond BIGINT is out of range, and said so.
+        DataType::Int64 | DataType::UInt32 | DataType::UInt64 => Type::BigInt,
         DataType::Float16 | DataType::Float32 => Type::Real,
         DataType::Float64 => Type::Double,
         DataType::Decimal32(precision, scale)
@@ -88,6 +88,7 @@ pub(crate) fn output_type(field: &Field) -> Type {
         DataType::Time32(_) | DataType::Time64(_) => Type::Time,
         DataType::Timestamp(..) => Type::Timestamp,
         DataType::Dictionary(_, value) => output_type(&Field::new(field.name(), (**value).clone(), true)),
+        // Lists, structs, maps, and what JSON functions find.
         ty if ty.is_nested() => Type::Json,
         _ => Type::Text,
     }
@@ -98,7 +99,7 @@ pub(crate) fn output_columns(schema: &ArrowSchema) -> Vec<OutputColumn> {
 }
 
 /// The schema of a result's batches: one column after the other, names may repeat.
-pub(crate) fn output_schema(columns: &[OutputColumn]) -> SchemaRef {
+pub fn output_schema(columns: &[OutputColumn]) -> SchemaRef {
     let fields: Vec<Field> = columns.iter().map(|column| arrow_field(&column.name, column.ty, true)).collect();
     Arc::new(ArrowSchema::new(fields))
 }
@@ -118,6 +119,9 @@ pub(crate) fn output_array(array: &ArrayRef, ty: Type) -> Result<ArrayRef, SqlEr
     let wanted = arrow_type(ty);
     if *array.data_type() == wanted {
         return Ok(array.clone());
+    }
+    if let Some(texts) = super::json::union_to_text(array) {
+        return Ok(texts);
     }
     if array.data_type().is_nested() {
         return nested_to_json(array);
@@ -189,13 +193,15 @@ pub(crate) struct RowBatchBuilder {
     schema: SchemaRef,
     columns: Vec<(u16, ColumnBuilder)>,
     rows: usize,
+    /// Of the texts and bytes so far: what makes a batch large.
+    bytes: usize,
 }
 
 impl RowBatchBuilder {
     pub(crate) fn new(columns: &[ColumnDecl], capacity: usize) -> RowBatchBuilder {
         let schema = arrow_schema(&Schema { columns: columns.to_vec() });
         let columns = columns.iter().map(|column| (column.id, ColumnBuilder::new(column.ty, capacity))).collect();
-        RowBatchBuilder { schema, columns, rows: 0 }
+        RowBatchBuilder { schema, columns, rows: 0, bytes: 0 }
     }
 
     /// With the schema said by the caller, so that it is made once for many batches.
@@ -208,8 +214,15 @@ impl RowBatchBuilder {
         self.rows
     }
 
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     pub(crate) fn push(&mut self, image: &ImageRef<'_>) -> Result<(), SqlError> {
         for (id, builder) in &mut self.columns {
+            if let ColumnBuilder::Text(_) | ColumnBuilder::Bytea(_) = builder {
+                self.bytes += image.bytes(*id).map_or(0, <[u8]>::len);
+            }
             builder.push(image, *id).ok_or_else(|| {
                 SqlError::Store(StoreError::Corrupt(format!("column {id} of a row image cannot be read")))
             })?;
@@ -221,6 +234,7 @@ impl RowBatchBuilder {
     pub(crate) fn finish(&mut self) -> Result<RecordBatch, SqlError> {
         let arrays = self.columns.iter_mut().map(|(_, builder)| builder.finish()).collect();
         let rows = std::mem::take(&mut self.rows);
+        self.bytes = 0;
         batch_of(&self.schema, arrays, rows)
     }
 }
@@ -515,7 +529,7 @@ fn cast_bytes(target: &CastTarget<'_>, array: &ArrayRef) -> Result<ArrayRef, Sql
     Ok(Arc::new(BinaryArray::from_iter(cells)))
 }
 
-pub(crate) fn unhex(hex: &str) -> Option<Vec<u8>> {
+pub fn unhex(hex: &str) -> Option<Vec<u8>> {
     let digits: Option<Vec<u8>> =
         hex.chars().map(|digit| digit.to_digit(16).and_then(|digit| u8::try_from(digit).ok())).collect();
     let digits = digits.filter(|digits| digits.len() % 2 == 0)?;

@@ -1,41 +1,44 @@
 //! Names as one request sees them, for DataFusion's SQL planner; and a plan bound to that request.
 //!
 //! Planning reads the shared session's functions and settings and the request's own catalog snapshot. What depends on
-//! the request (`$1`, `now()`, `current_user`) stays symbolic in the logical plan until [`bind`].
+//! the request (`$1`, `now()`, `current_user`) is a symbol in the logical plan ([`symbolic`]), which is optimized with
+//! the symbols in it and kept, until an execution binds them ([`bind`]).
 
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use ::arrow::datatypes::{DataType, Field, FieldRef, SchemaRef};
+use ::arrow::datatypes::{DataType, Field, FieldRef, SchemaRef, TimeUnit};
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
-use datafusion::common::{DFSchema, DataFusionError, ParamValues, Result, ScalarValue, TableReference};
+use datafusion::common::{DFSchema, DataFusionError, Result, ScalarValue, TableReference, internal_datafusion_err};
 use datafusion::datasource::cte_worktable::CteWorkTable;
 use datafusion::datasource::provider_as_source;
 use datafusion::execution::SessionState;
-use datafusion::logical_expr::expr::ScalarFunction;
+use datafusion::logical_expr::expr::{Placeholder, ScalarFunction};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::planner::{ContextProvider, ExprPlanner};
 use datafusion::logical_expr::simplify::{ExprSimplifyResult, SimplifyContext};
 use datafusion::logical_expr::utils::merge_schema;
 use datafusion::logical_expr::{
-    AggregateUDF, Expr, HigherOrderUDF, LogicalPlan, LogicalPlanBuilder, Operator, ScalarUDF, TableSource, Values,
-    Volatility, WindowUDF,
+    AggregateUDF, Expr, ExprSchemable, HigherOrderUDF, LogicalPlan, LogicalPlanBuilder, Operator, ScalarUDF,
+    TableSource, Values, Volatility, WindowUDF,
 };
+use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::sql::planner::{ParserOptions, PlannerContext, SqlToRel};
 use datafusion::sql::sqlparser::ast;
 use uuid::Uuid;
 use wire::Type;
 
-use super::arrow::output_type;
+use super::arrow::{UTC, output_type};
 use super::functions::{CURRENT_USER, current_user_literal};
 use super::information::CATALOG_NAME;
+use super::planner::folding;
 use super::provider::Providers;
 use super::system::SystemTables;
 use super::{Param, RequestEnv, SqlError};
 use crate::catalog::Table;
 
-const MAX_PARAMS: usize = 1_000;
+pub(crate) const MAX_PARAMS: usize = 1_000;
 
 /// The names of one request.
 pub(crate) struct Names<'a> {
@@ -153,7 +156,7 @@ impl ContextProvider for Names<'_> {
     }
 }
 
-fn param_value(param: &Param) -> ScalarValue {
+pub(crate) fn param_value(param: &Param) -> ScalarValue {
     match param {
         Param::Null => ScalarValue::Null,
         Param::Bool(v) => ScalarValue::Boolean(Some(*v)),
@@ -167,27 +170,158 @@ fn param_field(param: &Param) -> FieldRef {
     Arc::new(Field::new("", param_value(param).data_type(), true))
 }
 
-/// Puts parameters, the user and the time of the request in their places.
-pub(crate) fn bind(plan: LogicalPlan, env: &RequestEnv) -> Result<LogicalPlan> {
-    let plan = with_params(plan, env)?;
+/// What stands for `now()`, `current_user` and their like in a plan that is kept.
+const NOW: &str = "$now";
+const USER: &str = "$user";
+/// Before the name of another function of the request, as `current_date`.
+const FUNCTION: &str = "$fn:";
+
+/// Puts symbols in the place of what differs between requests; says whether there are any, parameters included. Symbols
+/// are typed as the values will be, and no optimizer can see through them.
+pub(crate) fn symbolic(plan: LogicalPlan, env: &RequestEnv) -> Result<(LogicalPlan, bool)> {
+    let params = plan.get_parameter_names()?;
+    let highest = params.iter().filter_map(|name| name[1..].parse::<usize>().ok()).max();
+    if let Some(missing) = highest.filter(|highest| *highest > env.params.len()) {
+        let message = format!("parameter ${missing} is used, but {} were sent", env.params.len());
+        return Err(SqlError::invalid("parameters", message).into_datafusion());
+    }
     let plan = plan.transform_up_with_subqueries(|plan| {
         let names = NamePreserver::new(&plan);
-        let bound = plan.map_expressions(|expr| {
-            if !expr.exists(|expr| Ok(is_request_function(expr)))? {
+        let replaced = plan.map_expressions(|expr| {
+            if !expr.exists(|expr| Ok(is_request_function(expr) || matches!(expr, Expr::Placeholder(_))))? {
                 return Ok(Transformed::no(expr));
             }
             let name = names.save(&expr);
-            Ok(expr.transform_up(|expr| bind_function(expr, env))?.update_data(|expr| name.restore(expr)))
+            Ok(expr.transform_up(|expr| symbol(expr, env))?.update_data(|expr| name.restore(expr)))
         })?;
-        if bound.transformed { bound.map_data(with_new_types) } else { Ok(bound) }
+        if replaced.transformed { replaced.map_data(with_new_types) } else { Ok(replaced) }
     })?;
-    canonical_uuids(plan.data)
+    let symbolic = plan.transformed || highest.is_some();
+    Ok((canonical_uuids(plan.data)?, symbolic))
+}
+
+fn symbol(mut expr: Expr, env: &RequestEnv) -> Result<Transformed<Expr>> {
+    // The planner has guessed the type from what the parameter is compared with; it has the type of its value.
+    if let Expr::Placeholder(placeholder) = &mut expr {
+        let number = placeholder.id[1..].parse::<usize>().ok().and_then(|number| number.checked_sub(1));
+        if let Some(param) = number.and_then(|at| env.params.get(at)) {
+            placeholder.field = Some(param_field(param));
+        }
+        return Ok(Transformed::yes(expr));
+    }
+    if !is_request_function(&expr) {
+        return Ok(Transformed::no(expr));
+    }
+    let Expr::ScalarFunction(ScalarFunction { func, .. }) = &expr else { return Ok(Transformed::no(expr)) };
+    let (id, ty) = match func.name() {
+        CURRENT_USER => (USER.to_owned(), DataType::Utf8),
+        // Microseconds, as every TIMESTAMP column has: nanoseconds would overflow when compared with far years.
+        "now" => (NOW.to_owned(), DataType::Timestamp(TimeUnit::Microsecond, Some(UTC.into()))),
+        name => (format!("{FUNCTION}{name}"), expr.get_type(&DFSchema::empty())?),
+    };
+    let field = Some(Arc::new(Field::new("", ty, false)));
+    Ok(Transformed::yes(Expr::Placeholder(Placeholder { id, field })))
+}
+
+/// Puts parameters, the user and the time of the request in their places, in a plan that is optimized already; what
+/// becomes constant by that is folded, so that key ranges are seen.
+pub(crate) fn bind(plan: LogicalPlan, env: &RequestEnv, state: &SessionState) -> Result<LogicalPlan> {
+    replace(plan, env, state, true)
+}
+
+/// Puts parameters, the user and the time of the request in their places, in a plan as the SQL says it.
+pub(crate) fn bind_unoptimized(plan: LogicalPlan, env: &RequestEnv, state: &SessionState) -> Result<LogicalPlan> {
+    let (plan, _) = symbolic(plan, env)?;
+    replace(plan, env, state, false)
+}
+
+fn replace(plan: LogicalPlan, env: &RequestEnv, state: &SessionState, fold: bool) -> Result<LogicalPlan> {
+    let plan = plan.transform_up_with_subqueries(|plan| {
+        if !has_symbols(&plan)? {
+            return Ok(Transformed::no(plan));
+        }
+        let schema = Arc::new(schema_of_expressions(&plan)?);
+        let info = SimplifyContext::builder()
+            .with_schema(schema.clone())
+            .with_config_options(state.config_options().clone())
+            .with_query_execution_start_time(Some(start_time(env).into()))
+            .build();
+        // Both sides of a join's condition stay where they are: the planner relies on it.
+        let simplifier = ExprSimplifier::new(info).with_canonicalize(!matches!(plan, LogicalPlan::Join(_)));
+        let names = NamePreserver::new(&plan);
+        plan.map_expressions(|expr| {
+            if !expr.exists(|expr| Ok(matches!(expr, Expr::Placeholder(_))))? {
+                return Ok(Transformed::no(expr));
+            }
+            let name = names.save(&expr);
+            let bound = expr.transform_up(|expr| value(expr, env, state))?.data;
+            let bound = bound.transform_up(|expr| canonical_comparison(expr, &schema))?.data;
+            // The members of a grouping set are columns by their place.
+            let fold = fold && !matches!(bound, Expr::GroupingSet(_));
+            let bound = if fold { folding(|| simplifier.simplify(bound))? } else { bound };
+            Ok(Transformed::yes(name.restore(bound)))
+        })
+    })?;
+    Ok(plan.data)
+}
+
+fn has_symbols(plan: &LogicalPlan) -> Result<bool> {
+    let mut found = false;
+    plan.apply_expressions(|expr| {
+        found |= expr.exists(|expr| Ok(matches!(expr, Expr::Placeholder(_))))?;
+        Ok(if found { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
+    })?;
+    Ok(found)
+}
+
+/// What the columns in a node's expressions are. Filters of a scan see all columns of its table.
+fn schema_of_expressions(plan: &LogicalPlan) -> Result<DFSchema> {
+    match plan {
+        LogicalPlan::TableScan(scan) => {
+            DFSchema::try_from_qualified_schema(scan.table_name.clone(), &scan.source.schema())
+        }
+        plan => Ok(merge_schema(&plan.inputs())),
+    }
+}
+
+/// The value of a symbol.
+fn value(expr: Expr, env: &RequestEnv, state: &SessionState) -> Result<Transformed<Expr>> {
+    let Expr::Placeholder(Placeholder { id, .. }) = &expr else { return Ok(Transformed::no(expr)) };
+    let literal = match id.as_str() {
+        USER => current_user_literal(&env.user),
+        NOW => Expr::Literal(ScalarValue::TimestampMicrosecond(Some(env.now), Some(UTC.into())), None),
+        id => match id.strip_prefix(FUNCTION) {
+            Some(name) => function_value(name, env, state)?,
+            None => {
+                let number = id[1..].parse::<usize>().ok().and_then(|number| number.checked_sub(1));
+                let param = number.and_then(|at| env.params.get(at));
+                let param =
+                    param.ok_or_else(|| internal_datafusion_err!("the parameter {id} was checked and is gone"))?;
+                Expr::Literal(param_value(param), None)
+            }
+        },
+    };
+    Ok(Transformed::yes(literal))
+}
+
+fn function_value(name: &str, env: &RequestEnv, state: &SessionState) -> Result<Expr> {
+    let missing = || internal_datafusion_err!("the function {name} has no value for a request");
+    let func = state.scalar_functions().get(name).ok_or_else(missing)?;
+    let info = SimplifyContext::builder()
+        .with_schema(Arc::new(DFSchema::empty()))
+        .with_config_options(state.config_options().clone())
+        .with_query_execution_start_time(Some(start_time(env).into()))
+        .build();
+    match func.simplify(Vec::new(), &info)? {
+        ExprSimplifyResult::Simplified(expr) => Ok(expr),
+        ExprSimplifyResult::Original(_) => Err(missing()),
+    }
 }
 
 /// UUIDs are compared as text: constants beside a UUID column get the spelling that columns have.
 fn canonical_uuids(plan: LogicalPlan) -> Result<LogicalPlan> {
     let plan = plan.transform_up_with_subqueries(|plan| {
-        let schema = merge_schema(&plan.inputs());
+        let schema = schema_of_expressions(&plan)?;
         if !schema.fields().iter().any(|field| output_type(field) == Type::Uuid) {
             return Ok(Transformed::no(plan));
         }
@@ -242,19 +376,6 @@ fn canonical(expr: &mut Expr) {
     }
 }
 
-fn with_params(plan: LogicalPlan, env: &RequestEnv) -> Result<LogicalPlan> {
-    let highest = plan.get_parameter_names()?.iter().filter_map(|name| name[1..].parse::<usize>().ok()).max();
-    if let Some(missing) = highest.filter(|highest| *highest > env.params.len()) {
-        let message = format!("parameter ${missing} is used, but {} were sent", env.params.len());
-        return Err(SqlError::invalid("parameters", message).into_datafusion());
-    }
-    if highest.is_none() {
-        return Ok(plan);
-    }
-    let values: Vec<ScalarValue> = env.params.iter().map(param_value).collect();
-    plan.with_param_values(ParamValues::from(values))
-}
-
 /// VALUES takes its column types from its cells; every other node from its children.
 fn with_new_types(plan: LogicalPlan) -> Result<LogicalPlan> {
     match plan {
@@ -264,34 +385,9 @@ fn with_new_types(plan: LogicalPlan) -> Result<LogicalPlan> {
 }
 
 /// Functions that are the same for one request and differ between requests.
-pub(crate) fn is_request_function(expr: &Expr) -> bool {
+fn is_request_function(expr: &Expr) -> bool {
     matches!(expr, Expr::ScalarFunction(call)
         if call.args.is_empty() && call.func.signature().volatility == Volatility::Stable)
-}
-
-fn bind_function(expr: Expr, env: &RequestEnv) -> Result<Transformed<Expr>> {
-    if !is_request_function(&expr) {
-        return Ok(Transformed::no(expr));
-    }
-    let Expr::ScalarFunction(ScalarFunction { func, args }) = expr else { return Ok(Transformed::no(expr)) };
-    let literal = match func.name() {
-        CURRENT_USER => current_user_literal(&env.user),
-        // Microseconds, as every TIMESTAMP column has: nanoseconds would overflow when compared with far years.
-        "now" => Expr::Literal(ScalarValue::TimestampMicrosecond(Some(env.now), Some("+00:00".into())), None),
-        _ => {
-            let info = SimplifyContext::builder()
-                .with_schema(Arc::new(DFSchema::empty()))
-                .with_query_execution_start_time(Some(start_time(env).into()))
-                .build();
-            match func.simplify(args, &info)? {
-                ExprSimplifyResult::Simplified(expr) => expr,
-                ExprSimplifyResult::Original(args) => {
-                    return Ok(Transformed::no(Expr::ScalarFunction(ScalarFunction { func, args })));
-                }
-            }
-        }
-    };
-    Ok(Transformed::yes(literal))
 }
 
 fn start_time(env: &RequestEnv) -> std::time::SystemTime {

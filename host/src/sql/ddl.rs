@@ -1,8 +1,9 @@
-//! CREATE, ALTER and DROP of tables and namespaces, as what they write to the catalog.
+//! CREATE, ALTER and DROP of tables, indexes and namespaces, as what they write to the catalog.
 //!
 //! Only syntax and the catalog snapshot are looked at. Every clause that is not done here is refused by name.
 
 mod alter;
+mod index;
 
 use std::sync::Arc;
 
@@ -33,6 +34,7 @@ pub(crate) fn plan(statement: &Statement, env: &RequestEnv) -> Result<DdlPlan, S
     let ddl = Ddl { env, catalog: &env.catalog, text: &statement.text };
     match &*statement.ast {
         ast::Statement::CreateTable(create) => ddl.create_table(create),
+        ast::Statement::CreateIndex(create) => ddl.create_index(create),
         ast::Statement::CreateSchema { schema_name, if_not_exists, with, options, default_collate_spec, clone } => {
             let extras = with.is_some() || options.is_some() || default_collate_spec.is_some() || clone.is_some();
             ddl.create_namespace(schema_name, *if_not_exists, extras)
@@ -45,6 +47,7 @@ pub(crate) fn plan(statement: &Statement, env: &RequestEnv) -> Result<DdlPlan, S
             match object_type {
                 ObjectType::Table => ddl.drop_table(name, *if_exists),
                 ObjectType::Schema => ddl.drop_namespace(name, *if_exists),
+                ObjectType::Index => ddl.drop_index(name, *if_exists),
                 other => Err(SqlError::unsupported(format!("DROP {other}"), None)),
             }
         }
@@ -107,7 +110,8 @@ impl Ddl<'_> {
         }
         let id = NamespaceId(self.catalog.next_namespace);
         let summary = format!("CREATE NAMESPACE {name}");
-        Ok(DdlPlan { writes: vec![CatalogWrite::PutNamespace { id, name }], namespace: Some(id), summary })
+        let writes = vec![CatalogWrite::PutNamespace { id, name }];
+        Ok(DdlPlan { writes, namespace: Some(id), summary, build: None })
     }
 
     fn drop_namespace(&self, name: &ObjectName, if_exists: bool) -> Result<DdlPlan, SqlError> {
@@ -128,7 +132,8 @@ impl Ddl<'_> {
             return Err(SqlError::constraint("not_empty", message));
         }
         let summary = format!("DROP NAMESPACE {name}");
-        Ok(DdlPlan { writes: vec![CatalogWrite::DropNamespace { name }], namespace: Some(namespace.id), summary })
+        let writes = vec![CatalogWrite::DropNamespace { name }];
+        Ok(DdlPlan { writes, namespace: Some(namespace.id), summary, build: None })
     }
 
     fn drop_table(&self, name: &ObjectName, if_exists: bool) -> Result<DdlPlan, SqlError> {
@@ -138,6 +143,7 @@ impl Ddl<'_> {
                 writes: vec![CatalogWrite::DropTable(table.id)],
                 namespace: Some(table.namespace),
                 summary: format!("DROP TABLE {}.{}", table.namespace_name, table.name),
+                build: None,
             }),
             Err(_) if if_exists => Ok(DdlPlan { summary: format!("there is no table {name}"), ..DdlPlan::default() }),
             Err(error) => Err(error),
@@ -170,12 +176,14 @@ impl Ddl<'_> {
             next_column: 0,
             images_since: 1,
             ttl_micros: options.ttl_micros,
+            indexes: Vec::new(),
         };
         self.columns(create, &mut table)?;
         table.next_column = table.slots();
+        self.unique_constraints(create, &mut table)?;
         let summary = format!("CREATE TABLE {}.{}", table.namespace_name, table.name);
         let writes = vec![CatalogWrite::PutTable(Arc::new(table))];
-        Ok(DdlPlan { writes, namespace: Some(namespace.id), summary })
+        Ok(DdlPlan { writes, namespace: Some(namespace.id), summary, build: None })
     }
 
     fn columns(&self, create: &CreateTable, table: &mut Table) -> Result<(), SqlError> {
@@ -241,7 +249,7 @@ impl Ddl<'_> {
                     plain_key(key)?;
                     keys.push(key.columns.iter().map(key_column).collect::<Result<_, _>>()?);
                 }
-                TableConstraint::Unique(_) => return Err(SqlError::unsupported("UNIQUE", Some("use the primary key"))),
+                TableConstraint::Unique(_) => {}
                 TableConstraint::ForeignKey(_) => return Err(SqlError::unsupported("FOREIGN KEY", None)),
                 TableConstraint::Check(_) => return Err(SqlError::unsupported("CHECK", None)),
                 other => return Err(SqlError::unsupported(format!("the constraint {other}"), None)),
@@ -274,9 +282,8 @@ impl Ddl<'_> {
         match option {
             ColumnOption::Null => column.nullable = true,
             ColumnOption::NotNull => column.nullable = false,
-            ColumnOption::PrimaryKey(_) => {}
+            ColumnOption::PrimaryKey(_) | ColumnOption::Unique(_) => {}
             ColumnOption::Default(expr) => column.default = default_value(expr, column)?,
-            ColumnOption::Unique(_) => return Err(SqlError::unsupported("UNIQUE", Some("use the primary key"))),
             ColumnOption::ForeignKey(_) => return Err(SqlError::unsupported("REFERENCES", None)),
             ColumnOption::Check(_) => return Err(SqlError::unsupported("CHECK", None)),
             ColumnOption::Collation(_) => return Err(SqlError::unsupported("COLLATE", None)),
@@ -306,7 +313,7 @@ impl Ddl<'_> {
 }
 
 fn nothing(namespace: NamespaceId, summary: String) -> DdlPlan {
-    DdlPlan { writes: Vec::new(), namespace: Some(namespace), summary }
+    DdlPlan { writes: Vec::new(), namespace: Some(namespace), summary, build: None }
 }
 
 fn generated_key() -> Column {

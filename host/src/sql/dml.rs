@@ -2,12 +2,16 @@
 //!
 //! DataFusion's own hooks for them are never used: they take the filters from the optimized plan, and a filter that
 //! was optimized away means every row. Here a statement becomes a query whose rows are the keys to touch and the new
-//! values, and nothing is written that the query did not return.
+//! values, and nothing is written that the query did not return. RETURNING is evaluated over the rows written.
+
+mod unique;
+mod upsert;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use ::arrow::array::ArrayRef;
+use ::arrow::datatypes::{FieldRef, Schema};
 use ::arrow::record_batch::RecordBatch;
 use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
 use datafusion::execution::runtime_env::RuntimeEnv;
@@ -18,39 +22,95 @@ use datafusion::sql::sqlparser::ast::{
 use uuid::Uuid;
 use wire::{ImageBuilder, ImageRef, Scope, Type, Value};
 
+use self::unique::Uniques;
+use self::upsert::{OnConflict, Rivals};
 use super::arrow::{CastTarget, cast_for, value_at};
 use super::context::find_table;
 use super::ddl::{Literal, fold, literal, table_name};
 use super::error::from_datafusion;
 use super::provider::scope_of;
-use super::{ChangeSet, RequestEnv, SqlError, Statement};
-use crate::catalog::{Column, DefaultValue, GENERATED_KEY, Table};
+use super::row_exprs::{Asked, RowExprs};
+use super::session::Engine;
+use super::{ChangeSet, RequestEnv, Returned, SqlError, Statement};
+use crate::catalog::{Column, DefaultValue, GENERATED_KEY, IndexId, Table};
 use crate::store::keys::encode_key;
 use crate::store::{RowWrite, StoreError};
 
+/// Rows of RETURNING that are evaluated at a time.
+const RETURNED_ROWS: usize = 8_192;
+
 /// What the rows of the planned query mean.
+#[derive(Clone)]
 pub(crate) struct Target {
     table: Arc<Table>,
     action: Action,
+    returning: Option<RowExprs>,
 }
 
+#[derive(Clone)]
 enum Action {
     /// Column n of the query is the value for this column of the table.
-    Insert(Vec<Column>),
+    Insert(Vec<Column>, Option<Box<OnConflict>>),
     /// First the key columns, then the new values of these columns.
     Update(Vec<Column>),
     /// The key columns.
     Delete,
 }
 
+impl Target {
+    /// Columns that the query has to have.
+    pub(crate) fn width(&self) -> usize {
+        match &self.action {
+            Action::Insert(columns, _) => columns.len(),
+            Action::Update(columns) => self.table.key.len() + columns.len(),
+            Action::Delete => self.table.key.len(),
+        }
+    }
+
+    /// Whether there is something of one request in it (see [`RowExprs`]), so that it must not be kept for another one.
+    pub(crate) fn is_bound(&self) -> bool {
+        self.returning.is_some() || matches!(self.action, Action::Insert(_, Some(_)))
+    }
+
+    /// An INSERT's rows come from anywhere; other queries are of our own making.
+    pub(crate) fn check_width(&self, found: usize) -> Result<(), SqlError> {
+        if found == self.width() {
+            return Ok(());
+        }
+        Err(SqlError::invalid("column_count", format!("{found} values for {} columns", self.width())))
+    }
+}
+
 /// The statement as a query, and what its rows mean.
-pub(crate) fn target(statement: &Statement, env: &RequestEnv) -> Result<(Target, ast::Statement), SqlError> {
+pub(crate) fn target(
+    engine: &Engine,
+    statement: &Statement,
+    env: &RequestEnv,
+) -> Result<(Target, ast::Statement), SqlError> {
+    let returning = |items: &Option<Vec<SelectItem>>, table: &Table, from: &TableWithJoins| {
+        let compile = |items: &Vec<SelectItem>| {
+            let (items, from) = (items.clone(), vec![from.clone()]);
+            let asked = Asked { clause: "RETURNING", items, table, from, others: &[] };
+            RowExprs::compile(engine, env, &statement.text, asked)
+        };
+        items.as_ref().map(compile).transpose()
+    };
     match &*statement.ast {
-        ast::Statement::Insert(insert) => insert_target(insert, env, &statement.text),
+        ast::Statement::Insert(insert) => {
+            let (table, columns, query) = insert_target(insert, env, &statement.text)?;
+            let on_conflict = match &insert.on {
+                None => None,
+                Some(on) => {
+                    Some(Box::new(OnConflict::compile(engine, env, &statement.text, on, &table, &insert.table)?))
+                }
+            };
+            let returning = returning(&insert.returning, &table, &table_named(&insert.table, None)?)?;
+            Ok((Target { table, action: Action::Insert(columns, on_conflict), returning }, query))
+        }
         ast::Statement::Update(update) => {
             refuse(&[
                 (update.from.is_some(), "UPDATE … FROM"),
-                (update.returning.is_some() || update.output.is_some(), "RETURNING"),
+                (update.output.is_some(), "OUTPUT"),
                 (update.or.is_some(), "UPDATE OR …"),
                 (!update.order_by.is_empty(), "ORDER BY in UPDATE"),
                 (update.limit.is_some(), "LIMIT in UPDATE"),
@@ -59,13 +119,14 @@ pub(crate) fn target(statement: &Statement, env: &RequestEnv) -> Result<(Target,
             let table = only_table(&update.table, "UPDATE", env)?;
             let (columns, values) = assignments(&update.assignments, &table, &statement.text)?;
             let query = rows_query(&table, values, &update.table, update.selection.clone())?;
-            Ok((Target { table, action: Action::Update(columns) }, query))
+            let returning = returning(&update.returning, &table, &update.table)?;
+            Ok((Target { table, action: Action::Update(columns), returning }, query))
         }
         ast::Statement::Delete(delete) => {
             refuse(&[
                 (!delete.tables.is_empty(), "DELETE from several tables"),
                 (delete.using.is_some(), "DELETE … USING"),
-                (delete.returning.is_some() || delete.output.is_some(), "RETURNING"),
+                (delete.output.is_some(), "OUTPUT"),
                 (!delete.order_by.is_empty(), "ORDER BY in DELETE"),
                 (delete.limit.is_some(), "LIMIT in DELETE"),
                 (!delete.optimizer_hints.is_empty(), "optimizer hints"),
@@ -78,7 +139,8 @@ pub(crate) fn target(statement: &Statement, env: &RequestEnv) -> Result<(Target,
             };
             let table = only_table(from, "DELETE", env)?;
             let query = rows_query(&table, Vec::new(), from, delete.selection.clone())?;
-            Ok((Target { table, action: Action::Delete }, query))
+            let returning = returning(&delete.returning, &table, from)?;
+            Ok((Target { table, action: Action::Delete, returning }, query))
         }
         other => Err(SqlError::Internal(format!("not DML: {other}"))),
     }
@@ -91,10 +153,14 @@ fn refuse(found: &[(bool, &str)]) -> Result<(), SqlError> {
     }
 }
 
-fn insert_target(insert: &Insert, env: &RequestEnv, text: &str) -> Result<(Target, ast::Statement), SqlError> {
+/// The table, the columns that are given, and the query that gives them.
+fn insert_target(
+    insert: &Insert,
+    env: &RequestEnv,
+    text: &str,
+) -> Result<(Arc<Table>, Vec<Column>, ast::Statement), SqlError> {
     refuse(&[
-        (insert.on.is_some(), "ON CONFLICT"),
-        (insert.returning.is_some() || insert.output.is_some(), "RETURNING"),
+        (insert.output.is_some(), "OUTPUT"),
         (insert.or.is_some() || insert.replace_into, "INSERT OR REPLACE"),
         (insert.ignore, "INSERT IGNORE"),
         (insert.overwrite, "INSERT OVERWRITE"),
@@ -105,7 +171,6 @@ fn insert_target(insert: &Insert, env: &RequestEnv, text: &str) -> Result<(Targe
         (insert.priority.is_some(), "a priority in INSERT"),
         (insert.multi_table_insert_type.is_some(), "INSERT into several tables"),
         (!insert.optimizer_hints.is_empty(), "optimizer hints"),
-        (insert.source.is_none(), "INSERT … DEFAULT VALUES"),
     ])?;
     let TableObject::TableName(name) = &insert.table else {
         return Err(SqlError::unsupported("INSERT into anything but a table", None));
@@ -113,7 +178,11 @@ fn insert_target(insert: &Insert, env: &RequestEnv, text: &str) -> Result<(Targe
     let (namespace, name) = table_name(name)?;
     let table = find_table(env, namespace.as_deref(), &name)?.clone();
     let columns = insert_columns(&insert.columns, &table, text)?;
-    let Some(mut source) = insert.source.clone() else { return Err(SqlError::Internal("no source".to_owned())) };
+    let mut source = match &insert.source {
+        Some(source) => source.clone(),
+        // One row of nothing but defaults.
+        None => query_of(&format!("VALUES ({})", vec!["DEFAULT"; columns.len()].join(", ")))?,
+    };
     if let SetExpr::Values(values) = &mut *source.body {
         for row in &mut values.rows {
             if row.content.len() != columns.len() {
@@ -125,13 +194,46 @@ fn insert_target(insert: &Insert, env: &RequestEnv, text: &str) -> Result<(Targe
             }
         }
     }
-    Ok((Target { table, action: Action::Insert(columns) }, ast::Statement::Query(source)))
+    Ok((table, columns, ast::Statement::Query(source)))
+}
+
+/// The table of an INSERT as it would stand in FROM.
+fn table_named(table: &TableObject, alias: Option<&str>) -> Result<TableWithJoins, SqlError> {
+    let TableObject::TableName(name) = table else {
+        return Err(SqlError::unsupported("INSERT into anything but a table", None));
+    };
+    let alias = alias.map(|alias| format!(" AS {}", Ident::with_quote('"', alias))).unwrap_or_default();
+    match select_template(&format!("1 FROM {name}{alias}"))?.from.pop() {
+        Some(from) => Ok(from),
+        None => Err(SqlError::Internal(format!("{name} is no table in FROM"))),
+    }
+}
+
+/// Rows that come without a statement: what their columns are called says where they go.
+pub(crate) fn rows_target(table: &str, schema: &Schema, env: &RequestEnv) -> Result<Target, SqlError> {
+    let table = find_table(env, None, table)?.clone();
+    let column = |field: &FieldRef| {
+        given_columns(&table).find(|column| column.name == *field.name()).cloned().ok_or_else(|| {
+            let known: Vec<&str> = given_columns(&table).map(|column| column.name.as_str()).collect();
+            let message = format!("the table has no column {:?} to fill; it has: {}", field.name(), known.join(", "));
+            SqlError::invalid("unknown_column", message)
+        })
+    };
+    let columns: Vec<Column> = schema.fields().iter().map(column).collect::<Result<_, _>>()?;
+    if let Some(twice) = columns.iter().enumerate().find(|(at, column)| columns[..*at].contains(column)) {
+        return Err(SqlError::invalid("duplicate_column", format!("column {:?} is named twice", twice.1.name)));
+    }
+    Ok(Target { table, action: Action::Insert(columns, None), returning: None })
+}
+
+/// The columns that an INSERT may name, and fills in this order when it names none.
+pub(crate) fn given_columns(table: &Table) -> impl Iterator<Item = &Column> {
+    table.columns.iter().filter(|column| !is_generated(table, column))
 }
 
 fn insert_columns(named: &[ObjectName], table: &Table, text: &str) -> Result<Vec<Column>, SqlError> {
     if named.is_empty() {
-        let given = table.columns.iter().filter(|column| !is_generated(table, column));
-        return Ok(given.cloned().collect());
+        return Ok(given_columns(table).cloned().collect());
     }
     let mut columns: Vec<Column> = Vec::with_capacity(named.len());
     for name in named {
@@ -245,21 +347,50 @@ fn call(text: &str) -> Result<Expr, SqlError> {
 
 /// `SELECT <text>` as a syntax tree, to be filled.
 fn select_template(text: &str) -> Result<Select, SqlError> {
-    let mut statements = super::statement::parse(&format!("SELECT {text}"))?;
+    match *query_of(&format!("SELECT {text}"))?.body {
+        SetExpr::Select(select) => Ok(*select),
+        _ => Err(SqlError::Internal("the template is no SELECT".to_owned())),
+    }
+}
+
+/// SQL of our own making as a syntax tree.
+fn query_of(text: &str) -> Result<Box<Query>, SqlError> {
+    let mut statements = super::statement::parse(text)?;
     match statements.pop().map(|statement| *statement.ast) {
-        Some(ast::Statement::Query(query)) => match *query.body {
-            SetExpr::Select(select) => Ok(*select),
-            _ => Err(SqlError::Internal("the template is no SELECT".to_owned())),
-        },
+        Some(ast::Statement::Query(query)) => Ok(query),
         _ => Err(SqlError::Internal("the template is no query".to_owned())),
     }
 }
 
+/// `SELECT items FROM from WHERE selection`.
+pub(crate) fn select_query(
+    items: Vec<SelectItem>,
+    from: Vec<TableWithJoins>,
+    selection: Option<Expr>,
+) -> Result<Box<Query>, SqlError> {
+    let mut query = query_of("SELECT 1")?;
+    if let SetExpr::Select(select) = &mut *query.body {
+        (select.projection, select.from, select.selection) = (items, from, selection);
+    }
+    Ok(query)
+}
+
+/// Numbered names: two expressions may spell the same.
+fn numbered(exprs: impl Iterator<Item = Expr>) -> Vec<SelectItem> {
+    let item = |(at, expr): (usize, Expr)| {
+        let alias = Ident::with_quote('"', format!("{at}"));
+        SelectItem::ExprWithAlias { expr, alias }
+    };
+    exprs.enumerate().map(item).collect()
+}
+
 fn only_table(from: &TableWithJoins, what: &str, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
     refuse(&[(!from.joins.is_empty(), &format!("a join in {what}"))])?;
-    let TableFactor::Table { name, .. } = &from.relation else {
+    let TableFactor::Table { name, alias, .. } = &from.relation else {
         return Err(SqlError::unsupported(format!("{what} of anything but a table"), None));
     };
+    let renamed = alias.as_ref().is_some_and(|alias| !alias.columns.is_empty());
+    refuse(&[(renamed, &format!("other names for the columns in {what}"))])?;
     let (namespace, name) = table_name(name)?;
     Ok(find_table(env, namespace.as_deref(), &name)?.clone())
 }
@@ -273,25 +404,8 @@ fn rows_query(
 ) -> Result<ast::Statement, SqlError> {
     let keys = table.key.iter().filter_map(|id| table.column_by_id(*id));
     let keys = keys.map(|column| Expr::Identifier(Ident::with_quote('"', &column.name)));
-    let item = |(at, expr): (usize, Expr)| {
-        // Numbered names: two expressions may spell the same.
-        SelectItem::ExprWithAlias { expr, alias: Ident::with_quote('"', format!("{at}")) }
-    };
-    let mut select = select_template("1")?;
-    select.projection = keys.chain(values).enumerate().map(item).collect();
-    select.from = vec![from.clone()];
-    select.selection = selection;
-    let mut query = template_query()?;
-    *query.body = SetExpr::Select(Box::new(select));
+    let query = select_query(numbered(keys.chain(values)), vec![from.clone()], selection)?;
     Ok(ast::Statement::Query(query))
-}
-
-fn template_query() -> Result<Box<Query>, SqlError> {
-    let mut statements = super::statement::parse("SELECT 1")?;
-    match statements.pop().map(|statement| *statement.ast) {
-        Some(ast::Statement::Query(query)) => Ok(query),
-        _ => Err(SqlError::Internal("the template is no query".to_owned())),
-    }
 }
 
 /// Turns the query's rows into writes; everything it holds is counted against the memory pool.
@@ -299,36 +413,43 @@ pub(crate) struct Changes<'a> {
     env: &'a RequestEnv,
     table: Arc<Table>,
     scope: Scope,
-    action: Action,
+    action: Arc<Action>,
+    returning: Option<RowExprs>,
     writes: Vec<RowWrite>,
     /// Where in `writes` a key is: at most one write a key.
     by_key: HashMap<Vec<u8>, usize>,
     /// Rows whose key changes: taken away at once, put back when all old keys are gone.
     moved: Vec<(Vec<Value>, Vec<u8>)>,
     affected: u64,
+    uniques: Uniques,
+    /// What rows written so far have in unique indexes; kept for ON CONFLICT alone.
+    claims: HashMap<(IndexId, Vec<u8>), Vec<u8>>,
     memory: MemoryReservation,
 }
 
 impl<'a> Changes<'a> {
-    pub(crate) fn new(target: Target, env: &'a RequestEnv, runtime: &RuntimeEnv) -> Changes<'a> {
-        Changes {
+    pub(crate) fn new(target: Target, env: &'a RequestEnv, runtime: &RuntimeEnv) -> Result<Changes<'a>, SqlError> {
+        let scope = scope_of(&target.table, &env.user);
+        Ok(Changes {
             env,
-            scope: scope_of(&target.table, &env.user),
+            uniques: Uniques::new(env, &target.table, &scope)?,
+            scope,
             table: target.table,
-            action: target.action,
+            action: Arc::new(target.action),
+            returning: target.returning,
             writes: Vec::new(),
             by_key: HashMap::new(),
             moved: Vec::new(),
             affected: 0,
+            claims: HashMap::new(),
             memory: MemoryConsumer::new("change set").register(&runtime.memory_pool),
-        }
+        })
     }
 
     pub(crate) fn add(&mut self, batch: &RecordBatch) -> Result<(), SqlError> {
-        self.affected += batch.num_rows() as u64;
-        match &self.action {
-            Action::Insert(columns) => self.insert(batch, &columns.clone()),
-            Action::Update(columns) => self.update(batch, &columns.clone()),
+        match &*self.action.clone() {
+            Action::Insert(columns, on_conflict) => self.insert(batch, columns, on_conflict.as_deref()),
+            Action::Update(columns) => self.update(batch, columns),
             Action::Delete => self.delete(batch),
         }
     }
@@ -337,16 +458,35 @@ impl<'a> Changes<'a> {
         for (key, image) in std::mem::take(&mut self.moved) {
             self.put_new(&key, image)?;
         }
-        Ok(ChangeSet { writes: self.writes, affected: self.affected })
+        self.check_unique()?;
+        let returned = self.returned()?;
+        Ok(ChangeSet { writes: self.writes, affected: self.affected, returned })
     }
 
-    fn insert(&mut self, batch: &RecordBatch, columns: &[Column]) -> Result<(), SqlError> {
-        if batch.num_columns() != columns.len() {
-            let message = format!("{} values for {} columns", batch.num_columns(), columns.len());
-            return Err(SqlError::invalid("column_count", message));
+    /// RETURNING of what was inserted and updated, or deleted: the writes, because there is one for each such row. (A key
+    /// change has a second one, which takes the old row away and has no new one.)
+    fn returned(&mut self) -> Result<Option<Returned>, SqlError> {
+        let Some(returning) = &self.returning else { return Ok(None) };
+        let mut batches = Vec::new();
+        let images: Vec<&[u8]> = self.writes.iter().filter_map(|write| shown_image(&self.action, write)).collect();
+        for images in images.chunks(RETURNED_ROWS) {
+            let images = images.iter().map(|image| parse_image(image)).collect::<Result<Vec<_>, _>>()?;
+            let batch = returning.batch(&images)?;
+            self.memory.try_grow(batch.get_array_memory_size()).map_err(|error| from_datafusion(error, ""))?;
+            batches.push(batch);
         }
+        Ok(Some(Returned { columns: returning.columns.clone(), batches }))
+    }
+
+    fn insert(
+        &mut self,
+        batch: &RecordBatch,
+        columns: &[Column],
+        on_conflict: Option<&OnConflict>,
+    ) -> Result<(), SqlError> {
         let cells = cast_columns(batch.columns(), columns)?;
         let table = self.table.clone();
+        let mut rivals = Rivals::default();
         for row in 0..batch.num_rows() {
             let mut values = HashMap::with_capacity(table.columns.len());
             for (column, cells) in columns.iter().zip(&cells) {
@@ -361,9 +501,18 @@ impl<'a> Changes<'a> {
                 image.set(*id, value);
             }
             let key: Vec<Value> = table.key.iter().map(|id| values.remove(id).unwrap_or(Value::Null)).collect();
-            self.put_new(&key, image.finish())?;
+            match on_conflict {
+                Some(on_conflict) => self.put_or_resolve(on_conflict, &key, image.finish(), &mut rivals)?,
+                None => {
+                    self.put_new(&key, image.finish())?;
+                    self.affected += 1;
+                }
+            }
         }
-        Ok(())
+        match on_conflict {
+            Some(on_conflict) => self.resolve(on_conflict, &mut rivals),
+            None => Ok(()),
+        }
     }
 
     fn default(&self, column: &Column) -> Value {
@@ -387,35 +536,47 @@ impl<'a> Changes<'a> {
         let (keys, values) = batch.columns().split_at(table.key.len());
         let values = cast_columns(values, columns)?;
         for row in 0..batch.num_rows() {
-            let old_key = key_at(&table, keys, row);
-            let old = self.stored(&old_key)?;
-            let (image, ..) = ImageRef::parse(&old).map_err(|error| StoreError::Corrupt(error.to_string()))?;
-            let mut new = ImageBuilder::new(table.slots());
-            let mut new_key = old_key.clone();
-            for column in &table.columns {
-                let set = columns.iter().position(|set| set.id == column.id);
-                let value = match set {
-                    Some(at) => value_at(&values[at], row, column.ty),
-                    None => {
-                        image.value(column.id, column.ty).map_err(|error| StoreError::Corrupt(error.to_string()))?
-                    }
-                };
-                if set.is_some() {
+            let key = key_at(&table, keys, row);
+            let old = self.stored(&key)?;
+            self.replace(encode_key(&table, &key), old, columns, &values, row)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a row anew with `columns` set to row `row` of `values`. If that changes its key, the row is taken away now
+    /// and put back under the new key when all old keys are gone.
+    fn replace(
+        &mut self,
+        key: Vec<u8>,
+        old: Vec<u8>,
+        columns: &[Column],
+        values: &[ArrayRef],
+        row: usize,
+    ) -> Result<(), SqlError> {
+        let table = self.table.clone();
+        let image = parse_image(&old)?;
+        let mut new = ImageBuilder::new(table.slots());
+        let mut new_key = vec![Value::Null; table.key.len()];
+        for column in &table.columns {
+            let value = match columns.iter().position(|set| set.id == column.id) {
+                Some(at) => {
+                    let value = value_at(&values[at], row, column.ty);
                     check_null(&table, column, &value)?;
+                    value
                 }
-                if let Some(at) = table.key.iter().position(|id| *id == column.id) {
-                    new_key[at] = value.clone();
-                }
-                new.set(column.id, &value);
-            }
-            let key = encode_key(&table, &old_key);
-            if new_key == old_key {
-                self.put(key, Some(old), Some(new.finish()))?;
-            } else {
-                self.put(key, Some(old), None)?;
-                self.moved.push((new_key, new.finish()));
+                None => image.value(column.id, column.ty).map_err(|error| StoreError::Corrupt(error.to_string()))?,
+            };
+            new.set(column.id, &value);
+            if let Some(at) = table.key.iter().position(|id| *id == column.id) {
+                new_key[at] = value;
             }
         }
+        self.affected += 1;
+        if encode_key(&table, &new_key) == key {
+            return self.put(key, Some(old), Some(new.finish()));
+        }
+        self.put(key, Some(old), None)?;
+        self.moved.push((new_key, new.finish()));
         Ok(())
     }
 
@@ -425,6 +586,7 @@ impl<'a> Changes<'a> {
             let key = key_at(&table, batch.columns(), row);
             let old = self.stored(&key)?;
             self.put(encode_key(&table, &key), Some(old), None)?;
+            self.affected += 1;
         }
         Ok(())
     }
@@ -473,29 +635,34 @@ impl<'a> Changes<'a> {
     }
 
     fn duplicate(&self, key: &[Value]) -> SqlError {
-        let columns: Vec<&str> = self
-            .table
-            .key
-            .iter()
-            .filter_map(|id| self.table.column_by_id(*id))
-            .map(|column| column.name.as_str())
-            .collect();
-        let values: Vec<String> = self
-            .table
-            .key
-            .iter()
-            .zip(key)
-            .filter_map(|(id, value)| Some((self.table.column_by_id(*id)?, value)))
-            .map(|(column, value)| show_value(value, column.ty).unwrap_or_default().chars().take(80).collect())
-            .collect();
-        let message = format!(
-            "table {:?} has a row with the key ({}) = ({}) already",
-            self.table.name,
-            columns.join(", "),
-            values.join(", ")
-        );
+        let shown = show_columns(&self.table, &self.table.key, key);
+        let message = format!("table {:?} has a row with the key {shown} already", self.table.name);
         SqlError::constraint("duplicate_key", message)
     }
+}
+
+/// `(a, b) = (1, x)`, long values cut.
+pub(crate) fn show_columns(table: &Table, ids: &[u16], values: &[Value]) -> String {
+    let columns: Vec<&Column> = ids.iter().filter_map(|id| table.column_by_id(*id)).collect();
+    let names: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
+    let shown: Vec<String> = columns
+        .iter()
+        .zip(values)
+        .map(|(column, value)| show_value(value, column.ty).unwrap_or_default().chars().take(80).collect())
+        .collect();
+    format!("({}) = ({})", names.join(", "), shown.join(", "))
+}
+
+/// The row that RETURNING shows of a write, if any.
+fn shown_image<'a>(action: &Action, write: &'a RowWrite) -> Option<&'a [u8]> {
+    match action {
+        Action::Delete => write.old.as_deref(),
+        Action::Insert(..) | Action::Update(_) => write.new.as_deref(),
+    }
+}
+
+fn parse_image(image: &[u8]) -> Result<ImageRef<'_>, SqlError> {
+    ImageRef::parse(image).map(|(image, ..)| image).map_err(|error| StoreError::Corrupt(error.to_string()).into())
 }
 
 fn cast_columns(arrays: &[ArrayRef], columns: &[Column]) -> Result<Vec<ArrayRef>, SqlError> {

@@ -345,7 +345,10 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
             return Ok(());
         }
         Keyword::ALTER if second == Keyword::TABLE => return Ok(()),
-        Keyword::CREATE | Keyword::DROP if matches!(second, Keyword::TABLE | Keyword::SCHEMA) => return Ok(()),
+        Keyword::CREATE | Keyword::DROP if matches!(second, Keyword::TABLE | Keyword::SCHEMA | Keyword::INDEX) => {
+            return Ok(());
+        }
+        Keyword::CREATE if second == Keyword::UNIQUE && keyword_at(tokens, 2) == Keyword::INDEX => return Ok(()),
         Keyword::CREATE | Keyword::DROP if is_word(tokens, 1, "namespace") => {
             tokens[1].token = Token::make_keyword("SCHEMA");
             return Ok(());
@@ -431,7 +434,9 @@ mod tests {
             ("SELECT 1; set a = 1", "SET is not supported: settings belong to the server's configuration"),
             ("CREATE EXTERNAL TABLE t STORED AS CSV LOCATION 'x'", "CREATE EXTERNAL is not supported"),
             ("CREATE OR REPLACE VIEW v AS SELECT 1", "CREATE OR REPLACE is not supported"),
-            ("CREATE INDEX i ON t (a)", "CREATE INDEX is not supported"),
+            ("CREATE INDEX i ON t (a)", "ok"),
+            ("create unique index on t (a); drop index if exists i", "ok"),
+            ("CREATE UNIQUE VIEW v", "CREATE UNIQUE is not supported"),
             ("ALTER TABLE t ADD COLUMN a INT", "ok"),
             ("ALTER INDEX i RENAME TO j", "ALTER INDEX is not supported"),
             ("TRUNCATE t", "TRUNCATE is not supported: use DELETE FROM"),

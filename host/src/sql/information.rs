@@ -1,5 +1,5 @@
 //! The system tables that the catalog alone can answer: `information_schema.schemata`, `.tables` and `.columns`,
-//! `system.tables`, `.columns` and `.plugins`.
+//! `system.tables`, `.columns`, `.indexes` and `.plugins`.
 //!
 //! Everybody may read them: what there is, is no secret among a server's users; whose rows are whose, is.
 
@@ -10,7 +10,7 @@ use wire::{Type, Value};
 use super::dml::show_value;
 use super::system::{SYSTEM, SystemTable, int, optional, text};
 use super::{RequestEnv, SqlError};
-use crate::catalog::{Catalog, Column, DefaultValue, Plugin, Table};
+use crate::catalog::{Catalog, Column, DefaultValue, Index, Plugin, Table};
 use crate::config::Role;
 
 pub(crate) const INFORMATION_SCHEMA: &str = "information_schema";
@@ -33,6 +33,7 @@ pub(crate) fn system_tables() -> Vec<SystemTable> {
         of(INFORMATION_SCHEMA, "columns", COLUMNS, columns),
         of(SYSTEM, "tables", SYSTEM_TABLES, own_tables),
         of(SYSTEM, "columns", SYSTEM_COLUMNS, own_columns),
+        of(SYSTEM, "indexes", INDEXES, indexes),
         of(SYSTEM, "plugins", PLUGINS, plugins),
     ]
 }
@@ -75,6 +76,15 @@ const SYSTEM_COLUMNS: Columns = &[
     ("nullable", Type::Boolean),
     ("default", Type::Text),
     ("key_position", Type::Int),
+];
+const INDEXES: Columns = &[
+    ("namespace", Type::Text),
+    ("table_name", Type::Text),
+    ("name", Type::Text),
+    ("id", Type::BigInt),
+    ("columns", Type::Text),
+    ("unique", Type::Boolean),
+    ("state", Type::Text),
 ];
 const PLUGINS: Columns = &[
     ("namespace", Type::Text),
@@ -144,6 +154,23 @@ fn own_tables(catalog: &Catalog) -> Rows {
         ]
     };
     all_tables(catalog).map(row).collect()
+}
+
+fn indexes(catalog: &Catalog) -> Rows {
+    let row = |(table, index): (&Arc<Table>, &Arc<Index>)| {
+        let columns = index.columns.iter().filter_map(|id| table.column_by_id(*id));
+        let columns: Vec<&str> = columns.map(|column| column.name.as_str()).collect();
+        vec![
+            text(&table.namespace_name),
+            text(&table.name),
+            text(&index.name),
+            int(index.id.0),
+            text(columns.join(", ")),
+            Value::Bool(index.unique),
+            text(index.state.as_str()),
+        ]
+    };
+    all_tables(catalog).flat_map(|table| table.indexes.iter().map(move |index| (table, index))).map(row).collect()
 }
 
 fn own_columns(catalog: &Catalog) -> Rows {

@@ -1,6 +1,15 @@
-//! A live query compiled: one table, one predicate, projections, evaluated over row images.
+//! Live queries compiled. A filter and a projection over one table is *incremental* ([`LivePlan`]): evaluated over the
+//! row images of each change. Every other SELECT is run again when its tables changed ([`requery`]).
 //!
 //! Only the columns that the predicate (or the SELECT list) names are ever decoded.
+
+mod anchors;
+mod command;
+mod key;
+pub mod requery;
+
+pub use anchors::describe;
+pub use command::{LiveCommand, command};
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -16,23 +25,38 @@ use datafusion::logical_expr::utils::expr_to_columns;
 use datafusion::logical_expr::{Expr, LogicalPlan, physical_planning_context::PhysicalPlanningContext};
 use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::physical_expr::{PhysicalExpr, create_physical_expr};
-use datafusion::sql::sqlparser::ast::{self, GroupByExpr, Query, SelectItem, SetExpr, TableFactor};
+use datafusion::sql::sqlparser::ast::{self, Query, SelectItem, SetExpr};
 use sha2::{Digest, Sha256};
 use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema, batch_of, output_array, output_schema, output_type};
-use super::context::{bind, find_table, impure_function};
-use super::ddl::{fold, table_name};
+use super::context::{bind_unoptimized, impure_function};
+use super::ddl::fold;
 use super::error::from_datafusion;
 use super::planner::folding;
 use super::provider::scope_of;
 use super::range::{hull, key_ranges};
 use super::session::Engine;
 use super::statement::parse;
-use super::system::SystemTables;
 use super::{OutputColumn, RequestEnv, SqlError};
-use crate::catalog::{Table, TableKind};
+use crate::catalog::{Anchors, Table, TableKind};
 use crate::store::keys::KeyRange;
+use requery::RequeryPlan;
+
+/// A live query, as it will be kept up to date.
+pub enum Live {
+    Incremental(LivePlan),
+    Requery(RequeryPlan),
+}
+
+impl Live {
+    pub fn columns(&self) -> &[OutputColumn] {
+        match self {
+            Live::Incremental(plan) => &plan.columns,
+            Live::Requery(plan) => &plan.columns,
+        }
+    }
+}
 
 /// The compiled plan; shared by every subscription of the group.
 pub struct LivePlan {
@@ -44,6 +68,8 @@ pub struct LivePlan {
     pub fingerprint: u64,
     /// Key range that a snapshot has to scan.
     pub range: KeyRange,
+    /// Which rows can match at all, for the index in front of the groups.
+    pub anchors: Anchors,
     /// `None`: every row matches.
     predicate: Option<Compiled>,
     projection: Compiled,
@@ -107,7 +133,7 @@ impl Compiled {
     }
 }
 
-pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<LivePlan, SqlError> {
+pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<Live, SqlError> {
     let mut statements = parse(text)?;
     let (Some(statement), true) = (statements.pop(), statements.is_empty()) else {
         return Err(SqlError::invalid("syntax", "a live query is one SELECT"));
@@ -115,63 +141,39 @@ pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<L
     let ast::Statement::Query(query) = *statement.ast else {
         return Err(SqlError::unsupported("anything but SELECT as a live query", None));
     };
-    let table = only_table(&query, env)?;
-    let plan = engine.logical(ast::Statement::Query(query), env).map_err(|error| from_datafusion(error, text))?;
-    if let Some(function) = impure_function(&plan).map_err(|error| from_datafusion(error, text))? {
-        let hint = "its rows must depend on the table alone";
+    if let SetExpr::Select(select) = &*query.body {
+        unique(select.projection.iter().filter_map(item_name))?;
+    }
+    let in_text = |error| from_datafusion(error, text);
+    let sorted = is_sorted(&query);
+    let plan = engine.logical(ast::Statement::Query(query), env).map_err(in_text)?;
+    if let Some(function) = impure_function(&plan).map_err(in_text)? {
+        let hint = "its rows must depend on the tables alone";
         return Err(SqlError::unsupported(format!("{function}() in a live query"), Some(hint)));
     }
-    let plan = bind(plan, env).and_then(|plan| engine.analyze(plan));
-    let parts = Parts::of(plan.map_err(|error| from_datafusion(error, text))?)?;
-    parts.compile(engine, table, env).map_err(|error| from_datafusion(error, text))
-}
-
-fn refuse(found: &[(bool, &str)]) -> Result<(), SqlError> {
-    match found.iter().find(|(there, _)| *there) {
-        Some((_, what)) => Err(SqlError::unsupported(format!("{what} in a live query"), None)),
-        None => Ok(()),
+    let plan = bind_unoptimized(plan, env, &engine.state).and_then(|plan| engine.analyze(plan)).map_err(in_text)?;
+    let plan = if sorted { unordered(plan) } else { plan };
+    unique(plan.schema().fields().iter().map(|field| field.name().clone()))?;
+    let tables = requery::tables(&plan, env)?;
+    match (Parts::of(&plan).map_err(in_text)?, tables.as_slice()) {
+        (Some(parts), [(table, _)]) => {
+            let table = table.clone();
+            parts.compile(engine, table, env).map(Live::Incremental).map_err(in_text)
+        }
+        _ => requery::compile(engine, plan, tables, env, text).map(Live::Requery),
     }
 }
 
-/// The table of `SELECT … FROM table [WHERE …]`; everything else is refused by name.
-fn only_table(query: &Query, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
-    refuse(&[
-        (query.with.is_some(), "WITH"),
-        (query.order_by.is_some(), "ORDER BY"),
-        (query.limit_clause.is_some(), "LIMIT"),
-    ])?;
-    let select = match &*query.body {
-        SetExpr::Select(select) => select,
-        SetExpr::Query(_) => return Err(SqlError::unsupported("a bracketed query as a live query", None)),
-        SetExpr::SetOperation { op, .. } => return Err(SqlError::unsupported(format!("{op} in a live query"), None)),
-        _ => return Err(SqlError::unsupported("VALUES in a live query", None)),
-    };
-    let grouped = match &select.group_by {
-        GroupByExpr::All(_) => true,
-        GroupByExpr::Expressions(exprs, modifiers) => !exprs.is_empty() || !modifiers.is_empty(),
-    };
-    refuse(&[
-        (select.distinct.is_some(), "DISTINCT"),
-        (grouped, "GROUP BY"),
-        (select.having.is_some(), "HAVING"),
-        (select.qualify.is_some(), "QUALIFY"),
-        (!select.named_window.is_empty(), "WINDOW"),
-        (select.from.len() > 1 || select.from.iter().any(|from| !from.joins.is_empty()), "a join"),
-        (select.from.is_empty(), "SELECT without FROM"),
-    ])?;
-    unique(select.projection.iter().filter_map(item_name))?;
-    match select.from.first().map(|from| &from.relation) {
-        Some(TableFactor::Table { name, .. }) => {
-            let (namespace, name) = table_name(name)?;
-            let home = namespace.as_deref().unwrap_or(&env.namespace);
-            if SystemTables::is_home(home) {
-                let what = format!("a live query over {home}.{name}");
-                return Err(SqlError::unsupported(what, Some("it is no stored table; query it")));
-            }
-            Ok(find_table(env, namespace.as_deref(), &name)?.clone())
-        }
-        Some(TableFactor::Derived { .. }) => Err(SqlError::unsupported("a sub-query in a live query", None)),
-        _ => Err(SqlError::unsupported("anything but a table in a live query", None)),
+/// Whether the query ends in an ORDER BY that chooses no rows.
+fn is_sorted(query: &Query) -> bool {
+    query.order_by.is_some() && query.limit_clause.is_none()
+}
+
+/// Events have no order among rows, so an outermost ORDER BY without LIMIT has nothing to say.
+fn unordered(plan: LogicalPlan) -> LogicalPlan {
+    match plan {
+        LogicalPlan::Sort(sort) if sort.fetch.is_none() => sort.input.as_ref().clone(),
+        plan => plan,
     }
 }
 
@@ -182,8 +184,9 @@ struct Parts {
 }
 
 impl Parts {
-    fn of(plan: LogicalPlan) -> Result<Parts, SqlError> {
-        let LogicalPlan::Projection(projection) = plan else { return Err(shape(&plan)) };
+    /// `None`: of any other shape.
+    fn of(plan: &LogicalPlan) -> Result<Option<Parts>, DataFusionError> {
+        let LogicalPlan::Projection(projection) = plan else { return Ok(None) };
         let (predicate, mut input) = match projection.input.as_ref() {
             LogicalPlan::Filter(filter) => (Some(filter.predicate.clone()), filter.input.clone()),
             _ => (None, projection.input.clone()),
@@ -191,20 +194,17 @@ impl Parts {
         while let LogicalPlan::SubqueryAlias(alias) = input.as_ref() {
             input = alias.input.clone();
         }
-        let LogicalPlan::TableScan(_) = input.as_ref() else { return Err(shape(&input)) };
-        let parts = Parts { predicate, projection: projection.expr };
+        let LogicalPlan::TableScan(_) = input.as_ref() else { return Ok(None) };
+        let parts = Parts { predicate, projection: projection.expr.clone() };
+        let whole_rows = |expr: &Expr| {
+            Ok(matches!(expr, Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_)))
+        };
         for expr in parts.predicate.iter().chain(&parts.projection) {
-            let sub_query = |expr: &Expr| {
-                Ok(matches!(
-                    expr,
-                    Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_)
-                ))
-            };
-            if expr.exists(sub_query).map_err(|error| from_datafusion(error, ""))? {
-                return Err(SqlError::unsupported("a sub-query in a live query", None));
+            if expr.exists(whole_rows)? {
+                return Ok(None);
             }
         }
-        Ok(parts)
+        Ok(Some(parts))
     }
 
     fn compile(self, engine: &Engine, table: Arc<Table>, env: &RequestEnv) -> Result<LivePlan, DataFusionError> {
@@ -225,6 +225,7 @@ impl Parts {
             scope: scope_of(&table, &env.user),
             fingerprint: fingerprint(&table, predicate.as_ref(), &projection, &columns)?,
             range: hull(&key_ranges(&table, predicate.as_slice())),
+            anchors: anchors::of(&table, predicate.as_ref()),
             predicate: predicate.map(|predicate| Compiled::new(&table, &[predicate])).transpose()?,
             projection: compiled,
             output: output_schema(&columns),
@@ -232,18 +233,6 @@ impl Parts {
             table,
         })
     }
-}
-
-/// What the planner made of it that is no filter and projection.
-fn shape(plan: &LogicalPlan) -> SqlError {
-    let what = match plan {
-        LogicalPlan::Aggregate(_) => "an aggregate function",
-        LogicalPlan::Window(_) => "a window function",
-        LogicalPlan::Unnest(_) => "unnest",
-        LogicalPlan::Join(_) => "a join",
-        _ => "anything but a filter and a SELECT list",
-    };
-    SqlError::unsupported(format!("{what} in a live query"), None)
 }
 
 /// The name that a SELECT item says for its column, where it says one.

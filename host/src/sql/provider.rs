@@ -1,6 +1,6 @@
-//! Table providers: scans with projection, key ranges and LIMIT pushed down; rows stream from the store.
+//! Table providers: scans with projection, key or index ranges and LIMIT pushed down; rows stream from the store.
 //!
-//! A provider belongs to a table version, not to a user. Who asks, at which snapshot, travels in the task context
+//! A provider belongs to a table version and its indexes, not to a user. Who asks, at which snapshot, travels in the task context
 //! ([`RequestEnv`]) and decides the key range when the scan starts: rows of other users are never read.
 
 use std::collections::{BTreeMap, HashMap};
@@ -26,22 +26,37 @@ use tokio::sync::mpsc::Sender;
 use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema};
-use super::range::{KeyRanges, is_useful, key_ranges};
+use super::range::{KeyRanges, best_ranges, is_useful};
 use super::system::SystemTables;
 use super::{RequestEnv, SqlError};
-use crate::catalog::{Table, TableId, TableKind};
+use crate::catalog::{Index, Table, TableId, TableKind};
 use crate::store::StoreError;
 use crate::store::keys::{KeyRange, successor};
 
 /// Batches that may wait for their reader.
 const WAITING_BATCHES: usize = 2;
+/// A batch of wide rows ends before its number of rows is reached: batches on their way are not in the memory pool, and
+/// thousands of rows can be of a megabyte each.
+const BATCH_BYTES: usize = 2 << 20;
 /// Table versions whose providers are kept. Beyond that all are made anew: they are cheap.
 const CACHED_TABLES: usize = 1_024;
 
 /// Providers by table version, so that an Arrow schema is made once; and those of the system tables.
 pub(crate) struct Providers {
-    sources: Mutex<HashMap<(TableId, u32), Arc<dyn TableSource>>>,
+    sources: Mutex<HashMap<(TableId, u32), Source>>,
     pub(crate) system: SystemTables,
+}
+
+/// Made for exactly this table: another set of indexes is no other version.
+struct Source {
+    table: Arc<Table>,
+    source: Arc<dyn TableSource>,
+}
+
+impl Source {
+    fn new(table: &Arc<Table>) -> Source {
+        Source { table: table.clone(), source: provider_as_source(Arc::new(Rows::new(table.clone()))) }
+    }
 }
 
 impl Providers {
@@ -54,10 +69,11 @@ impl Providers {
         if sources.len() >= CACHED_TABLES {
             sources.clear();
         }
-        sources
-            .entry((table.id, table.schema_version))
-            .or_insert_with(|| provider_as_source(Arc::new(Rows::new(table.clone()))))
-            .clone()
+        let known = sources.entry((table.id, table.schema_version)).or_insert_with(|| Source::new(table));
+        if !Arc::ptr_eq(&known.table, table) && known.table.indexes != table.indexes {
+            *known = Source::new(table);
+        }
+        known.source.clone()
     }
 }
 
@@ -70,7 +86,7 @@ pub(crate) fn scope_of(table: &Table, user: &str) -> Scope {
 }
 
 #[derive(Debug)]
-struct Rows {
+pub(crate) struct Rows {
     table: Arc<Table>,
     columns: Vec<ColumnDecl>,
     schema: SchemaRef,
@@ -90,8 +106,8 @@ impl Rows {
                 (columns, Arc::new(self.schema.project(picked)?))
             }
         };
-        let properties = Arc::new(properties(&self.table, &columns, &schema)?);
-        let ranges = key_ranges(&self.table, filters);
+        let ranges = best_ranges(&self.table, filters);
+        let properties = Arc::new(properties(&self.table, &columns, &schema, ranges.index.is_none())?);
         // Rows that a filter above drops would count against a limit here.
         let limit = limit.filter(|_| filters.is_empty());
         Ok(ScanExec { table: self.table.clone(), columns, schema, ranges, limit, properties })
@@ -134,10 +150,10 @@ impl TableProvider for Rows {
     }
 }
 
-/// One partition, rows in key order.
-fn properties(table: &Table, columns: &[ColumnDecl], schema: &SchemaRef) -> Result<PlanProperties> {
+/// One partition; rows in key order, unless they are found through an index.
+fn properties(table: &Table, columns: &[ColumnDecl], schema: &SchemaRef, in_key_order: bool) -> Result<PlanProperties> {
     let mut order = Vec::new();
-    for id in &table.key {
+    for id in table.key.iter().filter(|_| in_key_order) {
         // The order holds for leading key columns, as far as they are read.
         let Some(at) = columns.iter().position(|column| column.id == *id) else { break };
         let column: Arc<dyn PhysicalExpr> = Arc::new(PhysicalColumn::new(&columns[at].name, at));
@@ -171,12 +187,11 @@ impl DisplayAs for ScanExec {
     fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter) -> fmt::Result {
         let columns: Vec<&str> = self.columns.iter().map(|column| column.name.as_str()).collect();
         let Table { namespace_name, name, .. } = &*self.table;
-        write!(
-            f,
-            "TableScan: {namespace_name}.{name}, keys=[{}], columns=[{}]",
-            self.ranges.shown,
-            columns.join(", ")
-        )?;
+        write!(f, "TableScan: {namespace_name}.{name}")?;
+        if let Some(index) = &self.ranges.index {
+            write!(f, ", index={}", index.name)?;
+        }
+        write!(f, ", keys=[{}], columns=[{}]", self.ranges.shown, columns.join(", "))?;
         match self.limit {
             Some(limit) => write!(f, ", limit={limit}"),
             None => Ok(()),
@@ -233,6 +248,7 @@ impl ExecutionPlan for ScanExec {
             table: self.table.clone(),
             columns: self.columns.clone(),
             schema: self.schema.clone(),
+            index: self.ranges.index.clone(),
             ranges: self.ranges.ranges.clone(),
             left: self.limit.unwrap_or(usize::MAX),
             batch_rows: config.batch_size(),
@@ -252,6 +268,8 @@ struct Scan {
     scope: Scope,
     columns: Vec<ColumnDecl>,
     schema: SchemaRef,
+    /// What the ranges are of, if not of the primary key.
+    index: Option<Arc<Index>>,
     ranges: Vec<KeyRange>,
     left: usize,
     batch_rows: usize,
@@ -269,13 +287,48 @@ impl Scan {
     fn run(mut self, batches: &Batches) -> std::result::Result<(), SqlError> {
         let capacity = self.batch_rows.min(self.left).min(1_024);
         let mut builder = RowBatchBuilder::new(&self.columns, capacity).with_schema(self.schema.clone());
-        for range in std::mem::take(&mut self.ranges) {
-            if let Wanted::Enough = self.range(range, &mut builder, batches)? {
-                break;
+        let ranges = std::mem::take(&mut self.ranges);
+        if let Some(index) = self.index.clone() {
+            self.by_index(&index, &ranges, &mut builder, batches)?;
+        } else {
+            for range in ranges {
+                if let Wanted::Enough = self.range(range, &mut builder, batches)? {
+                    break;
+                }
             }
         }
         if builder.rows() > 0 {
             send(&mut builder, batches)?;
+        }
+        Ok(())
+    }
+
+    /// Rows by ranges of an index. All uncommitted rows of the transaction come too, whatever their values: the predicate
+    /// runs above, and there are few.
+    fn by_index(
+        &mut self,
+        index: &Arc<Index>,
+        ranges: &[KeyRange],
+        builder: &mut RowBatchBuilder,
+        batches: &Batches,
+    ) -> std::result::Result<(), SqlError> {
+        let env = self.env.clone();
+        let none = BTreeMap::new();
+        let pending = env.overlay.rows.get(&(self.table.id, self.scope.clone())).unwrap_or(&none);
+        for range in ranges {
+            let mut stored = env.snapshot.scan_index(&self.table, index, &self.scope, range);
+            while let Some((key, image)) = stored.next_row()? {
+                if !pending.contains_key(key)
+                    && let Wanted::Enough = self.take(Some(image), builder, batches)?
+                {
+                    return Ok(());
+                }
+            }
+        }
+        for image in pending.values() {
+            if let Wanted::Enough = self.take(image.as_deref(), builder, batches)? {
+                return Ok(());
+            }
         }
         Ok(())
     }
@@ -329,7 +382,8 @@ impl Scan {
         let (image, ..) = ImageRef::parse(image).map_err(|error| StoreError::Corrupt(error.to_string()))?;
         builder.push(&image)?;
         self.left -= 1;
-        if builder.rows() >= self.batch_rows && !send(builder, batches)? {
+        let full = builder.rows() >= self.batch_rows || builder.bytes() >= BATCH_BYTES;
+        if full && !send(builder, batches)? {
             return Ok(Wanted::Enough);
         }
         Ok(if self.left == 0 { Wanted::Enough } else { Wanted::More })

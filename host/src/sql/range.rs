@@ -1,17 +1,20 @@
-//! Key ranges from predicates: equality on leading key columns, then a range or IN on the next one.
+//! Key ranges from predicates: equality or IN on leading columns of the key or of an index, then a range on the next one.
 //!
 //! The ranges may hold more rows than the predicate, never fewer: the predicate itself still runs above the scan.
 
 use std::ops::Bound;
+use std::sync::Arc;
 
 use datafusion::common::ScalarValue;
+use datafusion::common::tree_node::TreeNode;
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{Between, BinaryExpr, Expr, Operator};
 use uuid::Uuid;
 use wire::{Type, Value};
 
 use super::arrow::arrow_type;
-use crate::catalog::{Column, Table};
+use crate::catalog::{Column, Index, Table};
+use crate::store::index::{beyond_nulls, encode_values};
 use crate::store::keys::{KeyRange, encode_key};
 
 /// More IN values than this are read as one range from the least to the greatest.
@@ -20,8 +23,14 @@ const MAX_RANGES: usize = 1_000;
 /// What a scan reads: ranges in key order that do not overlap, and how to say so in EXPLAIN.
 #[derive(Clone, Debug)]
 pub(crate) struct KeyRanges {
+    /// The ranges are of this index's values; `None`: of the primary key.
+    pub(crate) index: Option<Arc<Index>>,
     pub(crate) ranges: Vec<KeyRange>,
     pub(crate) shown: String,
+    /// Leading columns that are said exactly.
+    exact: usize,
+    /// Whether the next one has a range.
+    ranged: bool,
 }
 
 /// What the predicate says of one key column.
@@ -35,40 +44,142 @@ struct Limits {
     below: bool,
 }
 
-/// The ranges that hold every row for which all of `filters` are true.
-pub(crate) fn key_ranges(table: &Table, filters: &[Expr]) -> KeyRanges {
-    let conjuncts: Vec<&Expr> = filters.iter().flat_map(split_conjunction).collect();
-    let mut prefixes: Vec<Vec<Value>> = vec![Vec::new()];
-    let mut shown: Vec<String> = Vec::new();
-    for id in &table.key {
-        let Some(column) = table.column_by_id(*id) else { break };
-        let limits = limits(column, &conjuncts);
-        match limits.among {
-            Some(values) if prefixes.len().saturating_mul(values.len()) <= MAX_RANGES => {
-                shown.push(format!("{} = {}", column.name, show_all(&values)));
-                prefixes = extend(&prefixes, &values);
-            }
-            _ if limits.least.is_some() || limits.most.is_some() => {
-                shown.push(show_range(column, &limits));
-                return sorted(table, prefixes.iter().map(|prefix| bounded(table, prefix, &limits)), &shown);
-            }
-            _ => break,
-        }
-    }
-    if shown.is_empty() {
-        return KeyRanges { ranges: vec![KeyRange::all()], shown: "all".to_owned() };
-    }
-    let ranges = prefixes.iter().map(|prefix| KeyRange::prefix(encode_key(table, prefix)));
-    sorted(table, ranges, &shown)
+/// The primary key or an index, as something that is read in order.
+#[derive(Clone, Copy)]
+struct Path<'a> {
+    table: &'a Table,
+    index: Option<&'a Arc<Index>>,
 }
 
-/// Whether a filter can narrow the scan at all.
+impl<'a> Path<'a> {
+    fn columns(self) -> impl Iterator<Item = &'a Column> {
+        let ids = self.index.map_or(&self.table.key, |index| &index.columns);
+        ids.iter().map_while(|id| self.table.column_by_id(*id))
+    }
+
+    fn encode(self, values: &[Value]) -> Vec<u8> {
+        match self.index {
+            None => encode_key(self.table, values),
+            Some(index) => encode_values(self.table, index, values),
+        }
+    }
+
+    /// Everything that starts with these values and may meet a comparison with the next column: NULL never does.
+    fn within(self, prefix: &[Value]) -> KeyRange {
+        let range = if prefix.is_empty() { KeyRange::all() } else { KeyRange::prefix(self.encode(prefix)) };
+        match self.index {
+            None => range,
+            Some(_) => KeyRange { start: Bound::Included(beyond_nulls(self.encode(prefix))), ..range },
+        }
+    }
+
+    fn limits(self, column: &Column, conjuncts: &[&Expr]) -> Limits {
+        // -0.0 and 0.0 compare equal but are two keys: floats in a key are left to the predicate. In an index they are one.
+        if self.index.is_none() && matches!(column.ty, Type::Real | Type::Double) {
+            return Limits::default();
+        }
+        limits(column, conjuncts)
+    }
+
+    fn ranges(self, conjuncts: &[&Expr]) -> KeyRanges {
+        let mut prefixes: Vec<Vec<Value>> = vec![Vec::new()];
+        let mut shown: Vec<String> = Vec::new();
+        for column in self.columns() {
+            let limits = self.limits(column, conjuncts);
+            match limits.among {
+                Some(values) if prefixes.len().saturating_mul(values.len()) <= MAX_RANGES => {
+                    shown.push(format!("{} = {}", column.name, show_all(&values)));
+                    prefixes = extend(&prefixes, &values);
+                }
+                _ if limits.least.is_some() || limits.most.is_some() => {
+                    let exact = shown.len();
+                    shown.push(show_range(column, &limits));
+                    let ranges = prefixes.iter().map(|prefix| self.bounded(prefix, &limits));
+                    return self.sorted(ranges, &shown, exact, true);
+                }
+                _ => break,
+            }
+        }
+        if shown.is_empty() {
+            return self.sorted([KeyRange::all()].into_iter(), &["all".to_owned()], 0, false);
+        }
+        let ranges = prefixes.iter().map(|prefix| KeyRange::prefix(self.encode(prefix)));
+        self.sorted(ranges, &shown, shown.len(), false)
+    }
+
+    fn bounded(self, prefix: &[Value], limits: &Limits) -> KeyRange {
+        let encode = |value: &Value| {
+            let mut values = prefix.to_vec();
+            values.push(value.clone());
+            self.encode(&values)
+        };
+        let within = self.within(prefix);
+        let start = limits.least.as_ref().map_or(within.start, |least| Bound::Included(encode(least)));
+        let end = match &limits.most {
+            None => within.end,
+            Some(most) if limits.below => Bound::Excluded(encode(most)),
+            Some(most) => KeyRange::prefix(encode(most)).end,
+        };
+        KeyRange { start, end }
+    }
+
+    /// In key order, each once: a scan yields its rows in key order.
+    fn sorted(self, ranges: impl Iterator<Item = KeyRange>, shown: &[String], exact: usize, ranged: bool) -> KeyRanges {
+        let start = |range: &KeyRange| match &range.start {
+            Bound::Unbounded => Vec::new(),
+            Bound::Included(bytes) | Bound::Excluded(bytes) => bytes.clone(),
+        };
+        let mut ranges: Vec<KeyRange> = ranges.filter(|range| !is_empty(range)).collect();
+        ranges.sort_by_key(start);
+        ranges.dedup_by(|a, b| start(a) == start(b));
+        KeyRanges { index: self.index.cloned(), ranges, shown: shown.join(" AND "), exact, ranged }
+    }
+
+    /// How good it is to read this way: one row a range is best; then whatever says more columns. The key comes before
+    /// an index that is as good: an index costs a lookup for every row.
+    fn rank(self, found: &KeyRanges) -> (bool, usize, bool, bool) {
+        let unique = self.index.is_none_or(|index| index.unique);
+        let single = unique && found.exact == self.columns().count();
+        (single, found.exact, found.ranged, self.index.is_none())
+    }
+}
+
+/// The ranges of the primary key that hold every row for which all of `filters` are true.
+pub(crate) fn key_ranges(table: &Table, filters: &[Expr]) -> KeyRanges {
+    let conjuncts: Vec<&Expr> = filters.iter().flat_map(split_conjunction).collect();
+    Path { table, index: None }.ranges(&conjuncts)
+}
+
+/// The same by the primary key or by one of the indexes, whichever is narrowest as far as the predicate tells.
+pub(crate) fn best_ranges(table: &Table, filters: &[Expr]) -> KeyRanges {
+    let conjuncts: Vec<&Expr> = filters.iter().flat_map(split_conjunction).collect();
+    let found = paths(table).map(|path| {
+        let ranges = path.ranges(&conjuncts);
+        (path.rank(&ranges), ranges)
+    });
+    // Of equals the last: so the key, which comes last.
+    let best = found.max_by_key(|(rank, _)| *rank);
+    best.map_or_else(|| key_ranges(table, filters), |(_, ranges)| ranges)
+}
+
+fn paths(table: &Table) -> impl Iterator<Item = Path<'_>> {
+    let ready = table.indexes.iter().filter(|index| index.is_ready());
+    ready.map(|index| Path { table, index: Some(index) }).chain([Path { table, index: None }])
+}
+
+/// Whether a filter can narrow the scan at all, perhaps only when its parameters have values.
 pub(crate) fn is_useful(table: &Table, filter: &Expr) -> bool {
-    let keys = table.key.iter().filter_map(|id| table.column_by_id(*id));
+    let symbolic = filter.exists(|expr| Ok(matches!(expr, Expr::Placeholder(_)))).unwrap_or(false);
+    let named = |column: &Column| filter.column_refs().iter().any(|found| found.name == column.name);
+    if symbolic && paths(table).any(|path| path.columns().any(named)) {
+        return true;
+    }
     split_conjunction(filter).into_iter().any(|conjunct| {
-        keys.clone().any(|column| {
-            let limits = limits(column, &[conjunct]);
-            limits.among.is_some() || limits.least.is_some() || limits.most.is_some()
+        paths(table).any(|path| {
+            path.columns().any(|column| {
+                let limits = path.limits(column, &[conjunct]);
+                limits.among.is_some() || limits.least.is_some() || limits.most.is_some()
+            })
         })
     })
 }
@@ -91,50 +202,19 @@ fn extend(prefixes: &[Vec<Value>], values: &[Value]) -> Vec<Vec<Value>> {
     prefixes.iter().flat_map(|prefix| values.iter().map(move |value| with(prefix, value))).collect()
 }
 
-fn bounded(table: &Table, prefix: &[Value], limits: &Limits) -> KeyRange {
-    let encode = |value: &Value| {
-        let mut values = prefix.to_vec();
-        values.push(value.clone());
-        encode_key(table, &values)
-    };
-    let within = if prefix.is_empty() { KeyRange::all() } else { KeyRange::prefix(encode_key(table, prefix)) };
-    let start = limits.least.as_ref().map_or(within.start, |least| Bound::Included(encode(least)));
-    let end = match &limits.most {
-        None => within.end,
-        Some(most) if limits.below => Bound::Excluded(encode(most)),
-        Some(most) => KeyRange::prefix(encode(most)).end,
-    };
-    KeyRange { start, end }
-}
-
-/// In key order, each once: a scan yields its rows in key order.
-fn sorted(table: &Table, ranges: impl Iterator<Item = KeyRange>, shown: &[String]) -> KeyRanges {
-    let start = |range: &KeyRange| match &range.start {
-        Bound::Unbounded => Vec::new(),
-        Bound::Included(bytes) | Bound::Excluded(bytes) => bytes.clone(),
-    };
-    let mut ranges: Vec<KeyRange> = ranges.filter(|range| !is_empty(range)).collect();
-    ranges.sort_by_key(start);
-    ranges.dedup_by(|a, b| start(a) == start(b));
-    debug_assert!(!table.key.is_empty());
-    KeyRanges { ranges, shown: shown.join(" AND ") }
-}
-
-/// Upside down, as of `id > 5 AND id < 3`.
+/// Upside down, as of `id > 5 AND id < 3`. An included end takes in every longer key that starts with it.
 fn is_empty(range: &KeyRange) -> bool {
     match (&range.start, &range.end) {
-        (Bound::Included(start), Bound::Included(end)) => start > end,
-        (Bound::Included(start) | Bound::Excluded(start), Bound::Included(end) | Bound::Excluded(end)) => start >= end,
+        (Bound::Included(start) | Bound::Excluded(start), Bound::Included(end)) => {
+            start > end && !start.starts_with(end)
+        }
+        (Bound::Included(start) | Bound::Excluded(start), Bound::Excluded(end)) => start >= end,
         _ => false,
     }
 }
 
 fn limits(column: &Column, conjuncts: &[&Expr]) -> Limits {
     let mut limits = Limits::default();
-    // -0.0 and 0.0 compare equal but are two keys: floats are left to the predicate.
-    if matches!(column.ty, Type::Real | Type::Double) {
-        return limits;
-    }
     for conjunct in conjuncts {
         match conjunct {
             // The optimizer writes short IN lists as OR.
@@ -214,7 +294,7 @@ fn is_column(expr: &Expr, column: &Column) -> bool {
 }
 
 /// A constant that compares with the column exactly as its key value does.
-fn literal(expr: &Expr, column: &Column) -> Option<Value> {
+pub(crate) fn literal(expr: &Expr, column: &Column) -> Option<Value> {
     let Expr::Literal(value, _) = expr else { return None };
     if value.is_null() || !matches!(column.ty, Type::Text | Type::Uuid) && value.data_type() != arrow_type(column.ty) {
         return None;
@@ -224,6 +304,9 @@ fn literal(expr: &Expr, column: &Column) -> Option<Value> {
         (ScalarValue::Int16(Some(v)), _) => Some(Value::Int((*v).into())),
         (ScalarValue::Int32(Some(v)), Type::Int) => Some(Value::Int((*v).into())),
         (ScalarValue::Int64(Some(v)), _) => Some(Value::Int(*v)),
+        // NaN compares with nothing as its place among the values would say.
+        (ScalarValue::Float32(Some(v)), Type::Real) if !v.is_nan() => Some(Value::Float((*v).into())),
+        (ScalarValue::Float64(Some(v)), Type::Double) if !v.is_nan() => Some(Value::Float(*v)),
         (ScalarValue::Decimal128(Some(v), ..), _) => Some(Value::Decimal(*v)),
         (ScalarValue::Binary(Some(v)), Type::Bytea) => Some(Value::Bytes(v.clone())),
         (ScalarValue::Date32(Some(v)), Type::Date) => Some(Value::Int((*v).into())),

@@ -31,12 +31,16 @@ fn parse_gated(text: &str, gated: Gated) -> Result<Vec<Statement>, SqlError> {
     let dialect = GenericDialect {};
     let mut parser = Parser::new(&dialect).with_recursion_limit(PARSER_DEPTH).with_tokens_with_locations(gated.tokens);
     let statements = parser.parse_statements().map_err(|error| from_parser(error, text))?;
-    let text: Arc<str> = text.into();
-    statements.into_iter().map(|statement| classify(statement, &text)).collect()
+    let (text, small): (Arc<str>, bool) = (text.into(), gated.small);
+    let classified = statements.into_iter().enumerate().map(|(index, statement)| {
+        let kind = classify(&statement, &text)?;
+        Ok(Statement { kind, ast: Box::new(statement), text: text.clone(), index, small })
+    });
+    classified.collect()
 }
 
-fn classify(statement: ast::Statement, text: &Arc<str>) -> Result<Statement, SqlError> {
-    let kind = match &statement {
+fn classify(statement: &ast::Statement, text: &Arc<str>) -> Result<StatementKind, SqlError> {
+    let kind = match statement {
         ast::Statement::Query(_) => StatementKind::Query,
         ast::Statement::ShowTables { terse, history, extended, full, external, show_options } => {
             let words = *terse || *history || *extended || *full || *external;
@@ -74,6 +78,7 @@ fn classify(statement: ast::Statement, text: &Arc<str>) -> Result<Statement, Sql
         }
         ast::Statement::Insert(_) | ast::Statement::Update(_) | ast::Statement::Delete(_) => StatementKind::Dml,
         ast::Statement::CreateTable(_)
+        | ast::Statement::CreateIndex(_)
         | ast::Statement::CreateSchema { .. }
         | ast::Statement::AlterTable(_)
         | ast::Statement::Drop { .. } => StatementKind::Ddl,
@@ -85,7 +90,7 @@ fn classify(statement: ast::Statement, text: &Arc<str>) -> Result<Statement, Sql
     if let ControlFlow::Break(error) = statement.visit(&mut Unsupported { text }) {
         return Err(error);
     }
-    Ok(Statement { kind, ast: Box::new(statement), text: text.clone() })
+    Ok(kind)
 }
 
 /// Walks a statement for clauses that would be ignored, table functions, and placeholders that are not `$1`.

@@ -25,14 +25,15 @@ use tokio::sync::oneshot;
 use wire::frame::ChangeMeta;
 use wire::{FrameBuilder, FrameError, Kind, Scope};
 
+use super::index::{EntryChange, Piece, PieceEntry, entry_change};
 use super::keys::row_prefix;
 use super::meta::{self, Mark, State};
 use super::recent::RecentWrites;
 use super::{
-    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, Seq, StoreError, Transaction,
-    ddl, family, high_water, open, receipts, retention, row_family, rows, synced,
+    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, RowWrite, Seq, StoreError,
+    Transaction, ddl, family, high_water, open, receipts, retention, row_family, rows, synced,
 };
-use crate::catalog::{Catalog, Table, TableKind};
+use crate::catalog::{Catalog, IndexState, Table, TableKind};
 
 /// Transactions written together at most: the first of them waits for the last to be checked.
 const GROUP_TRANSACTIONS: usize = 1024;
@@ -53,9 +54,15 @@ const ROOM_COMMITS: u64 = 4;
 type Answer = Result<Seq, CommitError>;
 
 struct Waiting {
-    transaction: Transaction,
+    work: Work,
     bytes: usize,
     answer: oneshot::Sender<Answer>,
+}
+
+enum Work {
+    Transaction(Transaction),
+    /// Entries for an index that is being built: derived from what is committed, so no commit of its own.
+    Piece(Piece),
 }
 
 /// The transactions on their way to the committer, and the thread's handle.
@@ -93,16 +100,29 @@ impl Queue {
 
     pub fn push(&self, transaction: Transaction) -> Result<oneshot::Receiver<Answer>, CommitError> {
         let bytes = weight(&transaction);
+        self.push_work(Work::Transaction(transaction), bytes)
+    }
+
+    pub fn push_piece(&self, piece: Piece) -> Result<oneshot::Receiver<Answer>, CommitError> {
+        let bytes = piece.entries.iter().map(|entry| entry.row.len() + entry.entry.len() + 48).sum();
+        self.push_work(Work::Piece(piece), bytes)
+    }
+
+    fn push_work(&self, work: Work, bytes: usize) -> Result<oneshot::Receiver<Answer>, CommitError> {
         let (answer, outcome) = oneshot::channel();
         let sender = locked(&self.sender);
         let Some(sender) = sender.as_ref() else { return Err(self.inner.refusal().into()) };
-        // One transaction may always wait, however large: its bytes exist already.
+        // One transaction may always wait, however large: its bytes exist already. So may a piece: it is small, and a
+        // build has one at a time.
         let waiting = self.waiting_bytes.load(Ordering::Relaxed);
-        if waiting > 0 && waiting + bytes > QUEUE_COMMITS * self.inner.max_commit_bytes {
+        if matches!(work, Work::Transaction(_))
+            && waiting > 0
+            && waiting + bytes > QUEUE_COMMITS * self.inner.max_commit_bytes
+        {
             return Err(CommitError::Busy);
         }
         self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
-        sender.try_send(Waiting { transaction, bytes, answer }).map_err(|error| {
+        sender.try_send(Waiting { work, bytes, answer }).map_err(|error| {
             self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
             match error {
                 TrySendError::Full(_) => CommitError::Busy,
@@ -170,6 +190,8 @@ struct Group {
     /// Of the last commit in it.
     seq: Seq,
     commits: Vec<Arc<Commit>>,
+    /// Whether there is anything else in it.
+    pieces: bool,
     /// In the order they came, commits and refusals.
     answers: Vec<(oneshot::Sender<Answer>, Answer)>,
     catalog: Arc<Catalog>,
@@ -201,6 +223,10 @@ struct StagedRow {
     /// `None`: the row goes.
     stored: Option<Vec<u8>>,
     hash: u64,
+    /// What it does to the table's indexes.
+    entries: Vec<EntryChange>,
+    /// The hashes of the values it claims in unique ones.
+    claims: Vec<u64>,
 }
 
 impl Committer {
@@ -230,6 +256,7 @@ impl Committer {
                 batch: WriteBatch::default(),
                 seq: self.inner.applied(),
                 commits: Vec::new(),
+                pieces: false,
                 answers: Vec::new(),
                 catalog: self.catalog.clone(),
                 receipts: false,
@@ -282,7 +309,10 @@ impl Committer {
         self.waiting_bytes.fetch_sub(waiting.bytes, Ordering::Relaxed);
         let answer = match refused {
             Some(refused) => Err(refused(&self.inner).into()),
-            None => self.add(group, &waiting.transaction),
+            None => match &waiting.work {
+                Work::Transaction(transaction) => self.add(group, transaction),
+                Work::Piece(piece) => self.add_piece(group, piece),
+            },
         };
         group.answers.push((waiting.answer, answer));
     }
@@ -303,7 +333,17 @@ impl Committer {
                 Some(stored) => group.batch.put_cf(family, &row.key, stored),
                 None => group.batch.delete_cf(family, &row.key),
             }
-            self.recent.record(row.hash, seq);
+            for change in &row.entries {
+                if let Some(entry) = &change.delete {
+                    group.batch.delete_cf(family, entry);
+                }
+                if let Some(entry) = &change.put {
+                    group.batch.put_cf(family, entry, b"");
+                }
+            }
+            for hash in row.claims.iter().chain([&row.hash]) {
+                self.recent.record(*hash, seq);
+            }
         }
         let default = family(&self.inner.db, DEFAULT_FAMILY);
         group.batch.put_cf(default, meta::log_key(transaction.namespace, seq), &staged.frame);
@@ -324,6 +364,27 @@ impl Committer {
             catalog: staged.catalog.map(|catalog| catalog.after),
         }));
         Ok(seq)
+    }
+
+    /// Adds what an index that is being built lacks. Rows that were written since the piece was read are left out: the
+    /// index was there for their writers already.
+    fn add_piece(&mut self, group: &mut Group, piece: &Piece) -> Answer {
+        if self.recent.too_old(piece.base) {
+            return Err(CommitError::Stale);
+        }
+        let table = group.catalog.table_by_id(piece.table);
+        let index = table.and_then(|table| table.indexes.iter().find(|index| index.id == piece.index));
+        let (Some(table), Some(IndexState::Building)) = (table, index.map(|index| index.state)) else {
+            return Err(CommitError::Invalid("the index is not being built any more".to_owned()));
+        };
+        let family = row_family(&self.inner.db, table.kind);
+        for PieceEntry { row, entry } in &piece.entries {
+            if !self.recent.written_after(self.recent.hash(row), piece.base) {
+                group.batch.put_cf(family, entry, b"");
+                group.pieces = true;
+            }
+        }
+        Ok(piece.base)
     }
 
     /// Checks a transaction and builds its frame. `None`: it changes nothing.
@@ -393,10 +454,36 @@ impl Committer {
             self.check_size(frame.len())?;
             let expires = table.expires(self.committed_at);
             let stored = write.new.as_deref().map(|image| rows::encode_row(table, image, expires)).transpose()?;
-            rows.push(StagedRow { kind: table.kind, key, stored, hash });
+            let (entries, claims) = self.stage_entries(transaction.base, write, &key)?;
+            rows.push(StagedRow { kind: table.kind, key, stored, hash, entries, claims });
         }
         debug_assert!(distinct(&rows), "a transaction has at most one change for a key: its net effect");
         Ok(rows)
+    }
+
+    /// What a change does to the table's indexes. Values that a unique one must have once were looked for at the
+    /// transaction's snapshot: whoever claimed them since comes first.
+    fn stage_entries(
+        &self,
+        base: Seq,
+        write: &RowWrite,
+        stored_key: &[u8],
+    ) -> Result<(Vec<EntryChange>, Vec<u64>), CommitError> {
+        let (mut entries, mut claims) = (Vec::new(), Vec::new());
+        let prefix = &stored_key[..stored_key.len() - write.key.len()];
+        for index in &write.table.indexes {
+            let (old, new) = (write.old.as_deref(), write.new.as_deref());
+            let Some(change) = entry_change(&write.table, index, prefix, &write.key, old, new)? else { continue };
+            if let Some(claim) = &change.claim {
+                let hash = self.recent.hash(claim);
+                if self.recent.written_after(hash, base) {
+                    return Err(CommitError::Stale);
+                }
+                claims.push(hash);
+            }
+            entries.push(change);
+        }
+        Ok((entries, claims))
     }
 
     /// Nobody has written the key since it was read, or this would not be asked: what is stored is what was read.
@@ -414,7 +501,7 @@ impl Committer {
     }
 
     fn finish(&mut self, mut group: Group) {
-        if !group.commits.is_empty()
+        if (!group.commits.is_empty() || group.pieces)
             && let Err(error) = self.write(&mut group)
         {
             // Whether any of it is on disk is not known, and refusals were decided against it: all hear of the failure.
@@ -535,7 +622,8 @@ fn check_table(catalog: &Catalog, transaction: &Transaction, table: &Table) -> R
         return Err(CommitError::Invalid(format!("{}.{} is not in its namespace", table.namespace_name, table.name)));
     }
     match catalog.table_by_id(table.id) {
-        Some(current) if current.schema_version == table.schema_version => Ok(()),
+        // The very set of indexes, too: a row must have its entry in each, and be held to those that are unique.
+        Some(current) if current.schema_version == table.schema_version && current.indexes == table.indexes => Ok(()),
         _ => Err(CommitError::Stale),
     }
 }

@@ -8,7 +8,7 @@ use wire::{CatalogEvent, FrameBuilder};
 
 use super::keys::{successor, table_prefix};
 use super::{CatalogWrite, CommitError, DEFAULT_FAMILY, StoreError, Transaction, family, meta, row_family};
-use crate::catalog::{Catalog, Plugin, Table, TableId, TableKind};
+use crate::catalog::{Catalog, Index, Plugin, Table, TableId, TableKind};
 
 /// Key and value in the `default` family.
 type Record = (Vec<u8>, Vec<u8>);
@@ -59,8 +59,8 @@ fn check_catalog_write(catalog: &Catalog, write: &CatalogWrite) -> Result<(), Co
     if fine { Ok(()) } else { Err(CommitError::Invalid(format!("the catalog does not admit {}", describe(write)))) }
 }
 
-/// A new table has a new id; another version of a table stays in its place and has a higher schema version. Either
-/// way the name is its own or free.
+/// A new table has a new id; another version of a table stays in its place and has a higher schema version, or other
+/// indexes and nothing else. Either way the name is its own or free.
 fn admits_table(catalog: &Catalog, table: &Table) -> bool {
     let name = catalog.table(&table.namespace_name, &table.name);
     let id = match catalog.table_by_id(table.id) {
@@ -69,13 +69,33 @@ fn admits_table(catalog: &Catalog, table: &Table) -> bool {
                 && found.kind == table.kind
                 && found.key == table.key
                 && found.ttl_micros == table.ttl_micros
-                && found.schema_version < table.schema_version
+                && (found.schema_version < table.schema_version || same_rows(found, table))
                 && found.next_column <= table.next_column
         }
         None => table.id.0 >= catalog.next_table,
     };
     let ttl = (table.kind == TableKind::Stream) == table.ttl_micros.is_some();
-    id && ttl && name.is_none_or(|found| found.id == table.id) && table.slots() <= table.next_column
+    let place = id && ttl && name.is_none_or(|found| found.id == table.id) && table.slots() <= table.next_column;
+    place && table.indexes.iter().all(|index| admits_index(catalog, table, index))
+}
+
+/// Whether two versions of a table differ in nothing but their indexes.
+fn same_rows(one: &Table, other: &Table) -> bool {
+    *one == Table { indexes: one.indexes.clone(), ..other.clone() }
+}
+
+/// A new index has a new id; one that was there keeps what it indexes. Either way its columns are there, and its entries
+/// stay as long as its rows: those of a stream table go by themselves.
+fn admits_index(catalog: &Catalog, table: &Table, index: &Index) -> bool {
+    let before = catalog.table_by_id(table.id).and_then(|table| table.indexes.iter().find(|old| old.id == index.id));
+    let identity = match before {
+        Some(before) => *index == Index { state: index.state, name: index.name.clone(), ..Index::clone(before) },
+        None => index.id.0 >= catalog.next_table && index.id.0 != table.id.0,
+    };
+    identity
+        && table.kind != TableKind::Stream
+        && !index.columns.is_empty()
+        && index.columns.iter().all(|id| table.column_by_id(*id).is_some())
 }
 
 fn describe(write: &CatalogWrite) -> String {
@@ -105,10 +125,12 @@ fn catalog_events(before: &Catalog, write: &CatalogWrite, frame: &mut FrameBuild
         }
         CatalogWrite::PutTable(table) => {
             let (table, schema_version) = (table.id.0, table.schema_version);
-            frame.catalog(match before.table_by_id(TableId(table)) {
-                None => CatalogEvent::TableCreated { table },
-                Some(_) => CatalogEvent::TableAltered { table, schema_version },
-            });
+            match before.table_by_id(TableId(table)) {
+                None => frame.catalog(CatalogEvent::TableCreated { table }),
+                // Other indexes are no affair of those who follow its rows.
+                Some(before) if before.schema_version == schema_version => {}
+                Some(_) => frame.catalog(CatalogEvent::TableAltered { table, schema_version }),
+            }
         }
         CatalogWrite::DropTable(id) => frame.catalog(CatalogEvent::TableDropped { table: id.0 }),
         CatalogWrite::PutPlugin { plugin, .. } => {
@@ -143,10 +165,23 @@ fn catalog_records(transaction: &Transaction, after: &Catalog) -> Result<Vec<Rec
             _ => {}
         }
     }
+    for table in put_tables(transaction, after) {
+        for index in &table.indexes {
+            records.push((meta::index_key(index.id), meta::encode_index(table.id, index)?));
+        }
+    }
     Ok(records)
 }
 
-/// Removes the records and rows of everything that `before` has and `after` has not.
+/// The tables that the transaction put, as they are after it.
+fn put_tables<'a>(transaction: &'a Transaction, after: &'a Catalog) -> impl Iterator<Item = &'a Arc<Table>> {
+    transaction.catalog.iter().filter_map(|write| match write {
+        CatalogWrite::PutTable(table) => after.table_by_id(table.id),
+        _ => None,
+    })
+}
+
+/// Removes the records, rows and index entries of everything that `before` has and `after` has not.
 pub(super) fn delete_dropped(db: &DB, batch: &mut WriteBatch, before: &Catalog, after: &Catalog) {
     let default = family(db, DEFAULT_FAMILY);
     for namespace in before.namespaces() {
@@ -156,9 +191,16 @@ pub(super) fn delete_dropped(db: &DB, batch: &mut WriteBatch, before: &Catalog, 
                 batch.delete_cf(default, meta::retired_key(namespace.id, name));
             }
         }
-        for table in namespace.tables.values().filter(|table| after.table_by_id(table.id).is_none()) {
-            batch.delete_cf(default, meta::table_key(table.id));
-            delete_rows(db, batch, table);
+        for table in namespace.tables.values() {
+            let kept = after.table_by_id(table.id);
+            if kept.is_none() {
+                batch.delete_cf(default, meta::table_key(table.id));
+                delete_ids(db, batch, table, table.id);
+            }
+            let is_kept = |index: &Index| kept.is_some_and(|kept| kept.indexes.iter().any(|kept| kept.id == index.id));
+            for index in table.indexes.iter().filter(|index| !is_kept(index)) {
+                delete_index(db, batch, table, index);
+            }
         }
     }
     for plugin in plugins(before) {
@@ -180,9 +222,15 @@ fn same_plugin(a: &Plugin, b: &Plugin) -> bool {
     (a.namespace, a.version, &a.name) == (b.namespace, b.version, &b.name)
 }
 
-/// One range for the rows of all users.
-fn delete_rows(db: &DB, batch: &mut WriteBatch, table: &Table) {
-    let from = table_prefix(table.namespace, table.id);
+/// The record of an index, and its entries.
+pub(super) fn delete_index(db: &DB, batch: &mut WriteBatch, table: &Table, index: &Index) {
+    batch.delete_cf(family(db, DEFAULT_FAMILY), meta::index_key(index.id));
+    delete_ids(db, batch, table, TableId(index.id.0));
+}
+
+/// One range for the rows (or entries) of all users.
+fn delete_ids(db: &DB, batch: &mut WriteBatch, table: &Table, id: TableId) {
+    let from = table_prefix(table.namespace, id);
     if let Some(to) = successor(&from) {
         batch.delete_range_cf(row_family(db, table.kind), from, to);
     }

@@ -4,7 +4,7 @@ use wire::abi::{ColumnType, ManifestLine, ParamType};
 use wire::{ImageBuilder, Type, Value};
 
 use super::*;
-use crate::catalog::{Column, PluginKind};
+use crate::catalog::{Column, Index, IndexId, IndexState, PluginKind};
 
 pub const MAIN: NamespaceId = NamespaceId(1);
 
@@ -28,6 +28,7 @@ pub fn table(id: u32) -> Table {
         ],
         key: vec![0],
         generated_key: false,
+        indexes: Vec::new(),
         next_column: 3,
         images_since: 1,
         ttl_micros: None,
@@ -43,6 +44,12 @@ pub const TTL_MICROS: i64 = 3_600_000_000;
 
 pub fn stream_table(id: u32) -> Table {
     Table { kind: TableKind::Stream, ttl_micros: Some(TTL_MICROS), ..table(id) }
+}
+
+/// `i{id}` over these columns, in use.
+pub fn index(id: u32, columns: &[u16], unique: bool) -> Arc<Index> {
+    let name = format!("i{id}");
+    Arc::new(Index { id: IndexId(id), name, columns: columns.to_vec(), unique, state: IndexState::Ready })
 }
 
 pub fn table_with_key(id: u32, types: &[Type]) -> Table {

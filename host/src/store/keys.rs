@@ -139,7 +139,7 @@ fn after(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// `None`: the value is NULL or of another kind.
-fn put_value(out: &mut Vec<u8>, kind: Kind, value: &Value) -> Option<()> {
+pub(super) fn put_value(out: &mut Vec<u8>, kind: Kind, value: &Value) -> Option<()> {
     match (kind, value) {
         (Kind::Bool, Value::Bool(v)) => out.push(u8::from(*v)),
         (Kind::Int, Value::Int(v)) => out.extend_from_slice(&(*v as u64 ^ 1 << 63).to_be_bytes()),
@@ -151,6 +151,17 @@ fn put_value(out: &mut Vec<u8>, kind: Kind, value: &Value) -> Option<()> {
         _ => return None,
     }
     Some(())
+}
+
+/// How many bytes a value of this kind has at the beginning of `bytes`; `None` if they end before it does.
+pub(super) fn value_len(kind: Kind, bytes: &[u8]) -> Option<usize> {
+    let len = match kind {
+        Kind::Bool => 1,
+        Kind::Int | Kind::Float => 8,
+        Kind::Decimal | Kind::Uuid => 16,
+        Kind::Text | Kind::Bytes => bytes.windows(2).position(|pair| pair == [ESCAPE, END])? + 2,
+    };
+    (len <= bytes.len()).then_some(len)
 }
 
 fn float_order(value: f64) -> u64 {
@@ -214,6 +225,11 @@ mod tests {
             .prop_map(|(a, b, c, d, e, f, g)| vec![a, b, c, d, e, f, g])
     }
 
+    /// The length of a whole key, value by value.
+    fn measured(table: &Table, key: &[u8]) -> Option<usize> {
+        table.columns.iter().try_fold(0, |at, column| Some(at + value_len(column.ty.kind(), &key[at..])?))
+    }
+
     fn order(a: &Value, b: &Value) -> Ordering {
         match (a, b) {
             (Value::Bool(a), Value::Bool(b)) => a.cmp(b),
@@ -238,6 +254,7 @@ mod tests {
             let table = wide();
             let (x, y) = (encode_key(&table, &a), encode_key(&table, &b));
             prop_assert_eq!(x.cmp(&y), key_order(&a, &b));
+            prop_assert_eq!(measured(&table, &x), Some(x.len()));
             // No key is the beginning of another.
             prop_assert!(x == y || !(x.starts_with(&y) || y.starts_with(&x)));
         }

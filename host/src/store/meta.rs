@@ -10,6 +10,7 @@
 //! m/catalog              next ids
 //! n/{namespace u32}      a namespace
 //! t/{table u32}          a table
+//! i/{index u32}          an index
 //! p/{namespace u32}{version u32}{name}   one version of a plugin
 //! w/{sha256}             the bytes of a plugin
 //! v/{namespace u32}{name}                the highest version of a deleted plugin
@@ -34,7 +35,10 @@ use wire::abi::ManifestLine;
 use wire::{Type, Value};
 
 use super::{Seq, StoreError};
-use crate::catalog::{Catalog, Column, DefaultValue, NamespaceId, Plugin, PluginKind, Table, TableId, TableKind};
+use crate::catalog::{
+    Catalog, Column, DefaultValue, Index, IndexId, IndexState, NamespaceId, Plugin, PluginKind, Table, TableId,
+    TableKind,
+};
 
 /// The store format this build writes, and the newest it reads. 1 had no altered tables; a directory of format 1 is
 /// taken over as it is and marked as 2, so that an older build, which would misread it from then on, refuses it.
@@ -49,6 +53,7 @@ pub(super) const FLOOR_KEY: &[u8] = b"m/floor";
 pub(super) const CATALOG_KEY: &[u8] = b"m/catalog";
 pub(super) const NAMESPACES: &[u8] = b"n/";
 pub(super) const TABLES: &[u8] = b"t/";
+pub(super) const INDEXES: &[u8] = b"i/";
 pub(super) const PLUGINS: &[u8] = b"p/";
 pub(super) const RETIRED: &[u8] = b"v/";
 pub(super) const LOGS: &[u8] = b"l/";
@@ -64,6 +69,10 @@ pub(super) fn namespace_key(id: NamespaceId) -> Vec<u8> {
 
 pub(super) fn table_key(id: TableId) -> Vec<u8> {
     [TABLES, &id.0.to_be_bytes()].concat()
+}
+
+pub(super) fn index_key(id: IndexId) -> Vec<u8> {
+    [INDEXES, &id.0.to_be_bytes()].concat()
 }
 
 /// The name comes last, so that no name can be mistaken for another with something behind it.
@@ -217,6 +226,23 @@ struct StreamRecord {
 }
 
 #[derive(Serialize, Deserialize)]
+struct IndexRecord {
+    id: u32,
+    table: u32,
+    name: String,
+    columns: Vec<u16>,
+    unique: bool,
+    state: IndexStateRecord,
+}
+
+#[derive(Serialize, Deserialize)]
+enum IndexStateRecord {
+    Building,
+    Verifying,
+    Ready,
+}
+
+#[derive(Serialize, Deserialize)]
 enum TableKindRecord {
     Shared,
     User,
@@ -312,6 +338,21 @@ pub(super) fn encode_table(table: &Table) -> Result<Vec<u8>, StoreError> {
     encode_to(&StreamRecord { ttl_micros: table.ttl_micros }, out)
 }
 
+pub(super) fn encode_index(table: TableId, index: &Index) -> Result<Vec<u8>, StoreError> {
+    encode(&IndexRecord {
+        id: index.id.0,
+        table: table.0,
+        name: index.name.clone(),
+        columns: index.columns.clone(),
+        unique: index.unique,
+        state: match index.state {
+            IndexState::Building => IndexStateRecord::Building,
+            IndexState::Verifying => IndexStateRecord::Verifying,
+            IndexState::Ready => IndexStateRecord::Ready,
+        },
+    })
+}
+
 pub(super) fn encode_plugin(plugin: &Plugin) -> Result<Vec<u8>, StoreError> {
     let manifest = plugin.manifest.iter().map(serde_json::to_string).collect::<Result<_, _>>();
     encode(&PluginRecord {
@@ -337,7 +378,7 @@ pub(super) fn encode_retired(namespace: NamespaceId, name: &str, version: u32) -
     encode(&RetiredRecord { namespace: namespace.0, name: name.to_owned(), version })
 }
 
-/// The catalog out of its records, given in this order: namespaces, tables, plugins, deleted plugins.
+/// The catalog out of its records, given in this order: namespaces, tables, indexes, plugins, deleted plugins.
 pub(super) struct CatalogLoader {
     catalog: Catalog,
 }
@@ -385,10 +426,33 @@ impl CatalogLoader {
             columns: columns.collect(),
             key: record.key,
             generated_key: record.generated_key,
+            indexes: Vec::new(),
             next_column: past.next_column,
             images_since: past.images_since,
             ttl_micros: stream.ttl_micros,
         };
+        self.catalog.put_table(Arc::new(table));
+        Ok(())
+    }
+
+    pub fn index(&mut self, record: &[u8]) -> Result<(), StoreError> {
+        let record: IndexRecord = decode("index", record)?;
+        let Some(table) = self.catalog.table_by_id(TableId(record.table)) else {
+            let message = format!("index {} is of table {}, which does not exist", record.name, record.table);
+            return Err(StoreError::Corrupt(message));
+        };
+        let mut table = Table::clone(table);
+        table.indexes.push(Arc::new(Index {
+            id: IndexId(record.id),
+            name: record.name,
+            columns: record.columns,
+            unique: record.unique,
+            state: match record.state {
+                IndexStateRecord::Building => IndexState::Building,
+                IndexStateRecord::Verifying => IndexState::Verifying,
+                IndexStateRecord::Ready => IndexState::Ready,
+            },
+        }));
         self.catalog.put_table(Arc::new(table));
         Ok(())
     }
@@ -486,6 +550,7 @@ mod tests {
     fn the_keys_are_pinned() {
         assert_eq!(namespace_key(NamespaceId(1)), b"n/\0\0\0\x01");
         assert_eq!(table_key(TableId(0x102)), b"t/\0\0\x01\x02");
+        assert_eq!(index_key(IndexId(0x102)), b"i/\0\0\x01\x02");
         assert_eq!(plugin_key(NamespaceId(1), 2, "late"), b"p/\0\0\0\x01\0\0\0\x02late");
         assert_eq!(retired_key(NamespaceId(1), "late"), b"v/\0\0\0\x01late");
         assert_eq!(wasm_key("ab"), b"w/ab");
@@ -537,6 +602,13 @@ mod tests {
     }
 
     #[test]
+    fn an_index_record_is_pinned() {
+        let index = fixtures::index(5, &[2, 1], true);
+        // Version, id, table, name, columns, unique, ready.
+        assert_eq!(encode_index(TableId(2), &index).unwrap(), [1, 5, 2, 2, b'i', b'5', 2, 2, 1, 1, 2]);
+    }
+
+    #[test]
     fn a_table_record_of_version_1_is_read() {
         let record = [
             1, 2, 1, 2, b't', b'2', 0, 1, // version, id, namespace, name, kind, schema version
@@ -560,9 +632,13 @@ mod tests {
         table.columns[2].fill = Some(Value::Float(0.5));
         (table.schema_version, table.images_since, table.next_column) = (7, 4, 12);
         (table.kind, table.ttl_micros) = (TableKind::Stream, Some(5_000_000));
+        table.indexes = vec![fixtures::index(11, &[1], true), fixtures::index(12, &[2, 1], false)];
         let mut loader = CatalogLoader::new(5);
         loader.namespace(&encode_namespace(NamespaceId(1), "main").unwrap()).unwrap();
         loader.table(&encode_table(&table).unwrap()).unwrap();
+        for index in &table.indexes {
+            loader.index(&encode_index(table.id, index).unwrap()).unwrap();
+        }
         loader.plugin(&encode_plugin(&plugin).unwrap()).unwrap();
         loader.retired(&encode_retired(NamespaceId(1), "gone", 7).unwrap()).unwrap();
         let mut saved = Catalog::default();

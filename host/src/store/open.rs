@@ -13,9 +13,10 @@ use super::clock::Clock;
 use super::keys::row_prefix_len;
 use super::meta::{self, CatalogLoader, State};
 use super::{
-    Epoch, FAMILIES, ROW_FAMILIES, STREAM_FAMILY, Seq, StoreError, StoreOptions, high_water, read_error, rows, synced,
+    Epoch, FAMILIES, ROW_FAMILIES, STREAM_FAMILY, Seq, StoreError, StoreOptions, ddl, high_water, read_error, rows,
+    synced,
 };
-use crate::catalog::{Catalog, DEFAULT_NAMESPACE, NamespaceId};
+use crate::catalog::{Catalog, DEFAULT_NAMESPACE, NamespaceId, Table};
 
 /// What was found in the directory, or put there.
 pub(super) struct Opened {
@@ -53,7 +54,8 @@ pub(super) fn open(options: &StoreOptions) -> Result<Opened, StoreError> {
     state.log_floor = state.log_floor.max(decode_floor(read(&db, meta::FLOOR_KEY)?.as_deref())?);
     high_water::check(&options.path, epoch, state.applied)?;
     high_water::write(&options.path, epoch, state.applied)?;
-    let catalog = load_catalog(&db, state.catalog_version)?;
+    let mut catalog = load_catalog(&db, state.catalog_version)?;
+    remove_unfinished_indexes(&db, &mut catalog)?;
     clock.resume(read_mark(&db)?, state.committed_at);
     Ok(Opened { db, cache, clock, epoch, state, catalog })
 }
@@ -224,9 +226,33 @@ fn load_catalog(db: &DB, version: u64) -> Result<Catalog, StoreError> {
     let mut loader = CatalogLoader::new(version);
     for_each(db, meta::NAMESPACES, |record| loader.namespace(record))?;
     for_each(db, meta::TABLES, |record| loader.table(record))?;
+    for_each(db, meta::INDEXES, |record| loader.index(record))?;
     for_each(db, meta::PLUGINS, |record| loader.plugin(record))?;
     for_each(db, meta::RETIRED, |record| loader.retired(record))?;
     loader.finish(&required(db, meta::CATALOG_KEY)?)
+}
+
+/// Whoever asked for an index that a crash left half built was never told that it is there.
+fn remove_unfinished_indexes(db: &DB, catalog: &mut Catalog) -> Result<(), StoreError> {
+    let tables = catalog.namespaces().flat_map(|namespace| namespace.tables.values());
+    let tables: Vec<_> = tables.filter(|table| !table.indexes.iter().all(|index| index.is_ready())).cloned().collect();
+    if tables.is_empty() {
+        return Ok(());
+    }
+    let mut batch = WriteBatch::default();
+    for table in tables {
+        let mut finished = Table::clone(&table);
+        finished.indexes.retain(|index| index.is_ready());
+        for index in table.indexes.iter().filter(|index| !index.is_ready()) {
+            let (table, index) = (format!("{}.{}", table.namespace_name, table.name), &index.name);
+            tracing::warn!(table, index, "an index was not built to its end and is removed; create it again");
+        }
+        table.indexes.iter().filter(|index| !index.is_ready()).for_each(|index| {
+            ddl::delete_index(db, &mut batch, &table, index);
+        });
+        catalog.put_table(Arc::new(finished));
+    }
+    db.write_opt(batch, &synced()).map_err(read_error)
 }
 
 fn for_each(db: &DB, prefix: &[u8], mut each: impl FnMut(&[u8]) -> Result<(), StoreError>) -> Result<(), StoreError> {

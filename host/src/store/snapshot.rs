@@ -12,12 +12,12 @@ use self_cell::self_cell;
 use wire::Scope;
 
 use super::clock::Clock;
-use super::keys::{KeyRange, row_prefix, successor};
+use super::keys::{KeyRange, row_prefix, successor, table_prefix};
 use super::meta::{self, State};
 use super::open::decode_floor;
 use super::receipts::{self, KeptReceipt, ReceiptId};
-use super::{DEFAULT_FAMILY, Inner, Seq, StoreError, family, read_error, row_family, rows, synced};
-use crate::catalog::{Catalog, NamespaceId, Table};
+use super::{DEFAULT_FAMILY, Inner, Seq, StoreError, family, index, read_error, row_family, rows, synced};
+use crate::catalog::{Catalog, Index, NamespaceId, Table, TableId};
 
 type RocksSnapshot<'a> = rocksdb::Snapshot<'a>;
 type RawIterator<'a> = DBRawIterator<'a>;
@@ -101,14 +101,19 @@ impl Snapshot {
 
     /// The row's image at `table`'s schema version.
     pub fn get(&self, table: &Table, scope: &Scope, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        let mut stored_key = row_prefix(table, scope);
+        stored_key.extend_from_slice(key);
+        self.get_stored(table, &stored_key)
+    }
+
+    /// [`Snapshot::get`] by the stored key.
+    pub(super) fn get_stored(&self, table: &Table, stored_key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
         self.pinned.check()?;
         let view = &self.pinned.view;
         let family = row_family(view.borrow_owner(), table.kind);
-        let mut stored_key = row_prefix(table, scope);
-        stored_key.extend_from_slice(key);
         let stored = view
             .borrow_dependent()
-            .get_pinned_cf_opt(family, &stored_key, ReadOptions::default())
+            .get_pinned_cf_opt(family, stored_key, ReadOptions::default())
             .map_err(read_error)?;
         let Some(stored) = stored.filter(|stored| !self.pinned.is_expired(stored)) else { return Ok(None) };
         let mut buffer = Vec::new();
@@ -139,6 +144,86 @@ impl Snapshot {
         let cursor =
             Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
         let place = if start < end { Place::Before(start) } else { Place::End };
+        let (table, lifted) = (table.clone(), Vec::new());
+        RowScan { cursor, place, table, prefix_len: prefix.len(), lifted, expires: None }
+    }
+
+    /// Rows of one table and scope by an index that is in use. Rows come in no order that anybody should rely on: some
+    /// thousand entries at a time are read, and their rows fetched in key order, near ones together.
+    pub fn scan_index(&self, table: &Arc<Table>, index: &Arc<Index>, scope: &Scope, range: &KeyRange) -> IndexScan {
+        let rows = row_prefix(table, scope);
+        let prefix = index::entry_prefix(table, index, &rows);
+        let (start, end) = range.stored(&prefix);
+        let mut options = ReadOptions::default();
+        options.set_prefix_same_as_start(true);
+        options.set_iterate_upper_bound(end.clone());
+        let cursor =
+            Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
+        let place = if start < end { Place::Before(start) } else { Place::End };
+        IndexScan {
+            cursor,
+            place,
+            snapshot: self.clone(),
+            table: table.clone(),
+            index: index.clone(),
+            prefix_len: prefix.len(),
+            rows,
+            keys: Vec::new().into_iter(),
+            row: (Vec::new(), Vec::new()),
+        }
+    }
+
+    /// The key of a row that has these values in a unique index; there is one at most.
+    pub fn find_in_index(
+        &self,
+        table: &Arc<Table>,
+        index: &Arc<Index>,
+        scope: &Scope,
+        values: Vec<u8>,
+    ) -> Result<Option<Vec<u8>>, StoreError> {
+        let mut scan = self.scan_index(table, index, scope, &KeyRange::prefix(values));
+        scan.fill(1)?;
+        Ok(scan.keys.next().map(|stored| stored[scan.rows.len()..].to_vec()))
+    }
+
+    /// The rows of all scopes, by their stored keys, after this one.
+    pub(super) fn scan_table(&self, table: &Arc<Table>, after: &[u8]) -> RowScan {
+        let prefix = table_prefix(table.namespace, table.id);
+        let start = if after.is_empty() { prefix.clone() } else { [after, &[0]].concat() };
+        let cursor = self.scan_ids(table, &prefix);
+        // The whole key is given: all of it is stored, and nothing is cut off.
+        let (table, lifted) = (table.clone(), Vec::new());
+        RowScan { cursor, place: Place::Before(start), table, prefix_len: 0, lifted, expires: None }
+    }
+
+    /// The stored entries of an index, of all scopes.
+    pub(super) fn scan_entries(&self, table: &Arc<Table>, index: &Index) -> EntryScan {
+        let prefix = table_prefix(table.namespace, TableId(index.id.0));
+        EntryScan { cursor: self.scan_ids(table, &prefix), place: Place::Before(prefix) }
+    }
+
+    /// Everything that starts with namespace and table (or index) id: wider than a prefix that the bloom filter knows.
+    fn scan_ids(&self, table: &Table, prefix: &[u8]) -> Cursor {
+        let mut options = ReadOptions::default();
+        options.set_total_order_seek(true);
+        if let Some(end) = successor(prefix) {
+            options.set_iterate_upper_bound(end);
+        }
+        Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options))
+    }
+
+    /// The same rows, last first.
+    pub fn scan_back(&self, table: &Arc<Table>, scope: &Scope, range: KeyRange) -> RowScan {
+        let prefix = row_prefix(table, scope);
+        let (start, end) = range.stored(&prefix);
+        let mut options = ReadOptions::default();
+        // Backwards the prefix bloom is of no use: both ends bound the scan instead.
+        options.set_total_order_seek(true);
+        options.set_iterate_lower_bound(start.clone());
+        options.set_iterate_upper_bound(end.clone());
+        let cursor =
+            Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
+        let place = if start < end { Place::BehindAll } else { Place::End };
         let (table, lifted) = (table.clone(), Vec::new());
         RowScan { cursor, place, table, prefix_len: prefix.len(), lifted, expires: None }
     }
@@ -210,6 +295,9 @@ enum Place {
     /// Not started: seek there first.
     Before(Vec<u8>),
     On,
+    /// As the first two, for a scan from the end.
+    BehindAll,
+    OnBack,
     End,
 }
 
@@ -218,16 +306,19 @@ impl Cursor {
     fn advance(&mut self, place: &mut Place) -> Result<bool, StoreError> {
         self.borrow_owner().check()?;
         let from = std::mem::replace(place, Place::End);
+        let back = matches!(from, Place::BehindAll | Place::OnBack);
         let status = self.with_dependent_mut(|_, iterator| {
             match from {
                 Place::Before(key) => iterator.seek(key),
                 Place::On => iterator.next(),
+                Place::BehindAll => iterator.seek_to_last(),
+                Place::OnBack => iterator.prev(),
                 Place::End => return Ok(false),
             }
             if iterator.valid() { Ok(true) } else { iterator.status().map(|()| false) }
         });
         if matches!(status, Ok(true)) {
-            *place = Place::On;
+            *place = if back { Place::OnBack } else { Place::On };
         }
         status.map_err(read_error)
     }
@@ -269,6 +360,71 @@ impl RowScan {
     /// When the row that was read last stops showing (microseconds since 1970); `None`: never.
     pub fn expires(&self) -> Option<i64> {
         self.expires
+    }
+}
+
+/// Entries read before their rows are fetched: that many keys, or bytes of them.
+const ENTRIES: usize = 1_024;
+const ENTRY_BYTES: usize = 256 << 10;
+
+/// An owned, streaming iterator over the rows that an index names (`Send`).
+pub struct IndexScan {
+    cursor: Cursor,
+    place: Place,
+    snapshot: Snapshot,
+    table: Arc<Table>,
+    index: Arc<Index>,
+    prefix_len: usize,
+    /// What the stored keys of the rows start with.
+    rows: Vec<u8>,
+    /// Stored keys of rows still to be fetched.
+    keys: std::vec::IntoIter<Vec<u8>>,
+    /// The current row: its key and image.
+    row: (Vec<u8>, Vec<u8>),
+}
+
+impl IndexScan {
+    /// The next row: its encoded key and its image at the table's schema version.
+    pub fn next_row(&mut self) -> Result<Option<KeyAndImage<'_>>, StoreError> {
+        if self.keys.len() == 0 {
+            self.fill(ENTRIES)?;
+        }
+        let Some(stored) = self.keys.next() else { return Ok(None) };
+        let image = self.snapshot.get_stored(&self.table, &stored)?.ok_or_else(|| {
+            StoreError::Corrupt(format!("index {} names a row that table {} has not", self.index.name, self.table.name))
+        })?;
+        self.row = (stored[self.rows.len()..].to_vec(), image);
+        Ok(Some((&self.row.0, &self.row.1)))
+    }
+
+    fn fill(&mut self, most: usize) -> Result<(), StoreError> {
+        let (mut keys, mut bytes) = (Vec::new(), 0);
+        while keys.len() < most && bytes < ENTRY_BYTES && self.cursor.advance(&mut self.place)? {
+            let Some(entry) = self.cursor.borrow_dependent().key() else { break };
+            let entry = &entry[self.prefix_len..];
+            let (values, _) = index::split(&self.table, &self.index, entry)
+                .ok_or_else(|| StoreError::Corrupt(format!("an entry of index {} cannot be read", self.index.name)))?;
+            let stored = [&self.rows, &entry[values..]].concat();
+            bytes += stored.len();
+            keys.push(stored);
+        }
+        keys.sort_unstable();
+        self.keys = keys.into_iter();
+        Ok(())
+    }
+}
+
+pub(super) struct EntryScan {
+    cursor: Cursor,
+    place: Place,
+}
+
+impl EntryScan {
+    pub fn next_key(&mut self) -> Result<Option<&[u8]>, StoreError> {
+        if !self.cursor.advance(&mut self.place)? {
+            return Ok(None);
+        }
+        Ok(self.cursor.borrow_dependent().key())
     }
 }
 

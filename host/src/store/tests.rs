@@ -1,5 +1,7 @@
 //! The store as its users see it, on a real directory.
 
+mod index;
+
 use std::collections::BTreeMap;
 use std::io::BufRead;
 use std::path::Path;

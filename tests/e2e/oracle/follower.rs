@@ -7,10 +7,9 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use serde_json::Value;
 use tests::fold::{State, canonical};
-use tests::{Client, Event, Fold, Live};
+use tests::{Client, Event, Fold, Live, LiveQuery};
 
 use super::random::Table;
-use super::subscription;
 
 type Filter = Box<dyn Fn(&Value) -> bool + Send + Sync>;
 type Transform = Box<dyn Fn(&Value) -> Value + Send + Sync>;
@@ -21,11 +20,31 @@ pub struct Query {
     stages: Vec<String>,
     filter: Option<Filter>,
     transform: Option<Transform>,
+    /// Of a query that is run again as a whole: the columns that tell its rows apart.
+    key: Option<Vec<String>>,
+    /// How old values are asked for.
+    old: &'static str,
 }
 
 impl Query {
     pub fn plain(sql: String) -> Self {
-        Query { sql, stages: Vec::new(), filter: None, transform: None }
+        Query { sql, stages: Vec::new(), filter: None, transform: None, key: None, old: "changed" }
+    }
+
+    /// Any SELECT, which is run again as a whole: its key is among its columns.
+    pub fn whole(sql: String, key: Vec<String>) -> Self {
+        Query { key: Some(key), ..Query::plain(sql) }
+    }
+
+    pub fn old(mut self, old: &'static str) -> Self {
+        self.old = old;
+        self
+    }
+
+    /// What is asked of the server.
+    fn subscription(&self) -> LiveQuery {
+        let query = LiveQuery::new(&self.sql).option("old", self.old);
+        self.stages.iter().fold(query, |query, stage| query.plugin(stage))
     }
 
     pub fn filtered(mut self, stage: &str, filter: Filter) -> Self {
@@ -46,6 +65,14 @@ impl Query {
 
     /// `pipeline(SELECT)` now, by key.
     async fn answer(&self, db: &Client, table: &Table) -> State {
+        if let Some(key) = &self.key {
+            let by_key = |row: Value| (canonical(key.iter().map(|name| (name.as_str(), &row[name]))), row);
+            let rows = db.objects(&self.sql).await;
+            let count = rows.len();
+            let state: State = rows.into_iter().map(by_key).collect();
+            assert_eq!(state.len(), count, "two rows with one key");
+            return state;
+        }
         // The key is read beside the query's own columns, under names that no table has.
         let keys: Vec<String> = table.key().enumerate().map(|(i, name)| format!("{name} AS key_{i}")).collect();
         let columns = self.sql.strip_prefix("SELECT ").expect("a SELECT");
@@ -92,6 +119,8 @@ pub struct Checker {
     /// Whether there is a position: before the first, a snapshot is being read.
     positioned: bool,
     pub ids: usize,
+    /// Several commits may come as one event, and a stream may start afresh: the query is run again as a whole.
+    coalesced: bool,
 }
 
 impl Checker {
@@ -120,6 +149,11 @@ impl Checker {
                 match (&event.id, event.name.as_str()) {
                     (Some(_), "uptodate") => self.up_to_date(event),
                     (Some(_), _) => self.commit(event),
+                    // What was due stays due: the rows that follow are of some commit from now on.
+                    (None, "resync") if self.coalesced && event.data["reason"] == "requery" => {
+                        self.positioned = false;
+                        Ok(())
+                    }
                     (None, "resync" | "failed" | "plugin-error" | "closed") => Err(format!("not due here: {event:?}")),
                     (None, _) => Ok(()),
                 }
@@ -131,6 +165,9 @@ impl Checker {
     fn commit(&mut self, event: &Event) -> Result<(), String> {
         self.ids += 1;
         let rows = normal(&self.fold.rows);
+        if self.coalesced {
+            return self.commits(event, rows);
+        }
         if !self.positioned {
             // The first commit after a snapshot. The snapshot itself may be newer than the answer at its request.
             let skipped = self.due.iter().position(|(_, due)| *due == rows).unwrap_or(0);
@@ -147,9 +184,43 @@ impl Checker {
         Ok(())
     }
 
+    /// The last event of a result: the fold is the answer at its place, and another one than before.
+    fn commits(&mut self, event: &Event, rows: State) -> Result<(), String> {
+        let id = event.id.as_deref().unwrap_or_default();
+        let place: u64 =
+            id.split('-').nth(1).and_then(|seq| seq.parse().ok()).ok_or_else(|| format!("no place in {id}"))?;
+        let due =
+            self.answer_at(place).ok_or_else(|| format!("an event of commits that changed nothing: {event:?}"))?;
+        if rows != due {
+            return Err(format!("at {event:?}\nthe fold is {rows:?}\nthe SELECT was {due:?}"));
+        }
+        self.settled = due;
+        self.positioned = true;
+        self.held = self.fold.rows.clone();
+        Ok(())
+    }
+
+    /// What was due up to `place`: the last of it.
+    fn answer_at(&mut self, place: u64) -> Option<State> {
+        let mut last = None;
+        while self.due.front().is_some_and(|(due, _)| *due <= place) {
+            last = self.due.pop_front().map(|(_, state)| state);
+        }
+        last
+    }
+
     /// A sign of life: every commit up to its seq has passed. Only the one that ends a snapshot may bring something.
     fn up_to_date(&mut self, event: &Event) -> Result<(), String> {
         let seq = event.data["seq"].as_u64().ok_or_else(|| format!("no seq in {event:?}"))?;
+        if self.coalesced
+            && let Some(state) = self.answer_at(seq)
+        {
+            // There and back again is no change.
+            if self.positioned && state != self.settled {
+                return Err(format!("{event:?} passed commits that had to bring {state:?}"));
+            }
+            self.settled = state;
+        }
         while self.due.front().is_some_and(|(due, _)| *due <= seq) {
             let (due, state) = self.due.pop_front().expect("there is one");
             if self.positioned {
@@ -187,8 +258,8 @@ fn normal(state: &State) -> State {
 }
 
 /// Runs a recorded history through a fresh checker. All that is due has to have arrived at its end.
-pub fn replay(history: &[Item]) -> Result<(), String> {
-    let mut checker = Checker::default();
+pub fn replay(history: &[Item], coalesced: bool) -> Result<(), String> {
+    let mut checker = Checker { coalesced, ..Checker::default() };
     for item in history {
         checker.apply(item)?;
     }
@@ -209,11 +280,11 @@ pub struct Follower {
 impl Follower {
     pub fn new(query: Query, db: Client, table: &Table) -> Self {
         Follower {
+            checker: Checker { coalesced: query.key.is_some(), ..Checker::default() },
             query,
             db,
             table: table.clone(),
             live: None,
-            checker: Checker::default(),
             history: Vec::new(),
             losses: 0,
         }
@@ -221,6 +292,10 @@ impl Follower {
 
     pub fn history(&self) -> &[Item] {
         &self.history
+    }
+
+    pub fn coalesced(&self) -> bool {
+        self.checker.coalesced
     }
 
     pub fn summary(&self) -> String {
@@ -289,7 +364,7 @@ impl Follower {
                 }
             }
             None => {
-                self.live = Some(self.db.live(subscription(&self.query.sql, &self.query.stages)).await);
+                self.live = Some(self.db.live(self.query.subscription()).await);
                 self.note(Item::Subscribed);
             }
         }
@@ -368,21 +443,66 @@ mod checker {
 
     #[test]
     fn the_checker_takes_what_is_right_and_nothing_else() {
-        replay(&right()).unwrap();
+        replay(&right(), false).unwrap();
         for leave_out in [3, 6, 8, 9, 13] {
             let mut wrong = right();
             wrong.remove(leave_out);
             // Left out before the loss it does not matter: it came again.
-            assert_eq!(replay(&wrong).is_err(), leave_out != 6, "without {leave_out}");
+            assert_eq!(replay(&wrong, false).is_err(), leave_out != 6, "without {leave_out}");
         }
         let mut early = right();
         early.swap(12, 13);
-        assert!(replay(&early).is_err());
+        assert!(replay(&early, false).is_err());
         let mut doubled = right();
         doubled.push(doubled[13].clone());
-        assert!(replay(&doubled).is_err());
+        assert!(replay(&doubled, false).is_err());
         let mut passed = right();
         passed[13] = event("uptodate", Some("e"), 4);
-        assert!(replay(&passed).is_err());
+        assert!(replay(&passed, false).is_err());
+    }
+
+    /// One result for several commits; a fresh start in between.
+    fn coalesced() -> Vec<Item> {
+        vec![
+            committed(1, &[1]),
+            Item::Subscribed,
+            event("start", None, 0),
+            event("insert", None, 1),
+            event("uptodate", Some("e-1-f"), 1),
+            committed(2, &[1, 2]),
+            committed(3, &[1, 2, 3]),
+            event("insert", None, 2),
+            event("insert", Some("e-3-f"), 3),
+            committed(4, &[3]),
+            committed(5, &[1, 2, 3]),
+            event("uptodate", Some("e-5-f"), 5),
+            committed(6, &[2]),
+            Item::Lost,
+            event("start", None, 0),
+            Item::Event(Event { name: "resync".to_owned(), id: None, data: json!({"reason": "requery"}) }),
+            event("insert", None, 2),
+            event("uptodate", Some("e-6-f"), 6),
+        ]
+    }
+
+    #[test]
+    fn coalesced_results_have_to_be_those_of_their_place() {
+        replay(&coalesced(), true).unwrap();
+        assert!(replay(&coalesced(), false).is_err());
+        for leave_out in [3, 7, 8, 16] {
+            let mut wrong = coalesced();
+            wrong.remove(leave_out);
+            assert!(replay(&wrong, true).is_err(), "without {leave_out}");
+        }
+        for (at, instead) in [
+            // The place says that the second commit is not in it.
+            (8, event("insert", Some("e-2-f"), 3)),
+            // Further than what has come.
+            (8, event("uptodate", Some("e-3-f"), 3)),
+        ] {
+            let mut wrong = coalesced();
+            wrong[at] = instead;
+            assert!(replay(&wrong, true).is_err(), "another {at}");
+        }
     }
 }

@@ -119,6 +119,53 @@ impl Table {
         format!("SELECT {} FROM t{filter}", self.projection(random))
     }
 
+    /// A SELECT that is no filter and projection of one table, and the names of its key.
+    pub fn whole_query(&self, random: &mut StdRng) -> (String, Vec<String>) {
+        let key: Vec<String> = self.key().map(str::to_owned).collect();
+        let (keys, filter) = (key.join(", "), self.predicate(random));
+        let column = self.all().choose(random).expect("a table has columns");
+        let (name, shown) = (&column.name, self.columns.choose(random).expect("a table has columns"));
+        match random.random_range(0..7) {
+            0 => (format!("SELECT count(*) AS n, count({name}) AS some FROM t WHERE {filter}"), Vec::new()),
+            1 => {
+                let sql = format!("SELECT {name}, count(*) AS n FROM t WHERE {filter} GROUP BY {name}");
+                (sql, vec![name.clone()])
+            }
+            2 => {
+                let limit = random.random_range(1..6);
+                let sql =
+                    format!("SELECT {keys}, {} AS c FROM t WHERE {filter} ORDER BY {keys} LIMIT {limit}", shown.name);
+                (sql, key)
+            }
+            3 => (format!("SELECT DISTINCT {name} FROM t WHERE {filter}"), vec![name.clone()]),
+            4 => {
+                let sql = format!(
+                    "SELECT {keys}, row_number() OVER (PARTITION BY {} IS NULL ORDER BY {keys}) AS r FROM t WHERE {filter}",
+                    shown.name
+                );
+                (sql, key)
+            }
+            5 => {
+                let on: Vec<String> = key.iter().map(|name| format!("a.{name} = b.{name}")).collect();
+                let left: Vec<String> = key.iter().map(|name| format!("a.{name}")).collect();
+                let right: Vec<String> = key.iter().map(|name| format!("b.{name} AS other_{name}")).collect();
+                let join = ["JOIN", "LEFT JOIN"].choose(random).expect("there are joins");
+                let sql = format!(
+                    "SELECT {}, {}, b.{} AS c FROM t a {join} (SELECT * FROM t WHERE {filter}) b ON {}",
+                    left.join(", "),
+                    right.join(", "),
+                    shown.name,
+                    on.join(" AND ")
+                );
+                (sql, key.iter().cloned().chain(key.iter().map(|name| format!("other_{name}"))).collect())
+            }
+            _ => {
+                let first = &key[0];
+                (format!("SELECT {keys} FROM t WHERE {first} IN (SELECT {first} FROM t WHERE {filter})"), key)
+            }
+        }
+    }
+
     fn projection(&self, random: &mut StdRng) -> String {
         if random.random_bool(0.3) {
             return "*".to_owned();

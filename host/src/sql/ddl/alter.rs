@@ -45,7 +45,7 @@ impl Ddl<'_> {
             table.images_since = table.schema_version;
         }
         let writes = vec![CatalogWrite::PutTable(Arc::new(table))];
-        Ok(DdlPlan { writes, namespace: Some(before.namespace), summary })
+        Ok(DdlPlan { writes, namespace: Some(before.namespace), summary, build: None })
     }
 
     fn alter(&self, table: &mut Table, operation: &AlterTableOperation) -> Result<(), SqlError> {
@@ -84,7 +84,7 @@ impl Ddl<'_> {
         for option in &declared.options {
             let (what, hint) = match &option.option {
                 ColumnOption::PrimaryKey(_) => ("PRIMARY KEY", "the key is chosen when the table is made"),
-                ColumnOption::Unique(_) => ("UNIQUE", "add the column alone"),
+                ColumnOption::Unique(_) => ("UNIQUE", "add the column, then CREATE UNIQUE INDEX"),
                 _ => continue,
             };
             return Err(SqlError::unsupported(format!("{what} in ADD COLUMN"), Some(hint)));
@@ -139,6 +139,10 @@ impl Ddl<'_> {
             return Err(SqlError::unsupported(what, None).at_span(self.text, name.span));
         }
         let id = column.id;
+        if let Some(index) = table.indexes.iter().find(|index| index.columns.contains(&id)) {
+            let what = format!("dropping column {:?}, which is in index {:?},", column.name, index.name);
+            return Err(SqlError::unsupported(what, Some("drop the index first")).at_span(self.text, name.span));
+        }
         if table.columns.iter().all(|column| column.id == id || column.name == GENERATED_KEY) {
             let message = format!("column {:?} is the last of table {:?}: drop the table", fold(name), table.name);
             return Err(SqlError::invalid("last_column", message).at_span(self.text, name.span));

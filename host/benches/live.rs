@@ -1,0 +1,333 @@
+//! What a change costs the live side as live queries become many, at an equal number of matches; and what a
+//! subscription and a group cost in memory.
+//!
+//! ```text
+//! cargo bench --profile dev --workspace --bench live
+//! ```
+//!
+//! `--profile dev` and `--workspace` take the crates that are compiled already. `MOST=10000` makes it shorter.
+//!
+//! A commit has ten rows, each of which one query matches. Measured is the time from handing the commit to the live side
+//! until those ten subscribers have their events: matching, evaluating, encoding and waking up.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use arrow::record_batch::RecordBatch;
+use host::catalog::{OnError, Semantics, Table};
+use host::config::{Config, Role};
+use host::live::{
+    Batch, ChangeOutput, Delivery, From, GroupSpec, Live, OldMode, Piped, PipelineFault, Pipelines, Program,
+    ProgramError, Subscription,
+};
+use host::sql::live::{Live as Compiled, LivePlan};
+use host::sql::session::Sql;
+use host::sql::{RequestEnv, StatementKind};
+use host::store::{Commit, Seq, Store, Transaction};
+use host::telemetry::Metrics;
+use tokio::runtime::Runtime;
+use wire::frame::ChangeMeta;
+use wire::image::ImageAt;
+use wire::{ChangeAt, FrameBuilder, ImageBuilder, ImageRef, Schema, Scope, Value};
+
+/// Counts the bytes that are allocated now.
+struct Counting;
+
+static HELD: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system's allocator as it came; only a number is kept beside it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        HELD.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const SIZES: [usize; 4] = [100, 1_000, 10_000, 100_000];
+const MATCHES: usize = 10;
+/// Commits measured of each size, after as many that are not.
+const COMMITS: u64 = 200;
+/// What 100,000 may cost, of what 100 cost.
+const LIMIT: f64 = 1.5;
+
+struct Query(LivePlan);
+
+fn failed(error: impl std::fmt::Display) -> ProgramError {
+    ProgramError(error.to_string())
+}
+
+impl Program for Query {
+    fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, ProgramError> {
+        self.0.matches(rows).map_err(failed)
+    }
+
+    fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        self.0.project(rows).map_err(failed)
+    }
+
+    fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        host::sql::arrow::to_batch(schema, rows).map_err(failed)
+    }
+}
+
+struct NoPlugins;
+
+impl Pipelines for NoPlugins {
+    fn open(&mut self, _: &GroupSpec) -> Result<u64, PipelineFault> {
+        unreachable!("no query here has a pipeline")
+    }
+
+    fn run(&mut self, _: u64, _: Batch<'_>, _: &[ImageAt]) -> Result<Piped, PipelineFault> {
+        unreachable!("no query here has a pipeline")
+    }
+
+    fn run_changes(&mut self, _: u64, _: Batch<'_>, _: &[ChangeAt]) -> Result<Vec<ChangeOutput>, PipelineFault> {
+        unreachable!("no query here has a pipeline")
+    }
+
+    fn close(&mut self, _: u64) {}
+}
+
+struct World {
+    runtime: Runtime,
+    sql: Sql,
+    store: Store,
+    config: Config,
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> World {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config::new(dir.path());
+        let store = Store::open(&config.store).unwrap();
+        store.start(Box::new(|_| {}));
+        let sql = Sql::new(config.sql.clone(), Vec::new()).unwrap();
+        let world = World { runtime: Runtime::new().unwrap(), sql, store, config, _dir: dir };
+        world.ddl("CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE)");
+        world.ddl("CREATE TABLE u (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE) WITH (type = 'user')");
+        world
+    }
+
+    fn ddl(&self, text: &str) {
+        for statement in self.sql.parse(text).unwrap().iter() {
+            assert_eq!(statement.kind, StatementKind::Ddl);
+            let env = self.env("admin");
+            let plan = self.sql.ddl(statement, &env).unwrap();
+            let (namespace, base) = (plan.namespace.unwrap(), env.snapshot.seq());
+            let write = Transaction { namespace, base, rows: Vec::new(), catalog: plan.writes, receipt: None };
+            self.runtime.block_on(self.store.commit(write)).unwrap();
+        }
+    }
+
+    fn env(&self, user: &str) -> RequestEnv {
+        let snapshot = self.store.snapshot();
+        RequestEnv {
+            catalog: snapshot.catalog().clone(),
+            snapshot,
+            namespace: "main".to_owned(),
+            user: user.into(),
+            role: Role::User,
+            params: Arc::default(),
+            overlay: Arc::default(),
+            now: 0,
+        }
+    }
+
+    fn live(&self) -> Live {
+        let encoder = Arc::new(host::http::sse::Events);
+        let pipelines: Vec<Box<dyn Pipelines>> = vec![Box::new(NoPlugins)];
+        let mut options = self.config.live.clone();
+        options.workers = 1;
+        options.max_subscriptions = 1_000_000;
+        options.heartbeat = Duration::from_secs(60);
+        Live::start(self.store.clone(), pipelines, encoder, options, Arc::new(Metrics::default()))
+    }
+
+    fn spec(&self, text: &str, user: &str) -> Arc<GroupSpec> {
+        let plan = match self.sql.live(text, &self.env(user)).unwrap() {
+            Compiled::Incremental(plan) => plan,
+            Compiled::Requery(_) => panic!("{text}"),
+        };
+        Arc::new(GroupSpec {
+            key: format!("{text} {user}").into_bytes(),
+            live_id: String::new(),
+            table: plan.table.clone(),
+            scope: plan.scope.clone(),
+            requery: None,
+            range: plan.range.clone(),
+            anchors: plan.anchors.clone(),
+            index: String::new(),
+            program: Arc::new(Query(plan)),
+            stages: Vec::new(),
+            semantics: Semantics::Map,
+            on_error: OnError::Stop,
+            output: None,
+            old: OldMode::Changed,
+            fingerprint: "f".to_owned(),
+            epoch: self.store.epoch(),
+        })
+    }
+}
+
+/// One kind of live query: the text and the user of number `n`, and the row that it matches.
+struct Kind {
+    name: &'static str,
+    table: &'static str,
+    query: fn(usize) -> (String, String),
+    row: fn(usize) -> (String, f64),
+}
+
+fn admin(text: String) -> (String, String) {
+    (text, "admin".to_owned())
+}
+
+const KINDS: [Kind; 4] = [
+    Kind {
+        name: "equality",
+        table: "t",
+        query: |n| admin(format!("SELECT id, room FROM t WHERE room = 'r{n}'")),
+        row: |n| (format!("r{n}"), -1.0),
+    },
+    Kind {
+        name: "range",
+        table: "t",
+        query: |n| admin(format!("SELECT id, heat FROM t WHERE heat BETWEEN {n} AND {n}.5")),
+        row: |n| (String::new(), n as f64 + 0.25),
+    },
+    Kind {
+        name: "mixed",
+        table: "t",
+        query: |n| {
+            admin(match n % 4 {
+                0 => format!("SELECT id FROM t WHERE room = 'r{n}' AND heat > 0"),
+                1 => format!("SELECT id FROM t WHERE room IN ('r{n}', 'q{n}') OR heat < -1000000"),
+                2 => format!("SELECT id FROM t WHERE room LIKE 'r{n}-%' AND heat IS NOT NULL"),
+                _ => format!("SELECT id FROM t WHERE heat >= {n} AND heat < {n}.5 AND room <> 'x'"),
+            })
+        },
+        row: |n| match n % 4 {
+            2 => (format!("r{n}-x"), 0.75),
+            3 => (String::new(), n as f64 + 0.25),
+            _ => (format!("r{n}"), 0.75),
+        },
+    },
+    Kind {
+        name: "user scope",
+        table: "u",
+        query: |n| ("SELECT id, room FROM u WHERE heat > 0".to_owned(), format!("user {n}")),
+        row: |_| ("room".to_owned(), 1.0),
+    },
+];
+
+/// A commit of ten rows, each for one of the first ten queries.
+fn commit(kind: &Kind, table: &Table, seq: u64) -> Arc<Commit> {
+    let mut frame = FrameBuilder::new(table.namespace.0, [0; 16], 0);
+    let kinds = table.kinds();
+    for n in 0..MATCHES {
+        let (room, heat) = (kind.row)(n);
+        let mut image = ImageBuilder::new(table.slots());
+        image.set_int(0, (seq * 100 + n as u64) as i64);
+        image.set(1, &Value::Text(room));
+        image.set_float(2, heat);
+        let scope = match kind.table {
+            "u" => Scope::User(format!("user {n}")),
+            _ => Scope::Shared,
+        };
+        let meta = ChangeMeta { table: table.id.0, schema_version: table.schema_version, kinds: &kinds };
+        frame.change(&scope, meta, None, Some(&image.finish())).unwrap();
+    }
+    let frame = frame.finish().unwrap().into();
+    Arc::new(Commit { seq: Seq(seq), namespace: table.namespace, frame, catalog: None })
+}
+
+/// Median microseconds of a commit with `count` live queries open, and bytes of memory a query.
+fn matching(world: &World, kind: &Kind, count: usize) -> (f64, usize) {
+    let live = world.live();
+    let before = HELD.load(Ordering::Relaxed);
+    let mut open: Vec<Subscription> = Vec::with_capacity(count);
+    for n in 0..count {
+        let (text, user) = (kind.query)(n);
+        let spec = world.spec(&text, &user);
+        open.push(world.runtime.block_on(live.subscribe(spec, From::Now)).ok().unwrap());
+    }
+    let bytes = HELD.load(Ordering::Relaxed).saturating_sub(before) / count;
+    let table = world.store.catalog().table("main", kind.table).unwrap().clone();
+    let first = world.store.applied().0;
+    let mut times = Vec::new();
+    for number in 1..=2 * COMMITS {
+        let commit = commit(kind, &table, first + number);
+        let started = Instant::now();
+        live.published(&commit);
+        for subscription in &mut open[..MATCHES] {
+            loop {
+                match world.runtime.block_on(subscription.next()) {
+                    Delivery::Events { .. } => break,
+                    Delivery::UpToDate(_) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        if number > COMMITS {
+            times.push(started.elapsed().as_nanos() as f64 / 1e3);
+        }
+    }
+    drop(open);
+    live.close();
+    times.sort_by(f64::total_cmp);
+    (times[times.len() / 2], bytes)
+}
+
+/// Bytes that one more subscription of a group costs, its own struct apart (that is part of its connection).
+fn subscription_bytes(world: &World, count: usize) -> f64 {
+    let live = world.live();
+    let spec = world.spec("SELECT id FROM t", "admin");
+    let _keeper = world.runtime.block_on(live.subscribe(spec.clone(), From::Now)).ok().unwrap();
+    let mut open: Vec<Subscription> = Vec::with_capacity(count);
+    let before = HELD.load(Ordering::Relaxed);
+    for _ in 0..count {
+        open.push(world.runtime.block_on(live.subscribe(spec.clone(), From::Now)).ok().unwrap());
+    }
+    let bytes = HELD.load(Ordering::Relaxed).saturating_sub(before) as f64 / count as f64;
+    drop(open);
+    live.close();
+    bytes
+}
+
+fn main() {
+    let most = std::env::var("MOST").ok().map_or(SIZES[3], |most| most.parse().expect("MOST is a number"));
+    let sizes: Vec<usize> = SIZES.into_iter().filter(|size| *size <= most).collect();
+    let world = World::new();
+    println!("a commit of {MATCHES} rows with {MATCHES} matches, microseconds (median of {COMMITS}); bytes a group");
+    let mut over = 0;
+    for kind in &KINDS {
+        let (mut line, mut medians, mut bytes) = (String::new(), Vec::new(), 0);
+        for size in &sizes {
+            let (median, group) = matching(&world, kind, *size);
+            line.push_str(&format!("  {size:>7}: {median:>8.1}"));
+            medians.push(median);
+            bytes = group;
+        }
+        let ratio = medians[medians.len() - 1] / medians[0];
+        over += usize::from(ratio > LIMIT);
+        let said = if ratio <= LIMIT { "ok" } else { "OVER" };
+        println!("{:>10}{line}  ratio {ratio:.2} (limit {LIMIT}: {said})  {bytes} bytes a group", kind.name);
+    }
+    for count in sizes.iter().filter(|size| **size >= 10_000) {
+        println!("{count} subscriptions of one group: {:.1} bytes each (limit 50)", subscription_bytes(&world, *count));
+    }
+    world.store.close();
+    assert_eq!(over, 0, "{over} kinds of live queries cost more as there are more of them");
+}

@@ -1,0 +1,167 @@
+//! `POST /v1/tables/{namespace}/{table}/rows`: NDJSON, CSV or an Arrow stream into a table, read and committed piece by
+//! piece, so that a body of any length takes little memory.
+//!
+//! A piece that is committed stays: the answer, also a problem, says how many rows those are, and which row and line
+//! was the trouble.
+
+mod arrow;
+mod csv;
+mod gather;
+mod ndjson;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, Uri};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use super::auth::Caller;
+use super::body::Incoming;
+use super::error::Problem;
+use super::request;
+use super::routes::{App, media_type, wrong_type};
+use crate::db::{BulkFailure, BulkInsert, BulkReport, BulkRows};
+use crate::sql::OutputColumn;
+
+/// What a bulk insert may hold besides the piece it reads: rows that wait for their commit, their images, the frame.
+const SHARE: usize = 8 << 20;
+
+/// Where the body is no rows of this table.
+#[derive(Debug)]
+struct Refused {
+    problem: Problem,
+    /// From 1, of the rows of the body.
+    row: Option<u64>,
+    line: Option<u64>,
+}
+
+/// Turns a body's bytes into rows.
+trait Decoder: Send {
+    fn push(&mut self, bytes: &Bytes, out: &mut Vec<BulkRows>) -> Result<(), Refused>;
+    fn finish(&mut self, out: &mut Vec<BulkRows>) -> Result<(), Refused>;
+    /// Bytes of what is not a whole row (or batch of rows) yet.
+    fn held(&self) -> usize;
+    /// The most that may be.
+    fn most_held(&self) -> usize;
+}
+
+pub async fn post(
+    State(app): State<App>,
+    Caller(who): Caller,
+    Path((namespace, table)): Path<(String, String)>,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    let started = Instant::now();
+    options(&uri)?;
+    if headers.contains_key("idempotency-key") {
+        return Err(Problem::not_implemented("the Idempotency-Key header"));
+    }
+    let format = media_type(&headers);
+    let decoder: fn(Arc<[OutputColumn]>, usize) -> Box<dyn Decoder> = match format.as_str() {
+        "application/x-ndjson" => |columns, most| Box::new(ndjson::Lines::new(columns, most)),
+        "text/csv" => |columns, most| Box::new(csv::Records::new(columns, most)),
+        "application/vnd.apache.arrow.stream" => |_, _| Box::new(arrow::Messages::default()),
+        other => {
+            return Err(wrong_type(other, "application/x-ndjson, text/csv or application/vnd.apache.arrow.stream"));
+        }
+    };
+    let mut insert = app.db.bulk_insert(&who, &namespace, &table)?;
+    let decoder = decoder(insert.columns().into(), app.options.body_bytes);
+    let mut body = Incoming::new(&headers, body, &app.budget)?;
+    body.hold(SHARE)?;
+    match run(&mut insert, decoder, &mut body).await {
+        Ok(report) => {
+            let elapsed_ms = started.elapsed().as_micros() as f64 / 1000.0;
+            let mut answer = json!({"rows": report.rows, "commits": report.commits, "elapsed_ms": elapsed_ms});
+            if let Some(seq) = report.seq {
+                answer["seq"] = json!(seq.0);
+            }
+            Ok(Json(answer).into_response())
+        }
+        Err(refused) => Err(refused.told(insert.report())),
+    }
+}
+
+fn options(uri: &Uri) -> Result<(), Problem> {
+    let Some((name, value)) = request::pairs(uri)?.into_iter().next() else { return Ok(()) };
+    Err(match (name.as_str(), value.as_str()) {
+        ("on_conflict", "nothing" | "update") => Problem::not_implemented("on_conflict of a bulk insert"),
+        ("on_conflict", other) => {
+            Problem::bad_request(format!("on_conflict is `{other}`; it can be nothing or update"))
+        }
+        _ => request::unknown_parameter(&name, "on_conflict"),
+    })
+}
+
+async fn run(
+    insert: &mut BulkInsert,
+    mut decoder: Box<dyn Decoder>,
+    body: &mut Incoming<'_>,
+) -> Result<BulkReport, Refused> {
+    loop {
+        let bytes = body.next().await?;
+        let last = bytes.is_none();
+        // Off the async threads: a piece can be a batch of many megabytes.
+        let decoded = tokio::task::spawn_blocking(move || {
+            let mut rows = Vec::new();
+            let decoded = match bytes {
+                Some(bytes) => decoder.push(&bytes, &mut rows),
+                None => decoder.finish(&mut rows),
+            };
+            (decoder, rows, decoded)
+        });
+        let (back, rows, decoded) = decoded.await.map_err(|_| Problem::internal("decoding the body failed"))?;
+        decoder = back;
+        // Rows before a refused one are looked at first: the earliest trouble is the one to tell.
+        for rows in rows {
+            insert.add(rows).await?;
+        }
+        decoded?;
+        if last {
+            return Ok(insert.finish().await?);
+        }
+        if decoder.held() > decoder.most_held() {
+            let detail = format!("a row (or an Arrow message) has more than {} bytes", decoder.most_held());
+            return Err(Problem::new(413, "row_too_large", detail).into());
+        }
+        body.hold(SHARE + decoder.held())?;
+    }
+}
+
+impl Refused {
+    fn at(problem: Problem, row: u64, line: Option<u64>) -> Refused {
+        Refused { problem, row: Some(row), line }
+    }
+
+    fn told(self, report: BulkReport) -> Problem {
+        let mut problem = self.problem;
+        for (name, place) in [("row", self.row), ("line", self.line)] {
+            if let Some(place) = place {
+                problem = problem.with(name, json!(place));
+            }
+        }
+        problem = problem.with("committed_rows", json!(report.rows)).with("commits", json!(report.commits));
+        match report.seq {
+            Some(seq) => problem.with("seq", json!(seq.0)),
+            None => problem,
+        }
+    }
+}
+
+impl From<Problem> for Refused {
+    fn from(problem: Problem) -> Refused {
+        Refused { problem, row: None, line: None }
+    }
+}
+
+impl From<BulkFailure> for Refused {
+    fn from(failure: BulkFailure) -> Refused {
+        Refused { problem: failure.error.into(), row: failure.row, line: failure.line }
+    }
+}

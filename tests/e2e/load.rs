@@ -1,0 +1,95 @@
+//! Heavy queries: how many run at once, what the others get, and that they end with their client or their deadline.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use serde_json::json;
+use tests::client::expect_problem;
+use tests::{Client, Options, PATIENCE, TestServer};
+use tokio::task::JoinHandle;
+
+/// Never ends, and needs no memory.
+const ENDLESS: &str = "WITH RECURSIVE r AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM r) SELECT max(n) FROM r";
+
+async fn server(sql: &str) -> TestServer {
+    let server = TestServer::with(Options { config: format!("[sql]\n{sql}\n"), ..Options::default() }).await;
+    let admin = server.admin();
+    admin.sql("CREATE TABLE t (id INT PRIMARY KEY, name TEXT)").await;
+    let rows: Vec<String> = (0..2_000).map(|id| format!("({id}, 'n{}')", id % 7)).collect();
+    admin.sql(&format!("INSERT INTO t VALUES {}", rows.join(", "))).await;
+    server
+}
+
+fn start(client: Client, sql: &'static str) -> JoinHandle<Result<serde_json::Value, tests::Failure>> {
+    tokio::spawn(async move { client.try_sql(sql, json!([])).await })
+}
+
+/// Waits until a metric is in a range, with a bound.
+async fn until(client: &Client, metric: &str, range: RangeInclusive<f64>) {
+    let there = async {
+        while !range.contains(&client.metric(metric).await) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, there).await.unwrap_or_else(|_| panic!("{metric} never was in {range:?}"));
+}
+
+#[tokio::test]
+async fn heavy_queries_take_turns_and_end_with_their_clients() {
+    let server = server("heavy_queries = 1\nheavy_queue = 1\ndeadline_ms = 30000").await;
+    let db = server.admin();
+    let first = start(db.clone(), ENDLESS);
+    until(&db, "tidegate_heavy_queries", 1.0..=1.0).await;
+    let second = start(db.clone(), "SELECT name, count(*) FROM t GROUP BY name ORDER BY name");
+    until(&db, "tidegate_heavy_waiting", 1.0..=1.0).await;
+    // No room for a third; what is light goes on.
+    let request = db.request(reqwest::Method::POST, "/v1/sql").json(&json!({"sql": "SELECT max(id) FROM t"}));
+    let refused = request.try_clone().unwrap().send().await.unwrap();
+    assert!(refused.headers().contains_key("retry-after"));
+    expect_problem(request, 503, "busy").await;
+    assert_eq!(db.rows("SELECT name FROM t WHERE id = 8").await, json!([["n1"]]));
+    assert_eq!(db.rows("SELECT id FROM t WHERE name = 'n3' LIMIT 1").await, json!([[3]]));
+    db.sql("INSERT INTO t VALUES (-5, 'new')").await;
+    // The client goes, and its query with it: the next one has its turn long before the deadline.
+    first.abort();
+    let answer = second.await.unwrap().expect("the second query has its turn");
+    assert_eq!(answer["results"][0]["row_count"], 7);
+    until(&db, "tidegate_heavy_queries", 0.0..=0.0).await;
+    until(&db, "tidegate_sql_memory_bytes", 0.0..=0.0).await;
+    assert_eq!(db.rows("SELECT max(id) FROM t").await, json!([[1_999]]));
+}
+
+#[tokio::test]
+async fn clients_that_go_leave_nothing_behind() {
+    let server = server("deadline_ms = 30000\nheavy_queue = 1000").await;
+    let db = server.admin();
+    for round in 0..10 {
+        let gone: Vec<_> = (0..20).map(|_| start(db.clone(), ENDLESS)).collect();
+        if round % 2 == 0 {
+            until(&db, "tidegate_heavy_queries", 1.0..=f64::MAX).await;
+        }
+        gone.iter().for_each(JoinHandle::abort);
+    }
+    until(&db, "tidegate_heavy_queries", 0.0..=0.0).await;
+    until(&db, "tidegate_heavy_waiting", 0.0..=0.0).await;
+    until(&db, "tidegate_sql_memory_bytes", 0.0..=0.0).await;
+    assert_eq!(db.rows("SELECT count(*) FROM t").await, json!([[2_000]]));
+}
+
+#[tokio::test]
+async fn the_deadline_ends_what_takes_too_long() {
+    let server = server("deadline_ms = 500").await;
+    let db = server.admin();
+    db.expect_error(ENDLESS, 504, "deadline").await;
+    let delete = "DELETE FROM t WHERE id IN (WITH RECURSIVE r AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM r) \
+                  SELECT max(n) FROM r)";
+    db.expect_error(delete, 504, "deadline").await;
+    // Days of work in the memory of a pool: whichever limit it meets first.
+    let cross = "SELECT count(*) FROM t a, t b, t c, t d WHERE a.id + b.id + c.id + d.id = -1";
+    let failure = db.try_sql(cross, json!([])).await.expect_err("a cross join of billions of rows");
+    let code = failure.body["code"].as_str().unwrap_or_default();
+    assert!(matches!((failure.status, code), (Some(504), "deadline") | (Some(400), "limit")), "{failure:?}");
+    until(&db, "tidegate_sql_memory_bytes", 0.0..=0.0).await;
+    until(&db, "tidegate_heavy_queries", 0.0..=0.0).await;
+    assert_eq!(db.rows("SELECT count(*) FROM t").await, json!([[2_000]]));
+}
