@@ -28,6 +28,28 @@ fn refused(outcome: Result<Value, Failure>, code: &str) -> String {
     failure.body["detail"].as_str().unwrap_or_default().to_owned()
 }
 
+/// Plans are kept by text, and what RETURNING and DO UPDATE compile to holds one request's parameters and user: such a
+/// statement, kept once, would answer everybody with the first one's.
+#[tokio::test]
+async fn the_same_text_again_is_the_new_request() {
+    let server = TestServer::start().await;
+    let admin = server.admin();
+    admin.sql("CREATE TABLE t (id BIGINT PRIMARY KEY, who TEXT, n BIGINT) WITH (type = 'user')").await;
+    let text = "INSERT INTO t VALUES (1, current_user, $1) ON CONFLICT (id) DO UPDATE SET who = current_user, n = t.n + $1 \
+                RETURNING who, n, $1 AS given";
+    for round in 1..=3_i64 {
+        for (user, step) in [("alice", 10), ("bob", 100)] {
+            let answer = server.client(user).sql_params(text, json!([step])).await;
+            assert_eq!(answer["results"][0]["rows"], json!([[user, round * step, step]]), "round {round}");
+        }
+    }
+    for user in ["alice", "bob", "alice"] {
+        let answer = server.client(user).sql("DELETE FROM t WHERE id = 2 - 1 RETURNING who, current_user AS me").await;
+        let rows = answer["results"][0]["rows"].as_array().unwrap().clone();
+        assert!(rows.iter().all(|row| row == &json!([user, user])), "{user}: {rows:?}");
+    }
+}
+
 #[tokio::test]
 async fn returning_answers_the_rows_that_were_written() {
     let server = TestServer::start().await;
