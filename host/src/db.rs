@@ -7,11 +7,13 @@
 mod adapters;
 mod bulk;
 mod errors;
+mod fingerprint;
 mod idempotency;
 mod index;
 mod install;
 #[cfg(test)]
 mod matching;
+mod rerun;
 mod streams;
 mod subscribe;
 mod system;

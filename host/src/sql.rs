@@ -6,6 +6,7 @@ pub mod context;
 pub mod ddl;
 pub mod dml;
 pub mod error;
+mod exact;
 pub mod functions;
 pub mod gate;
 pub mod information;

@@ -123,15 +123,16 @@ impl Random {
         }
     }
 
-    /// `AND` something with a sub-query, sometimes.
+    /// `AND`, `OR` something with a sub-query, sometimes.
     fn subquery(&mut self, from: From) -> String {
         let not = self.pick(&["", " NOT"]);
         let (column, other) = match from {
             From::One => ("a", "y"),
             From::Two => ("l.a", "x"),
         };
+        let and = self.pick(&["AND", "AND", "OR", "AND NOT", "OR NOT"]);
         match self.rng.random_range(0..4) {
-            0 => format!(" AND {column}{not} IN (SELECT b FROM {other} WHERE {})", self.predicate(1, From::One)),
+            0 => format!(" {and} {column}{not} IN (SELECT b FROM {other} WHERE {})", self.predicate(1, From::One)),
             1 => format!(" AND{not} EXISTS (SELECT 1 FROM {other} o WHERE o.id = {column})"),
             _ => String::new(),
         }

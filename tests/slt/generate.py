@@ -277,6 +277,12 @@ def subqueries():
         f.query("I", f"SELECT id FROM people WHERE id NOT IN (SELECT owner FROM pets WHERE {predicate})")
         f.query("I", f"SELECT id FROM people p WHERE EXISTS (SELECT 1 FROM pets q WHERE q.owner = p.id AND ({predicate.replace('age', 'q.age')}))")
         f.query("I", f"SELECT id FROM people p WHERE NOT EXISTS (SELECT 1 FROM pets q WHERE q.owner = p.id AND ({predicate.replace('age', 'q.age')}))")
+        # Inside another expression, where NULL is told from false.
+        for member in ["id IN (SELECT owner", "id NOT IN (SELECT owner", "age IN (SELECT age", "age NOT IN (SELECT age"]:
+            member = f"{member} FROM pets WHERE {predicate})"
+            f.query("I", f"SELECT id FROM people WHERE age = 30 OR {member}")
+            f.query("I", f"SELECT id FROM people WHERE NOT (id > 2 AND {member})")
+            f.query("I", f"SELECT id FROM people WHERE ({member}) IS NULL")
         f.query("I", f"SELECT id FROM people WHERE age > (SELECT min(age) FROM pets WHERE {predicate})")
         f.query("II", f"SELECT id, (SELECT count(*) FROM pets WHERE {predicate}) FROM people WHERE id < 4")
         f.query("II", f"SELECT id, (SELECT max(q.age) FROM pets q WHERE q.owner = people.id) FROM people WHERE id < 5")

@@ -275,7 +275,7 @@ fn has_symbols(plan: &LogicalPlan) -> Result<bool> {
 }
 
 /// What the columns in a node's expressions are. Filters of a scan see all columns of its table.
-fn schema_of_expressions(plan: &LogicalPlan) -> Result<DFSchema> {
+pub(crate) fn schema_of_expressions(plan: &LogicalPlan) -> Result<DFSchema> {
     match plan {
         LogicalPlan::TableScan(scan) => {
             DFSchema::try_from_qualified_schema(scan.table_name.clone(), &scan.source.schema())

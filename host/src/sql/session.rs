@@ -28,6 +28,7 @@ use wire::Type;
 
 use super::context::{Names, bind, symbolic};
 use super::error::from_datafusion;
+use super::exact::exact;
 use super::planner::{Planner, folding, on_large_stack};
 use super::plans::{Key, Plans, Template, is_recursive};
 use super::provider::Providers;
@@ -424,9 +425,9 @@ impl Engine {
         }
     }
 
-    /// Types coerced; nothing else changed.
+    /// Types coerced, and where DataFusion would answer wrongly, said otherwise; nothing else changed.
     pub(crate) fn analyze(&self, plan: LogicalPlan) -> Result<LogicalPlan, DataFusionError> {
-        self.state.analyzer().execute_and_check(plan, self.state.config_options(), |_, _| {})
+        exact(self.state.analyzer().execute_and_check(plan, self.state.config_options(), |_, _| {})?)
     }
 
     fn start(

@@ -1,0 +1,175 @@
+//! Where DataFusion answers something else than SQL says, the plan is changed before it is optimized.
+//!
+//! - `+ - *` of integers wrap around there; here leaving the range of their type is an error.
+//! - `x [NOT] IN (sub-query)` inside another expression is true or false there, never NULL: it becomes a mark join.
+
+use std::sync::{Arc, LazyLock};
+
+use ::arrow::array::{ArrayRef, Datum};
+use ::arrow::compute::kernels::numeric::{add, mul, sub};
+use ::arrow::datatypes::{DataType, Field, FieldRef};
+use ::arrow::error::ArrowError;
+use datafusion::common::tree_node::{Transformed, TreeNode};
+use datafusion::common::{Column, DFSchema, Result, ScalarValue, exec_err, internal_err};
+use datafusion::logical_expr::expr::InSubquery;
+use datafusion::logical_expr::expr_rewriter::NamePreserver;
+use datafusion::logical_expr::utils::split_conjunction;
+use datafusion::logical_expr::{
+    BinaryExpr, ColumnarValue, Expr, ExprSchemable, LogicalPlan, LogicalPlanBuilder, Operator, ReturnFieldArgs,
+    ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, exists, lit, when,
+};
+use datafusion::physical_expr_common::datum::apply;
+
+use super::context::schema_of_expressions;
+
+/// The plan, which has its types already, so that it means what SQL says.
+pub(crate) fn exact(plan: LogicalPlan) -> Result<LogicalPlan> {
+    let plan = plan.transform_up_with_subqueries(|plan| {
+        let plan = in_three_values(plan)?;
+        plan.transform_data(checked)
+    })?;
+    Ok(plan.data)
+}
+
+// ---- arithmetic that stays in its range ----
+
+fn checked(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
+    let schema = schema_of_expressions(&plan)?;
+    let names = NamePreserver::new(&plan);
+    plan.map_expressions(|expr| {
+        let name = names.save(&expr);
+        Ok(expr.transform_up(|expr| Ok(checked_operation(expr, &schema)))?.update_data(|expr| name.restore(expr)))
+    })
+}
+
+fn checked_operation(expr: Expr, schema: &DFSchema) -> Transformed<Expr> {
+    let Expr::BinaryExpr(BinaryExpr { left, op, right }) = &expr else { return Transformed::no(expr) };
+    let Some(function) = Checked::of(*op) else { return Transformed::no(expr) };
+    // What has no type here (a parameter whose type nothing says) is no number yet.
+    let is_integer = |side: &Expr| side.get_type(schema).is_ok_and(|ty| ty.is_integer());
+    if !is_integer(left) || !is_integer(right) {
+        return Transformed::no(expr);
+    }
+    Transformed::yes(function.call(vec![left.as_ref().clone(), right.as_ref().clone()]))
+}
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Checked {
+    op: Operator,
+    name: &'static str,
+    signature: Signature,
+}
+
+impl Checked {
+    /// The functions are made once: planning is frequent.
+    fn of(op: Operator) -> Option<&'static ScalarUDF> {
+        static FUNCTIONS: LazyLock<[ScalarUDF; 3]> = LazyLock::new(|| {
+            [(Operator::Plus, "+"), (Operator::Minus, "-"), (Operator::Multiply, "*")].map(|(op, name)| {
+                let signature = Signature::any(2, Volatility::Immutable);
+                ScalarUDF::new_from_impl(Checked { op, name, signature })
+            })
+        });
+        let at = match op {
+            Operator::Plus => 0,
+            Operator::Minus => 1,
+            Operator::Multiply => 2,
+            _ => return None,
+        };
+        Some(&FUNCTIONS[at])
+    }
+}
+
+impl ScalarUDFImpl for Checked {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    /// As the operator is called, so that columns of a result keep their names.
+    fn schema_name(&self, args: &[Expr]) -> Result<String> {
+        match args {
+            [left, right] => Ok(format!("{} {} {}", left.schema_name(), self.name, right.schema_name())),
+            _ => internal_err!("{} has two sides", self.name),
+        }
+    }
+
+    fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    fn return_type(&self, types: &[DataType]) -> Result<DataType> {
+        match types {
+            [left, right] if left == right => Ok(left.clone()),
+            _ => internal_err!("the sides of {} differ in type: {types:?}", self.name),
+        }
+    }
+
+    fn return_field_from_args(&self, args: ReturnFieldArgs) -> Result<FieldRef> {
+        let types: Vec<DataType> = args.arg_fields.iter().map(|field| field.data_type().clone()).collect();
+        let nullable = args.arg_fields.iter().any(|field| field.is_nullable());
+        Ok(Arc::new(Field::new(self.name, self.return_type(&types)?, nullable)))
+    }
+
+    fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
+        let [left, right] = args.args.as_slice() else { return exec_err!("{} has two sides", self.name) };
+        let kernel: fn(&dyn Datum, &dyn Datum) -> Result<ArrayRef, ArrowError> = match self.op {
+            Operator::Plus => add,
+            Operator::Minus => sub,
+            _ => mul,
+        };
+        apply(left, right, kernel)
+    }
+}
+
+// ---- IN (sub-query) in three values ----
+
+/// A conjunct that is nothing but `x [NOT] IN (…)` becomes a semi or an anti join, which know of NULL. One inside
+/// another expression becomes a column of marks, which does not: there the cases in which it is unknown are spelled out.
+fn in_three_values(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
+    let LogicalPlan::Filter(filter) = &plan else { return Ok(Transformed::no(plan)) };
+    if !split_conjunction(&filter.predicate).into_iter().any(has_inner_membership) {
+        return Ok(Transformed::no(plan));
+    }
+    let schema = filter.input.schema().clone();
+    plan.map_expressions(|predicate| {
+        let conjuncts = split_conjunction(&predicate).into_iter().map(|conjunct| match has_inner_membership(conjunct) {
+            false => Ok(conjunct.clone()),
+            true => conjunct.clone().transform_up(|expr| with_unknown(expr, &schema)).map(|done| done.data),
+        });
+        let together = conjuncts.reduce(|all, next| Ok(all?.and(next?)));
+        Ok(Transformed::yes(together.unwrap_or(Ok(predicate))?))
+    })
+}
+
+fn has_inner_membership(conjunct: &Expr) -> bool {
+    let whole = match conjunct {
+        Expr::Not(negated) => negated.as_ref(),
+        whole => whole,
+    };
+    let is_membership = |expr: &Expr| Ok(matches!(expr, Expr::InSubquery(_)));
+    !matches!(whole, Expr::InSubquery(_)) && conjunct.exists(is_membership).unwrap_or(false)
+}
+
+/// `x IN (S)` is true where a row equals, else unknown where x is NULL and S has rows, or S has a NULL; else false.
+fn with_unknown(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
+    let Expr::InSubquery(InSubquery { expr: x, subquery, negated }) = &expr else { return Ok(Transformed::no(expr)) };
+    let rows = subquery.subquery.as_ref();
+    let y = Expr::Column(Column::from(rows.schema().qualified_field(0)));
+    let one_of = |rows: LogicalPlanBuilder| -> Result<Expr> {
+        // One row is as good as all, and joined faster; where each row of the outer query has its own, all are needed.
+        let alone = subquery.outer_ref_columns.is_empty();
+        let rows = if alone { rows.limit(0, Some(1))? } else { rows };
+        Ok(exists(Arc::new(rows.build()?)))
+    };
+    let mut unknown = Vec::new();
+    if x.nullable(schema)? {
+        unknown.push(x.as_ref().clone().is_null().and(one_of(LogicalPlanBuilder::from(rows.clone()))?));
+    }
+    if rows.schema().field(0).is_nullable() {
+        unknown.push(one_of(LogicalPlanBuilder::from(rows.clone()).filter(y.is_null())?)?);
+    }
+    let Some(unknown) = unknown.into_iter().reduce(Expr::or) else { return Ok(Transformed::no(expr)) };
+    let found = Expr::InSubquery(InSubquery { expr: x.clone(), subquery: subquery.clone(), negated: false });
+    let null = lit(ScalarValue::Boolean(None));
+    let value = when(found, lit(!negated)).when(unknown, null).otherwise(lit(*negated))?;
+    Ok(Transformed::yes(value))
+}
