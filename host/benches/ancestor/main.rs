@@ -33,7 +33,7 @@ use std::process::{Command, ExitCode};
 #[global_allocator]
 static ALLOCATOR: measure::Counting = measure::Counting;
 
-const PARTS: [(&str, fn()); 6] = [
+static PARTS: [(&str, fn()); 6] = [
     ("contexts", contexts::run),
     ("rows", rows::run),
     ("scan", scan::run),
