@@ -11,6 +11,7 @@ test:
 # By the profile that the server is built with: nothing heavy is compiled a second time.
 bench:
 	cargo bench --locked --workspace --profile dev --bench sql
+	cargo bench --locked --workspace --profile dev --bench ancestor
 
 fmt:
 	cargo fmt --all

@@ -11,6 +11,7 @@ mod formats;
 mod idempotency;
 mod live;
 mod load;
+mod memory;
 mod ops;
 mod oracle;
 mod plugin_users;

@@ -1,0 +1,191 @@
+//! Our side, as a library: a store, the SQL engine, and live queries over them.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrow::array::{ArrayRef, Int64Array, StringArray};
+use arrow::record_batch::RecordBatch;
+use futures::StreamExt;
+use host::catalog::{OnError, Semantics};
+use host::config::{Config, Role};
+use host::http::sse::Events;
+use host::live::{
+    Batch, ChangeOutput, Delivery, GroupSpec, Live, OldMode, Piped, PipelineFault, Pipelines, Program, ProgramError,
+    Subscription,
+};
+use host::sql::live::{Live as Compiled, LivePlan};
+use host::sql::session::Sql;
+use host::sql::{RequestEnv, StatementKind};
+use host::store::{Store, Transaction};
+use host::telemetry::Metrics;
+use tokio::runtime::Runtime;
+use wire::image::ImageAt;
+use wire::{ChangeAt, ImageRef, Schema};
+
+pub struct World {
+    pub runtime: Runtime,
+    pub sql: Sql,
+    pub store: Store,
+    pub config: Config,
+    /// What opening the store took.
+    pub opening: Duration,
+}
+
+impl World {
+    pub fn new(dir: &Path) -> World {
+        Self::with(Config::new(dir))
+    }
+
+    pub fn with(config: Config) -> World {
+        let began = Instant::now();
+        let store = Store::open(&config.store).unwrap();
+        let opening = began.elapsed();
+        store.start(Box::new(|_| {}));
+        let sql = Sql::new(config.sql.clone(), Vec::new()).unwrap();
+        World { runtime: Runtime::new().unwrap(), sql, store, config, opening }
+    }
+
+    pub fn env(&self, user: &str) -> RequestEnv {
+        let snapshot = self.store.snapshot();
+        RequestEnv {
+            catalog: snapshot.catalog().clone(),
+            snapshot,
+            namespace: "main".to_owned(),
+            user: user.into(),
+            role: Role::Admin,
+            params: Arc::default(),
+            overlay: Arc::default(),
+            now: 0,
+        }
+    }
+
+    /// Statements of one kind, each in a commit of its own.
+    pub fn write(&self, text: &str) {
+        for statement in self.sql.parse(text).unwrap().iter() {
+            let env = self.env("admin");
+            let base = env.snapshot.seq();
+            let namespace = env.catalog.namespace("main").unwrap().id;
+            let (rows, catalog) = match statement.kind {
+                StatementKind::Ddl => (Vec::new(), self.sql.ddl(statement, &env).unwrap().writes),
+                _ => (self.runtime.block_on(self.sql.change_set(statement, env)).unwrap().writes, Vec::new()),
+            };
+            self.commit(Transaction { namespace, base, rows, catalog, receipt: None });
+        }
+    }
+
+    /// Rows for a table (id BIGINT, note TEXT), in one commit.
+    pub fn insert(&self, table: &str, ids: Range<i64>, note: &str) {
+        let env = self.env("admin");
+        let base = env.snapshot.seq();
+        let namespace = env.catalog.namespace("main").unwrap().id;
+        let rows = self.sql.insert_rows(&env, table, &[batch(ids, note)]).unwrap().writes;
+        self.commit(Transaction { namespace, base, rows, catalog: Vec::new(), receipt: None });
+    }
+
+    pub fn each_batch(&self, text: &str, mut take: impl FnMut(RecordBatch)) {
+        self.runtime.block_on(async {
+            let statements = self.sql.parse(text).unwrap();
+            let mut stream = self.sql.query(&statements[0], self.env("admin")).await.unwrap();
+            while let Some(batch) = stream.batches.next().await {
+                take(batch.unwrap());
+            }
+        });
+    }
+
+    fn commit(&self, transaction: Transaction) {
+        self.runtime.block_on(self.store.commit(transaction)).unwrap();
+    }
+
+    pub fn live(&self) -> Live {
+        let pipelines: Vec<Box<dyn Pipelines>> = vec![Box::new(NoPlugins)];
+        let mut options = self.config.live.clone();
+        options.workers = 1;
+        options.max_subscriptions = 1_000_000;
+        options.heartbeat = Duration::from_secs(60);
+        Live::start(self.store.clone(), pipelines, Arc::new(Events), options, Arc::new(Metrics::default()))
+    }
+
+    /// A live query that filters one table.
+    pub fn spec(&self, text: &str) -> Arc<GroupSpec> {
+        let plan = match self.sql.live(text, &self.env("admin")).unwrap() {
+            Compiled::Incremental(plan) => plan,
+            Compiled::Requery(_) => panic!("{text}"),
+        };
+        Arc::new(GroupSpec {
+            key: text.as_bytes().to_vec(),
+            live_id: String::new(),
+            table: plan.table.clone(),
+            scope: plan.scope.clone(),
+            requery: None,
+            range: plan.range.clone(),
+            anchors: plan.anchors.clone(),
+            index: String::new(),
+            program: Arc::new(Query(plan)),
+            stages: Vec::new(),
+            semantics: Semantics::Map,
+            on_error: OnError::Stop,
+            output: None,
+            old: OldMode::Changed,
+            fingerprint: "f".to_owned(),
+            epoch: self.store.epoch(),
+        })
+    }
+
+    /// The bytes that a subscriber is given next.
+    pub fn next_events(&self, subscription: &mut Subscription) -> bytes::Bytes {
+        loop {
+            match self.runtime.block_on(subscription.next()) {
+                Delivery::Events { bytes, .. } => return bytes,
+                Delivery::UpToDate(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+/// Rows of a table (id BIGINT, note TEXT).
+pub fn batch(ids: Range<i64>, note: &str) -> RecordBatch {
+    let notes: StringArray = ids.clone().map(|_| Some(note)).collect();
+    let (ids, notes): (ArrayRef, ArrayRef) = (Arc::new(Int64Array::from_iter_values(ids)), Arc::new(notes));
+    RecordBatch::try_from_iter([("id", ids), ("note", notes)]).unwrap()
+}
+
+struct Query(LivePlan);
+
+fn failed(error: impl std::fmt::Display) -> ProgramError {
+    ProgramError(error.to_string())
+}
+
+impl Program for Query {
+    fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, ProgramError> {
+        self.0.matches(rows).map_err(failed)
+    }
+
+    fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        self.0.project(rows).map_err(failed)
+    }
+
+    fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        host::sql::arrow::to_batch(schema, rows).map_err(failed)
+    }
+}
+
+struct NoPlugins;
+
+impl Pipelines for NoPlugins {
+    fn open(&mut self, _: &GroupSpec) -> Result<u64, PipelineFault> {
+        unreachable!("no query here has a pipeline")
+    }
+
+    fn run(&mut self, _: u64, _: Batch<'_>, _: &[ImageAt]) -> Result<Piped, PipelineFault> {
+        unreachable!("no query here has a pipeline")
+    }
+
+    fn run_changes(&mut self, _: u64, _: Batch<'_>, _: &[ChangeAt]) -> Result<Vec<ChangeOutput>, PipelineFault> {
+        unreachable!("no query here has a pipeline")
+    }
+
+    fn close(&mut self, _: u64) {}
+}
