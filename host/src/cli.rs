@@ -87,7 +87,7 @@ pub enum Plugin {
         #[arg(default_value = ".")]
         folder: PathBuf,
     },
-    /// Uploads a module (.wasm or .wat, or a crate's folder, which is built first), makes it active, and says what it costs.
+    /// Uploads a module (.wasm, .wat, or a crate's folder, which is built first), makes it active and says what it costs.
     Push {
         #[arg(default_value = ".")]
         module: PathBuf,

@@ -13,6 +13,7 @@ mod live;
 mod load;
 mod ops;
 mod oracle;
+mod plugin_logs;
 mod plugin_users;
 mod plugins;
 mod requery;

@@ -1,5 +1,5 @@
-//! What a plugin said, and what it goes on to say. A follower asks once a second for what came after the last answer: the
-//! server keeps no connection and no queue for it, and a line is printed once whatever happens in between.
+//! What a plugin said, and what it goes on to say. A follower asks once a second for what came after the last answer:
+//! the server keeps no connection and no queue for it, and each line is printed once.
 
 use std::time::Duration;
 

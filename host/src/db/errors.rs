@@ -1,5 +1,5 @@
-//! What plugins failed on while their live queries went on (`on_error=skip` or `pass`): noted in the store, newest kept,
-//! shown by plugin, as `system.plugin_errors`, and run again ([`replay`]).
+//! What plugins failed on while their live queries went on (`on_error=skip` or `pass`): noted in the store, newest
+//! kept, shown by plugin, as `system.plugin_errors`, and run again ([`replay`]).
 
 mod replay;
 
@@ -30,8 +30,8 @@ const BATCH_ENTRIES: usize = 64;
 /// Entries of one answer.
 pub const LIST: usize = 1_000;
 
-/// Text of rows in one reading of `system.plugin_errors`, which is held in memory as a whole: the newest come first, and
-/// what is beyond is shown without its row.
+/// Text of rows in one reading of `system.plugin_errors`, which is held in memory as a whole: the newest come first,
+/// and what is beyond is shown without its row.
 const TABLE_ROW_BYTES: usize = 8 * 1024 * 1024;
 
 /// Where workers note failures.

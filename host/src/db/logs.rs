@@ -23,8 +23,8 @@ pub struct PluginLogs {
 }
 
 impl Db {
-    /// The lines after `after` (a `next` of before), or the newest ones. What was said over a user's rows is shown to that
-    /// user alone.
+    /// The lines after `after` (a `next` of before), or the newest ones. What was said over a user's rows is shown to
+    /// that user alone.
     pub fn plugin_logs(
         &self,
         who: &Identity,

@@ -43,7 +43,7 @@ pub struct Trial {
     pub output: Option<Schema>,
     pub results: Vec<TrialResult>,
     pub elapsed: Duration,
-    /// The median of many rounds, where it was asked for and nothing failed: the server's own work for a change among it.
+    /// The median of many rounds, where it was asked for and nothing failed. The server's own work is in it.
     pub nanos_per_change: Option<f64>,
 }
 

@@ -96,8 +96,8 @@ pub async fn delete(State(app): State<App>, Caller(who): Caller, Path(path): Pat
     Ok((StatusCode::OK, Json(json!({"name": name, "namespace": namespace, "seq": seq.0}))))
 }
 
-/// `GET /v1/plugins/{namespace}/{name}/errors?limit=N`: what it failed on while its live queries went on. `…/logs?after=…`:
-/// what it said.
+/// `GET /v1/plugins/{namespace}/{name}/errors?limit=N`: what it failed on while its live queries went on.
+/// `…/logs?after=…&limit=N`: what it said.
 pub async fn look(State(app): State<App>, Caller(who): Caller, Path(path): Path<Names>, uri: Uri) -> Answer {
     let logs = match path.get("action").map(String::as_str) {
         Some("errors") => false,

@@ -19,7 +19,8 @@ const BYTES: usize = 256 * 1024;
 /// Counted for each line beside its text, so that empty lines are not free.
 const LINE_COST: usize = 128;
 
-/// Plugins with lines: with [`BYTES`] each that is 64 MiB at most. Beyond it the one that was silent longest is forgotten.
+/// Plugins with lines: with [`BYTES`] each that is 64 MiB at most. Beyond it the one that was silent longest is
+/// forgotten.
 const PLUGINS: usize = 256;
 
 const _: () = assert!(BYTES / LINE_COST >= LINES, "the count of lines is a bound of its own");

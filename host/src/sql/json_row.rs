@@ -1,5 +1,5 @@
-//! A row given as a JSON object, as an image: by the very conversions of an INSERT. And back, for tables that show rows of
-//! any other table in one column.
+//! A row given as a JSON object, as an image: by the very conversions of an INSERT. And back, for tables that show rows
+//! of any other table in one column.
 
 use std::sync::Arc;
 
