@@ -76,7 +76,8 @@
 //!   that is not asked for costs nothing, and a filter allocates nothing. [`Row`](row::Row) finds columns by name.
 //! - A plugin is pure: its answer depends on parameters and row alone. The host drops and makes instances as it likes.
 //! - An `Err` fails that row, with its message, and costs no instance. A panic costs the instance.
-//! - [`info!`], [`warn!`], [`error!`] and [`debug!`] write to the host's log, [`metric!`] adds to its counters.
+//! - [`info!`], [`warn!`], [`error!`] and [`debug!`] write to the host's log (`tidegate plugin logs -f NAME` shows what
+//!   one plugin says), [`metric!`] adds to its counters.
 //! - The function itself stays as it was written: [`native`] runs it in ordinary tests.
 //!
 //! Without the default feature `std` the SDK needs `alloc` only; allocator and panic handler are then the plugin's.

@@ -1,11 +1,12 @@
-//! The command line beside `serve`: one file for calls to a server, one for making plugins, one that runs a plugin
-//! without a server.
+//! The command line beside `serve`: one file for calls to a server, one that follows what plugins say, one for making
+//! plugins, one that runs a plugin without a server.
 //!
 //! Everything prints for people, and with `--json` what programs read. The address and the token come from options or
 //! from `TIDEGATE_URL` and `TIDEGATE_TOKEN` (or `TIDEGATE_TOKEN_FILE`).
 
 mod craft;
 mod exec;
+mod logs;
 mod remote;
 
 use std::path::PathBuf;
@@ -86,13 +87,19 @@ pub enum Plugin {
         #[arg(default_value = ".")]
         folder: PathBuf,
     },
-    /// Uploads a module (.wasm or .wat, or a crate's folder, which is built first) and makes it active.
+    /// Uploads a module (.wasm, .wat, or a crate's folder, which is built first), makes it active and says what it costs.
     Push {
         #[arg(default_value = ".")]
         module: PathBuf,
         /// The plugin's name [default: that of the file or crate].
         #[arg(long)]
         name: Option<String>,
+        /// The table whose columns the rows have on which its time is measured [default: the columns that it reads].
+        #[arg(long)]
+        table: Option<String>,
+        /// The parameters it is measured with.
+        #[arg(long, value_name = "JSON", default_value = "{}")]
+        params: String,
         #[command(flatten)]
         server: Server,
     },
@@ -128,6 +135,26 @@ pub enum Plugin {
     /// What a plugin failed on while its live queries went on.
     Errors {
         name: String,
+        #[command(flatten)]
+        server: Server,
+    },
+    /// Runs what a plugin failed on once more, by the versions that are active now; nothing is stored.
+    Replay {
+        name: String,
+        /// Which of `plugin errors`.
+        number: u64,
+        #[command(flatten)]
+        server: Server,
+    },
+    /// What a plugin said through `log`, as long as the server keeps it in memory.
+    Logs {
+        name: String,
+        /// Go on with what it says from now on.
+        #[arg(short, long)]
+        follow: bool,
+        /// So many of the newest lines first.
+        #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 100)]
+        lines: usize,
         #[command(flatten)]
         server: Server,
     },
@@ -178,13 +205,17 @@ pub fn plugin(command: Plugin) -> ExitCode {
         Plugin::Test { folder } => craft::test(&folder),
         Plugin::Attach { module, manifest, output } => craft::attach(&module, &manifest, output.as_deref()),
         Plugin::Exec { stdio: _ } => exec::stdio(),
-        Plugin::Push { module, name, server } => block(remote::push(module, name, server)),
+        Plugin::Push { module, name, table, params, server } => {
+            block(remote::push(module, name, table, params, server))
+        }
         Plugin::Try { name, rows, old, params, table, server } => {
             block(remote::try_rows(name, [rows, old, params], table, server))
         }
         Plugin::List { server } => block(remote::list(server)),
         Plugin::Show { name, server } => block(remote::show(name, server)),
         Plugin::Errors { name, server } => block(remote::errors(name, server)),
+        Plugin::Replay { name, number, server } => block(remote::replay(name, number, server)),
+        Plugin::Logs { name, follow, lines, server } => block(logs::show(name, follow, lines, server)),
         Plugin::Rollback { name, version, server } => block(remote::rollback(name, version, server)),
         Plugin::Rm { name, server } => block(remote::remove(name, server)),
     })

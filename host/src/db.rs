@@ -11,9 +11,11 @@ mod fingerprint;
 mod idempotency;
 mod index;
 mod install;
+mod logs;
 #[cfg(test)]
 mod matching;
 mod rerun;
+mod sample;
 mod streams;
 mod subscribe;
 mod system;
@@ -32,7 +34,7 @@ use crate::catalog::{DEFAULT_NAMESPACE, OnError, Plugin, Semantics};
 use crate::config::{Config, Role};
 use crate::live::{Encoder, Live, OldMode, PipelineFault, Pipelines};
 use crate::plugins::registry::Plugins;
-use crate::plugins::{PluginError, PluginOptions};
+use crate::plugins::{Measured, PluginError, PluginOptions};
 use crate::sql::session::Sql;
 use crate::sql::{OutputColumn, Overlay, Param, RequestEnv, RowStream, SqlError, StatementKind};
 use crate::store::snapshot::Snapshot;
@@ -40,8 +42,9 @@ use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
 pub use bulk::{BulkFailure, BulkInsert, BulkReport, BulkRows};
-pub use errors::PluginErrorEntry;
+pub use errors::{PluginErrorEntry, Replay};
 pub use idempotency::Idempotency;
+pub use logs::PluginLogs;
 pub use subscribe::LiveStream;
 pub use trial::{Trial, TrialRequest, TrialResult};
 
@@ -207,6 +210,8 @@ pub struct Installed {
     pub seq: Seq,
     /// The same bytes were active already: nothing changed.
     pub unchanged: bool,
+    /// What the module cost when it was tried; `None`: nothing was tried.
+    pub measured: Option<Measured>,
 }
 
 /// The database; clones share it.

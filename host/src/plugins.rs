@@ -5,7 +5,7 @@
 //! interrupting), [`compiler`] (the child that compiles), [`check`] (uploads), then [`guest`], [`abi`] and [`params`] for the details.
 //!
 //! Plugins are pure: instances are dropped and made again whenever that is convenient. What failed is remembered, and
-//! what fails too often rests: [`health`].
+//! what fails too often rests: [`health`]. What they log is kept for a while: [`logs`].
 
 pub mod abi;
 mod cache;
@@ -15,6 +15,7 @@ pub mod engine;
 pub mod guest;
 pub mod health;
 pub mod instance;
+pub mod logs;
 pub mod params;
 pub mod pipeline;
 pub mod registry;
@@ -102,6 +103,16 @@ pub struct Inspected {
     pub kind: PluginKind,
     pub abi: u32,
     pub manifest: Vec<ManifestLine>,
+    pub measured: Measured,
+}
+
+/// What an upload cost when it was tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    /// `None`: it was compiled before, and is kept.
+    pub compile_time: Option<Duration>,
+    /// Linear memory of an instance beside its window: configured where every parameter has a default, else started.
+    pub instance_bytes: usize,
 }
 
 /// What is to be run through a pipeline: where it lies, and whether the ring has it.

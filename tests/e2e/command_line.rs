@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tests::{TestServer, plugin, server};
 
 /// `tidegate` with these arguments, in a folder, as the administrator.
-fn tidegate(server: &TestServer, folder: &Path, arguments: &[&str]) -> Output {
+pub fn tidegate(server: &TestServer, folder: &Path, arguments: &[&str]) -> Output {
     tidegate_fed(server, folder, arguments, "")
 }
 
@@ -23,7 +23,7 @@ fn tidegate_fed(server: &TestServer, folder: &Path, arguments: &[&str], stdin: &
 }
 
 #[track_caller]
-fn said(output: Output) -> String {
+pub fn said(output: Output) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
     text(&output.stdout)
@@ -52,8 +52,30 @@ async fn sql_live_and_plugins_from_a_shell() {
         pushed.starts_with("late version 1: row_filter") && pushed.contains("minutes (int, default 15)"),
         "{pushed}"
     );
-    let answer: Value = serde_json::from_str(&said(run(&["plugin", "push", "late.wasm", "--json"]))).unwrap();
-    assert_eq!(answer["unchanged"], true);
+    for told in ["bytes, sha256", "reads: dep_delay", "compiled in", "KiB of memory beside its window", " ns a change"]
+    {
+        assert!(pushed.contains(told), "{told}: {pushed}");
+    }
+    let pushed = |more: &[&str]| -> Value {
+        let arguments = [&["plugin", "push", "late.wasm", "--json"][..], more].concat();
+        serde_json::from_str(&said(run(&arguments[..]))).unwrap()
+    };
+    let answer = pushed(&["--table", "t", "--params", r#"{"minutes":30}"#]);
+    assert_eq!(
+        (&answer["unchanged"], &answer["compile_ms"]),
+        (&json!(true), &Value::Null),
+        "compiled before: {answer}"
+    );
+    assert!(answer["instance_bytes"].as_u64().is_some_and(|bytes| bytes > 0 && bytes % 65_536 == 0), "{answer}");
+    assert!(answer["nanos_per_change"].as_f64().is_some_and(|nanos| nanos > 0.0), "{answer}");
+    assert!(answer["upload_ms"].is_u64() && answer["size"].is_u64(), "{answer}");
+    assert_eq!(answer["columns"][0]["name"], "dep_delay");
+    // What cannot be measured is pushed nevertheless, and says why.
+    for (more, why) in [(["--table", "nowhere"], "nowhere"), (["--params", r#"{"hours":1}"#], "hours")] {
+        let answer = pushed(&more);
+        assert_eq!(answer["nanos_per_change"], Value::Null);
+        assert!(answer["not_measured"].as_str().is_some_and(|reason| reason.contains(why)), "{answer}");
+    }
     let tried = said(run(&["plugin", "try", "late", "--rows", r#"[{"dep_delay":15},{"dep_delay":1}]"#]));
     assert!(tried.contains(r#"0  {"keep":true}"#) && tried.contains(r#"1  {"keep":false}"#), "{tried}");
     let live = said(run(&["live", "SELECT id FROM t", "--plugin", "late", "--once", "--json"]));
@@ -63,6 +85,9 @@ async fn sql_live_and_plugins_from_a_shell() {
     assert!(said(run(&["plugin", "list"])).contains("late"));
     assert!(said(run(&["plugin", "show", "late"])).contains("(active)"));
     assert_eq!(said(run(&["plugin", "errors", "late"])), "none\n");
+    assert!(complained(run(&["plugin", "replay", "late", "1"])).contains("no noted failure 1"));
+    assert_eq!(said(run(&["plugin", "logs", "late"])), "", "it says nothing");
+    assert!(complained(run(&["plugin", "logs", "nobody"])).contains("nobody"));
     assert!(complained(run(&["plugin", "rollback", "late"])).contains("no earlier version"));
     said(run(&["plugin", "rm", "late"]));
     assert!(complained(run(&["plugin", "show", "late"])).contains("not_found"));

@@ -1,8 +1,12 @@
-//! What happens to rows that a plugin fails on: `on_error`, the list of errors, the breaker.
+//! What happens to rows that a plugin fails on: `on_error`, the list of errors, running them again, the breaker.
 
+use reqwest::Method;
 use serde_json::{Value, json};
+use tests::client::expect_problem;
 use tests::live::seq;
-use tests::{Client, LiveQuery, TestServer};
+use tests::{Client, LiveQuery, TestServer, plugin};
+
+use crate::command_line::{said, tidegate};
 
 async fn table(server: &TestServer) -> Client {
     let db = server.admin();
@@ -96,6 +100,98 @@ async fn a_filter_may_let_through_what_it_fails_on_unless_it_forbids_that() {
     db.expect_no_live(query("sour", "hope"), 400, "bad_request").await;
     let without = LiveQuery::new("SELECT id FROM t").option("on_error", "skip");
     db.expect_no_live(without, 400, "bad_request").await;
+}
+
+async fn replay(db: &Client, plugin: &str, number: u64) -> Value {
+    let request = db.request(Method::POST, &format!("/v1/plugins/main/{plugin}/replay"));
+    let response = request.json(&json!({"number": number})).send().await.unwrap();
+    let status = response.status();
+    let answer: Value = response.json().await.unwrap();
+    assert_eq!(status, 200, "{answer}");
+    answer
+}
+
+#[tokio::test]
+async fn noted_failures_are_a_table_and_are_run_again() {
+    let mut server = TestServer::start().await;
+    let db = table(&server).await;
+    db.put_plugin("sour", sour(TELL, true)).await;
+    let mut live = db.live(LiveQuery::new("SELECT id, v FROM t").plugin("sour").option("on_error", "skip")).await;
+    live.until_uptodate().await;
+    let bad = seq(&db.sql("INSERT INTO t VALUES (1, -5), (2, 5)").await);
+    live.until_seq(bad).await;
+    let sql = "SELECT namespace, plugin, version, table_name, user_name, seq, cause, message, action, old_row, new_row, \
+               live_id <> '', noted_at IS NOT NULL FROM system.plugin_errors";
+    let row = json!({"id": 1, "v": -5});
+    let expected =
+        json!([["main", "sour", 1, "t", null, bad, "failed", "below zero", "skipped", null, row, true, true]]);
+    assert_eq!(db.rows(sql).await, expected);
+    assert_eq!(server.client("bob").rows(sql).await, expected, "whoever may read the table");
+
+    let number = db.rows("SELECT number FROM system.plugin_errors").await[0][0].as_u64().unwrap();
+    assert_eq!(json!(number), errors(&db, "sour").await[0]["number"]);
+    let answer = replay(&db, "sour", number).await;
+    assert_eq!(answer["result"], json!({"error": {"cause": "failed", "message": "below zero"}}));
+    drop(live);
+    // A mended version, and the note from before a restart.
+    db.put_plugin("sour", sour("(nop)", true)).await;
+    server.kill9();
+    server.restart().await;
+    let answer = replay(&db, "sour", number).await;
+    assert_eq!((&answer["version"], &answer["result"]), (&json!(2), &json!({"keep": true})), "{answer}");
+    assert_eq!((&answer["noted"]["version"], &answer["noted"]["row"]), (&json!(1), &row), "{answer}");
+    let folder = tempfile::tempdir().unwrap();
+    let told = said(tidegate(&server, folder.path(), &["plugin", "replay", "sour", &number.to_string()]));
+    assert!(told.contains("failed: below zero") && told.contains(r#"version 2 now: {"keep":true}"#), "{told}");
+    assert_eq!(errors(&db, "sour").await.len(), 1, "nothing was noted, nothing taken away");
+
+    let request = |path: &str| db.request(Method::POST, &format!("/v1/plugins/{path}/replay"));
+    expect_problem(request("sour").json(&json!({"number": 99})), 404, "not_found").await;
+    expect_problem(request("main/other").json(&json!({"number": number})), 404, "not_found").await;
+    expect_problem(request("nowhere/sour").json(&json!({"number": number})), 404, "not_found").await;
+    expect_problem(request("main/sour").json(&json!({})), 400, "bad_json").await;
+}
+
+/// What is run again went through other plugins, with parameters; both are as they were.
+#[tokio::test]
+async fn a_failure_behind_other_plugins_is_run_again_behind_them() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY, v BIGINT, dep_delay INT)").await;
+    db.put_plugin("late", plugin("late.wasm")).await;
+    db.put_plugin("sour", sour(TELL, true)).await;
+    let query = LiveQuery::new("SELECT id FROM t").plugin(r#"late:{"minutes":10}"#).plugin("sour");
+    let mut live = db.live(query.option("on_error", "skip")).await;
+    live.until_uptodate().await;
+    // Late by 10 minutes, not by the default of 15.
+    let bad = seq(&db.sql("INSERT INTO t VALUES (1, -5, 12)").await);
+    live.until_seq(bad).await;
+    let number = errors(&db, "sour").await[0]["number"].as_u64().unwrap();
+    db.put_plugin("sour", sour("(nop)", true)).await;
+    assert_eq!(replay(&db, "sour", number).await["result"], json!({"keep": true}));
+}
+
+#[tokio::test]
+async fn a_failure_on_a_users_row_is_for_that_user() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY, v BIGINT) WITH (type = 'user')").await;
+    db.put_plugin("sour", sour(TELL, true)).await;
+    let (alice, bob) = (server.client("alice"), server.client("bob"));
+    let mut live = alice.live(LiveQuery::new("SELECT id FROM t").plugin("sour").option("on_error", "skip")).await;
+    live.until_uptodate().await;
+    let bad = seq(&alice.sql("INSERT INTO t VALUES (1, -5)").await);
+    live.until_seq(bad).await;
+    let sql = "SELECT user_name, cause, message, new_row FROM system.plugin_errors";
+    assert_eq!(alice.rows(sql).await, json!([["alice", "failed", "below zero", {"id": 1, "v": -5}]]));
+    assert_eq!(db.rows(sql).await, json!([["alice", "failed", "", null]]), "that there was one, and no more");
+    assert_eq!(bob.rows(sql).await, json!([]));
+    let number = errors(&alice, "sour").await[0]["number"].as_u64().unwrap();
+    assert!(replay(&alice, "sour", number).await["result"]["error"].is_object());
+    let request =
+        |client: &Client| client.request(Method::POST, "/v1/plugins/main/sour/replay").json(&json!({"number": number}));
+    expect_problem(request(&db), 403, "forbidden").await;
+    expect_problem(request(&bob), 404, "not_found").await;
 }
 
 /// A plugin that traps on everything: its stream waits and goes on where it was, its neighbours do not notice.

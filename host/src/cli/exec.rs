@@ -1,8 +1,8 @@
 //! Plugins on the very engine and limits, without a server: one JSON object a line in, one a line out.
 //!
-//! A request is `{"module":"path.wasm","columns":[{"name","type"}]?,"params":{…}?,"rows":[{…}]?,"old":[{…}]?}`, the answer
-//! what `POST /v1/plugins/{namespace}/{name}/try` answers, or `{"problem":{…}}`. Without `columns` the rows have those
-//! that the plugin reads.
+//! A request is `{"module":"path.wasm","columns":[{"name","type"}]?,"params":{…}?,"rows":[{…}]?,"old":[{…}]?,
+//! "measure":true?}`, the answer what `POST /v1/plugins/{namespace}/{name}/try` answers, or `{"problem":{…}}`. Without
+//! `columns` the rows have those that the plugin reads.
 
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
@@ -34,6 +34,8 @@ struct Request {
     rows: Vec<Option<Map<String, Value>>>,
     #[serde(default)]
     old: Vec<Option<Map<String, Value>>>,
+    #[serde(default)]
+    measure: bool,
 }
 
 #[derive(Deserialize)]
@@ -103,6 +105,7 @@ fn answer(plugins: &Plugins, seen: &Seen, line: &str) -> Result<Value, Problem> 
         table: None,
         rows: request.rows,
         old: request.old,
+        measure: request.measure,
     };
     let trial = trial::run(plugins, NamespaceId(1), &stage, inspected.kind, &schema, &trial_request)?;
     trial_answer(&trial)

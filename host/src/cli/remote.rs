@@ -30,23 +30,29 @@ impl Server {
         self.namespace.as_deref().unwrap_or(DEFAULT_NAMESPACE)
     }
 
-    fn plugin(&self, name: &str) -> String {
+    pub(super) fn plugin(&self, name: &str) -> String {
         format!("/v1/plugins/{}/{}", encode(self.namespace()), encode(name))
     }
 
-    async fn ask(&self, method: Method, path: &str, content_type: &str, body: Vec<u8>) -> Result<Value, String> {
+    pub(super) async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        content_type: &str,
+        body: Vec<u8>,
+    ) -> Result<Value, String> {
         let answer = self.client()?.call(method, path, content_type, body).await.map_err(|error| error.to_string())?;
         parsed(&answer)
     }
 
     fn print(&self, answer: &Value, text: impl FnOnce(&Value) -> String) {
-        if self.json { say(&answer.to_string()) } else { say(&text(answer)) }
+        say(&if self.json { answer.to_string() } else { text(answer) });
     }
 }
 
-/// To stdout; whoever reads it may have gone, which is no reason to fail loudly.
-fn say(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+/// To stdout; whoever reads it may have gone, which is no reason to fail loudly: then it is false.
+pub(super) fn say(text: &str) -> bool {
+    writeln!(std::io::stdout(), "{text}").is_ok()
 }
 
 fn parsed(answer: &Answer) -> Result<Value, String> {
@@ -100,7 +106,7 @@ fn result_text(result: &Value) -> String {
     }
 }
 
-fn cell_text(value: &Value) -> String {
+pub(super) fn cell_text(value: &Value) -> String {
     match value {
         Value::Null => "NULL".to_owned(),
         Value::String(text) => text.clone(),
@@ -170,24 +176,72 @@ fn event_text(event: &str, as_json: bool) -> Option<String> {
     Some(json!({"event": name, "id": field("id"), "data": data}).to_string())
 }
 
-pub(super) async fn push(module: PathBuf, name: Option<String>, server: Server) -> Outcome {
+pub(super) async fn push(
+    module: PathBuf,
+    name: Option<String>,
+    table: Option<String>,
+    params: String,
+    server: Server,
+) -> Outcome {
+    let params = json_of("--params", &params)?;
     let path = if module.is_dir() { craft::build(&module)? } else { module };
     let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let name = name.or(stem).ok_or("the module has no name; give --name")?;
     let started = std::time::Instant::now();
-    let answer = server.ask(Method::PUT, &server.plugin(&name), "application/wasm", bytes).await?;
-    let elapsed = started.elapsed();
+    let mut answer = server.ask(Method::PUT, &server.plugin(&name), "application/wasm", bytes).await?;
+    answer["upload_ms"] = json!(started.elapsed().as_millis() as u64);
+    // It is active, so whatever keeps it from being measured is no failure of the push.
+    match measured(&server, &name, table.as_deref(), params).await {
+        Ok(nanos) => answer["nanos_per_change"] = nanos,
+        Err(reason) => {
+            answer["nanos_per_change"] = Value::Null;
+            answer["not_measured"] = json!(reason);
+        }
+    }
     server.print(&answer, |plugin| {
         let state = if plugin["unchanged"] == json!(true) { "was active already" } else { "is active" };
-        format!(
-            "{}\n{state} from seq {} on; the upload took {} ms",
-            version_text(plugin),
-            plugin["seq"],
-            elapsed.as_millis()
-        )
+        let (seq, upload) = (&plugin["seq"], &plugin["upload_ms"]);
+        let cost = cost_text(plugin, table.as_deref());
+        format!("{}\n{cost}\n{state} from seq {seq} on; the upload took {upload} ms", version_text(plugin))
     });
     Ok(())
+}
+
+/// How long a change takes, by a trial of the server on rows that it makes up; or why that is not known.
+async fn measured(server: &Server, name: &str, table: Option<&str>, params: Value) -> Result<Value, String> {
+    let mut request = json!({"measure": true, "params": params});
+    if let Some(table) = table {
+        request["table"] = json!(table);
+    }
+    let path = format!("{}/try", server.plugin(name));
+    let mut answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await?;
+    if answer["nanos_per_change"].is_number() {
+        return Ok(answer["nanos_per_change"].take());
+    }
+    let results = answer["results"].as_array().into_iter().flatten();
+    let failed = results.map(|result| &result["error"]).find(|error| error.is_object());
+    Err(match failed {
+        Some(error) => {
+            format!("it fails on made-up rows ({}: {})", cell_text(&error["cause"]), cell_text(&error["message"]))
+        }
+        None => "the server does not measure".to_owned(),
+    })
+}
+
+/// What an upload costs, as the lines below its version.
+fn cost_text(plugin: &Value, table: Option<&str>) -> String {
+    let compiled = match plugin["compile_ms"].as_f64() {
+        Some(millis) => format!("compiled in {millis} ms"),
+        None => "had been compiled before".to_owned(),
+    };
+    let kib = plugin["instance_bytes"].as_u64().unwrap_or(0).div_ceil(1024);
+    let rows = table.map_or_else(|| "the columns it reads".to_owned(), |table| format!("the columns of {table}"));
+    let time = match plugin["nanos_per_change"].as_f64() {
+        Some(nanos) => format!("{nanos} ns a change, in batches of made-up rows with {rows}"),
+        None => format!("time per change: not measured: {}", cell_text(&plugin["not_measured"])),
+    };
+    format!("  {compiled}; an instance has {kib} KiB of memory beside its window\n  {time}")
 }
 
 pub(super) async fn try_rows(
@@ -278,10 +332,35 @@ pub(super) async fn errors(name: String, server: Server) -> Outcome {
             return "none".to_owned();
         }
         let line = |entry: &Value| {
-            let cells = ["at", "table", "seq", "cause", "action", "message"].map(|name| cell_text(&entry[name]));
+            let names = ["number", "at", "table", "seq", "cause", "action", "message"];
+            let cells = names.map(|name| cell_text(&entry[name]));
             format!("{}  {}", cells.join("  "), entry["row"])
         };
         entries.iter().map(line).collect::<Vec<_>>().join("\n")
+    });
+    Ok(())
+}
+
+pub(super) async fn replay(name: String, number: u64, server: Server) -> Outcome {
+    let path = format!("{}/replay", server.plugin(&name));
+    let answer = server.ask(Method::POST, &path, JSON, json!({"number": number}).to_string().into_bytes()).await?;
+    server.print(&answer, |answer| {
+        let noted = &answer["noted"];
+        let said = |entry: &Value| format!("{}: {}", cell_text(&entry["cause"]), cell_text(&entry["message"]));
+        let now = match &answer["result"]["error"] {
+            Value::Null => answer["result"].to_string(),
+            error => format!("fails still, {}", said(error)),
+        };
+        format!(
+            "noted of version {} at seq {} of {}: {}\nold: {}\nrow: {}\nversion {} now: {now}",
+            noted["version"],
+            noted["seq"],
+            cell_text(&noted["table"]),
+            said(noted),
+            noted["old"],
+            noted["row"],
+            answer["version"],
+        )
     });
     Ok(())
 }
@@ -309,6 +388,23 @@ mod tests {
         let result = json!({"columns": [{"name": "id"}, {"name": "name"}], "rows": [[1, "a"], [200, null]]});
         assert_eq!(result_text(&result), "id   name\n---  ----\n1    a\n200  NULL\n(2 rows)");
         assert_eq!(result_text(&json!({"affected": 3})), "3 rows changed");
+    }
+
+    #[test]
+    fn a_push_says_what_it_costs_or_why_that_is_not_known() {
+        let plugin = json!({"compile_ms": 12.5, "instance_bytes": 65537, "nanos_per_change": 31.0});
+        assert_eq!(
+            cost_text(&plugin, Some("flights")),
+            "  compiled in 12.5 ms; an instance has 65 KiB of memory beside its window\n  31 ns a change, in batches of \
+             made-up rows with the columns of flights"
+        );
+        let plugin =
+            json!({"compile_ms": null, "instance_bytes": 65536, "not_measured": "parameter `dest` is required"});
+        assert_eq!(
+            cost_text(&plugin, None),
+            "  had been compiled before; an instance has 64 KiB of memory beside its window\n  time per change: not \
+             measured: parameter `dest` is required"
+        );
     }
 
     #[test]

@@ -99,13 +99,14 @@ impl OpenGroup {
     ) {
         let new = |fault: &&UnitFault| !fault.known || batch.pass == Pass::Live;
         let entries = faults.iter().filter(new).filter_map(|fault| {
-            let stage = self.stages.get(fault.stage)?;
+            let (before, stage) = (self.stages.get(..fault.stage)?, self.stages.get(fault.stage)?);
             let (old, row) = images(places.get(fault.index)?);
             Some(errors::Entry {
                 table: &self.table,
                 scope: &self.scope,
                 live_id: &self.live_id,
                 stage,
+                before,
                 fault,
                 old,
                 row,

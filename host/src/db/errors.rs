@@ -1,19 +1,27 @@
-//! What plugins failed on while their live queries went on (`on_error=skip` or `pass`): noted in the store, newest kept.
+//! What plugins failed on while their live queries went on (`on_error=skip` or `pass`): noted in the store, newest
+//! kept, shown by plugin, as `system.plugin_errors`, and run again ([`replay`]).
 
+mod replay;
+
+use std::collections::HashMap;
 use std::time::Instant;
 
 use ::arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 use wire::image::ImageAt;
-use wire::{ColumnDecl, ImageRef, Schema, Scope};
+use wire::{ColumnDecl, ImageRef, Schema, Scope, Type, Value};
 
 use super::{Db, DbError, Identity, now_micros, unknown_namespace};
 use crate::catalog::{NamespaceId, Stage, Table};
 use crate::config::Role;
 use crate::plugins::UnitFault;
+use crate::sql::RequestEnv;
+use crate::sql::system::{SYSTEM, SystemTable, int, optional, text};
 use crate::store::{Seq, Store, StoreError};
 
-/// Larger rows are noted without their values: the list shall stay small.
+pub use replay::Replay;
+
+/// Larger rows are noted without their values, and longer parameters left out: the list shall stay small.
 const ROW_BYTES: usize = 16 * 1024;
 
 /// Notes taken at once, and from one batch: a plugin that fails on everything fills the list, but not the disk's time.
@@ -21,6 +29,10 @@ const BATCH_ENTRIES: usize = 64;
 
 /// Entries of one answer.
 pub const LIST: usize = 1_000;
+
+/// Text of rows in one reading of `system.plugin_errors`, which is held in memory as a whole: the newest come first,
+/// and what is beyond is shown without its row.
+const TABLE_ROW_BYTES: usize = 8 * 1024 * 1024;
 
 /// Where workers note failures.
 #[derive(Clone)]
@@ -32,13 +44,15 @@ pub(super) struct Entry<'a> {
     pub scope: &'a Scope,
     pub live_id: &'a str,
     pub stage: &'a Stage,
+    /// The stages of the pipeline in front of it.
+    pub before: &'a [Stage],
     pub fault: &'a UnitFault,
     /// Images of the batch's base. A map stream judges rows one by one: it has no old side.
     pub old: Option<ImageAt>,
     pub row: Option<ImageAt>,
 }
 
-/// The same in the store. Positional: append only, under a new version.
+/// The same in the store. Positional, so never changed: what came later stands in a message behind it.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Record {
     namespace: u32,
@@ -59,13 +73,23 @@ struct Record {
     row: Option<Vec<u8>>,
 }
 
-const RECORD_VERSION: u8 = 1;
+/// Behind a record since version 2: what it takes to run the change again.
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Run {
+    /// Name and parameters of the stages up to the one that failed; empty when they were too long.
+    stages: Vec<(String, String)>,
+}
+
+const RECORD_VERSION: u8 = 2;
+
+/// Records of this one have nothing behind them.
+const ALONE: u8 = 1;
 
 impl PluginErrors {
     pub(super) fn append<'a>(&self, seq: Seq, base: &[u8], entries: impl Iterator<Item = Entry<'a>>) {
         let started = Instant::now();
         let records: Result<Vec<_>, _> =
-            entries.take(BATCH_ENTRIES).map(|entry| encode(&record(seq, base, &entry))).collect();
+            entries.take(BATCH_ENTRIES).map(|entry| encode(&record(seq, base, &entry), &run(&entry))).collect();
         let noted = records.and_then(|records| {
             self.0.append_faults(&records)?;
             Ok(records.len())
@@ -105,6 +129,13 @@ fn record(seq: Seq, base: &[u8], entry: &Entry<'_>) -> Record {
     }
 }
 
+fn run(entry: &Entry<'_>) -> Run {
+    let stages = || entry.before.iter().chain([entry.stage]);
+    let bytes: usize = stages().map(|stage| stage.name.len() + stage.params.len()).sum();
+    let kept = stages().filter(|_| bytes <= ROW_BYTES).map(|stage| (stage.name.clone(), stage.params.clone()));
+    Run { stages: kept.collect() }
+}
+
 /// The image whose parts lie at `at`, from the length in front of its bitmap on.
 fn whole_image(base: &[u8], at: ImageAt) -> Option<Vec<u8>> {
     let varint = if usize::from(at.columns).div_ceil(8) < 0x80 { 1 } else { 2 };
@@ -113,15 +144,19 @@ fn whole_image(base: &[u8], at: ImageAt) -> Option<Vec<u8>> {
     Some(rest[..used].to_vec())
 }
 
-fn encode(record: &Record) -> Result<Vec<u8>, StoreError> {
-    postcard::to_extend(record, vec![RECORD_VERSION])
-        .map_err(|error| StoreError::Corrupt(format!("a plugin's failure cannot be encoded: {error}")))
+fn encode(record: &Record, run: &Run) -> Result<Vec<u8>, StoreError> {
+    let whole = postcard::to_extend(record, vec![RECORD_VERSION]).and_then(|bytes| postcard::to_extend(run, bytes));
+    whole.map_err(|error| StoreError::Corrupt(format!("a plugin's failure cannot be encoded: {error}")))
 }
 
-fn decode(bytes: &[u8]) -> Result<Record, StoreError> {
+fn decode(bytes: &[u8]) -> Result<(Record, Run), StoreError> {
+    let damaged = |error: postcard::Error| StoreError::Corrupt(format!("a plugin's failure cannot be read: {error}"));
     match bytes.split_first() {
-        Some((&RECORD_VERSION, rest)) => postcard::from_bytes(rest)
-            .map_err(|error| StoreError::Corrupt(format!("a plugin's failure cannot be read: {error}"))),
+        Some((&ALONE, rest)) => Ok((postcard::from_bytes(rest).map_err(damaged)?, Run::default())),
+        Some((&RECORD_VERSION, rest)) => {
+            let (record, rest) = postcard::take_from_bytes(rest).map_err(damaged)?;
+            Ok((record, postcard::from_bytes(rest).map_err(damaged)?))
+        }
         _ => Err(StoreError::Corrupt("a plugin's failure was noted by a newer tidegate".to_owned())),
     }
 }
@@ -162,7 +197,7 @@ impl Db {
         let catalog = self.inner.store.catalog();
         let found = catalog.namespace(namespace).ok_or_else(|| unknown_namespace(namespace))?;
         let entries = self.inner.store.faults(limit.min(LIST), |number, bytes| {
-            let record = decode(bytes)?;
+            let (record, _) = decode(bytes)?;
             let wanted = NamespaceId(record.namespace) == found.id
                 && plugin.is_none_or(|plugin| plugin == record.plugin)
                 && may_see(who, &record);
@@ -172,19 +207,107 @@ impl Db {
     }
 }
 
+/// `system.plugin_errors`: the same of all namespaces, for SQL. Names that SQL keeps for itself are others here.
+pub(super) fn system_table(store: Store) -> SystemTable {
+    SystemTable {
+        namespace: SYSTEM,
+        name: "plugin_errors",
+        columns: &[
+            ("number", Type::BigInt),
+            ("noted_at", Type::Timestamp),
+            ("namespace", Type::Text),
+            ("plugin", Type::Text),
+            ("version", Type::BigInt),
+            ("sha256", Type::Text),
+            ("table_name", Type::Text),
+            ("user_name", Type::Text),
+            ("live_id", Type::Text),
+            ("seq", Type::BigInt),
+            ("cause", Type::Text),
+            ("message", Type::Text),
+            ("action", Type::Text),
+            ("old_row", Type::Json),
+            ("new_row", Type::Json),
+        ],
+        least: Role::User,
+        rows: Box::new(move |env| Ok(system_rows(&store, env)?)),
+    }
+}
+
+fn system_rows(store: &Store, env: &RequestEnv) -> Result<Vec<Vec<Value>>, StoreError> {
+    let who = Identity { user: env.user.clone(), role: env.role };
+    let names: HashMap<u32, &str> = env.catalog.namespaces().map(|found| (found.id.0, found.name.as_str())).collect();
+    let mut room = TABLE_ROW_BYTES;
+    store.faults(usize::MAX, |number, bytes| {
+        let (record, _) = decode(bytes)?;
+        // Of a namespace that is gone nobody can say any more who might see it.
+        let Some(namespace) = names.get(&record.namespace).filter(|_| may_see(&who, &record)) else { return Ok(None) };
+        let record = seen_by(&who, record);
+        let schema = Schema { columns: record.columns };
+        let mut row = |image: Option<Vec<u8>>| -> Result<Value, StoreError> {
+            let Some(image) = image.filter(|_| room > 0) else { return Ok(Value::Null) };
+            let shown = row_text(&schema, &image)?;
+            room = room.saturating_sub(shown.len());
+            Ok(text(shown))
+        };
+        let (old, new) = (row(record.old)?, row(record.row)?);
+        Ok(Some(vec![
+            int(number),
+            Value::Int(record.at),
+            text(*namespace),
+            text(record.plugin),
+            int(record.version),
+            text(record.sha256),
+            text(record.table),
+            optional(record.user.map(text)),
+            text(record.live_id),
+            int(record.seq),
+            text(record.cause),
+            text(record.message),
+            text(action(record.passed)),
+            old,
+            new,
+        ]))
+    })
+}
+
+fn row_text(schema: &Schema, image: &[u8]) -> Result<String, StoreError> {
+    let (image, ..) = ImageRef::parse(image).map_err(|error| damaged_row(&error))?;
+    crate::sql::json_row::text(schema, image).map_err(|error| damaged_row(&error))
+}
+
+fn damaged_row(error: &dyn std::fmt::Display) -> StoreError {
+    StoreError::Corrupt(format!("the row of a noted failure: {error}"))
+}
+
 /// Failures on shared tables concern whoever reads those; on a user's rows that user, and that there were some an
 /// administrator.
 fn may_see(who: &Identity, record: &Record) -> bool {
     who.role == Role::Admin || record.user.as_deref().is_none_or(|user| user == &*who.user)
 }
 
+/// It is about a row of somebody else.
+fn is_theirs(who: &Identity, record: &Record) -> bool {
+    record.user.as_deref().is_some_and(|user| user != &*who.user)
+}
+
+/// What this caller may see of it.
+fn seen_by(who: &Identity, record: Record) -> Record {
+    if !is_theirs(who, &record) {
+        return record;
+    }
+    // A message is the plugin's own words, and may repeat what was in the row.
+    Record { message: String::new(), old: None, row: None, ..record }
+}
+
+fn action(passed: bool) -> &'static str {
+    if passed { "passed" } else { "skipped" }
+}
+
 fn shown(who: &Identity, namespace: &str, number: u64, record: Record) -> Result<PluginErrorEntry, StoreError> {
-    let theirs = record.user.as_deref().is_some_and(|user| user != &*who.user);
+    let record = seen_by(who, record);
     let schema = Schema { columns: record.columns };
-    let values = |image: Option<Vec<u8>>| match image.filter(|_| !theirs) {
-        None => Ok(None),
-        Some(image) => values(&schema, &image).map(Some),
-    };
+    let values = |image: Option<Vec<u8>>| image.map(|image| values(&schema, &image)).transpose();
     Ok(PluginErrorEntry {
         number,
         namespace: namespace.to_owned(),
@@ -194,9 +317,8 @@ fn shown(who: &Identity, namespace: &str, number: u64, record: Record) -> Result
         version: record.version,
         sha256: record.sha256,
         cause: record.cause,
-        // A message is the plugin's own words, and may repeat what was in the row.
-        message: if theirs { String::new() } else { record.message },
-        action: if record.passed { "passed" } else { "skipped" },
+        message: record.message,
+        action: action(record.passed),
         seq: Seq(record.seq),
         at: record.at,
         old: values(record.old)?,
@@ -206,7 +328,63 @@ fn shown(who: &Identity, namespace: &str, number: u64, record: Record) -> Result
 }
 
 fn values(schema: &Schema, image: &[u8]) -> Result<RecordBatch, StoreError> {
-    let damaged = |error: String| StoreError::Corrupt(format!("the row of a noted failure: {error}"));
-    let (image, ..) = ImageRef::parse(image).map_err(|error| damaged(error.to_string()))?;
-    crate::sql::arrow::to_batch(schema, &[image]).map_err(|error| damaged(error.to_string()))
+    let (image, ..) = ImageRef::parse(image).map_err(|error| damaged_row(&error))?;
+    crate::sql::arrow::to_batch(schema, &[image]).map_err(|error| damaged_row(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use wire::ImageBuilder;
+
+    use super::*;
+
+    fn noted() -> Record {
+        let column = ColumnDecl { id: 0, name: "id".to_owned(), ty: Type::Int, nullable: false, key: true };
+        let mut row = ImageBuilder::new(1);
+        row.set(0, &Value::Int(7));
+        Record {
+            namespace: 1,
+            user: Some("alice".to_owned()),
+            table: "t".to_owned(),
+            live_id: "l".to_owned(),
+            plugin: "p".to_owned(),
+            version: 3,
+            sha256: "ab".to_owned(),
+            cause: "failed".to_owned(),
+            message: "id is 7".to_owned(),
+            passed: false,
+            seq: 9,
+            at: 10,
+            columns: vec![column],
+            old: None,
+            row: Some(row.finish()),
+        }
+    }
+
+    #[test]
+    fn records_of_the_first_version_are_still_read() {
+        let run = Run { stages: vec![("a".to_owned(), String::new()), ("p".to_owned(), "{}".to_owned())] };
+        assert_eq!(decode(&encode(&noted(), &run).unwrap()).unwrap(), (noted(), run));
+        let first = postcard::to_extend(&noted(), vec![ALONE]).unwrap();
+        assert_eq!(decode(&first).unwrap(), (noted(), Run::default()));
+        for damaged in [&first[..first.len() - 1], &[], &[9]] {
+            assert!(decode(damaged).is_err());
+        }
+    }
+
+    #[test]
+    fn a_users_row_and_what_was_said_of_it_are_for_that_user() {
+        let who = |user: &str, role| Identity { user: user.into(), role };
+        let (alice, bob, admin) = (who("alice", Role::User), who("bob", Role::User), who("admin", Role::Admin));
+        assert!(may_see(&alice, &noted()) && may_see(&admin, &noted()) && !may_see(&bob, &noted()));
+        assert_eq!(seen_by(&alice, noted()), noted());
+        let hidden = seen_by(&admin, noted());
+        assert_eq!((hidden.message.as_str(), hidden.row, hidden.cause.as_str()), ("", None, "failed"));
+        let shared = || Record { user: None, ..noted() };
+        assert!(may_see(&bob, &shared()) && seen_by(&bob, shared()) == shared());
+        let entry = shown(&alice, "main", 1, noted()).unwrap();
+        assert_eq!((entry.message.as_str(), entry.row.unwrap().num_rows()), ("id is 7", 1));
+        let row = noted();
+        assert_eq!(row_text(&Schema { columns: row.columns }, &row.row.unwrap()).unwrap(), r#"{"id":7}"#);
+    }
 }

@@ -30,6 +30,7 @@ impl Db {
         }
         let plugins = self.inner.plugins.clone();
         let inspected = blocking(move || plugins.inspect(&body)).await??;
+        let measured = Some(inspected.measured);
 
         for _ in 0..TRIES {
             let snapshot = self.inner.store.snapshot();
@@ -37,13 +38,14 @@ impl Db {
             let Some(found) = catalog.namespace(namespace) else { return Err(unknown_namespace(namespace)) };
             let active = catalog.plugin(namespace, name);
             if let Some(plugin) = active.filter(|plugin| plugin.sha256 == inspected.sha256) {
-                return Ok(Installed { plugin: plugin.clone(), seq: snapshot.seq(), unchanged: true });
+                let (plugin, seq) = (plugin.clone(), snapshot.seq());
+                return Ok(Installed { plugin, seq, unchanged: true, measured });
             }
             let version = catalog.next_plugin_version(namespace, name);
             let plugin = Arc::new(describe(who, (found.id, namespace), name, version, &inspected));
             let write = CatalogWrite::PutPlugin { plugin: plugin.clone(), wasm: inspected.wasm.clone() };
             match self.catalog_commit(found.id, snapshot.seq(), write).await? {
-                Some(seq) => return Ok(Installed { plugin, seq, unchanged: false }),
+                Some(seq) => return Ok(Installed { plugin, seq, unchanged: false, measured }),
                 None => continue,
             }
         }
@@ -77,7 +79,8 @@ impl Db {
                 return Err(DbError::NotFound(message));
             };
             if target.sha256 == active.sha256 {
-                return Ok(Installed { plugin: active.clone(), seq: snapshot.seq(), unchanged: true });
+                let (plugin, seq) = (active.clone(), snapshot.seq());
+                return Ok(Installed { plugin, seq, unchanged: true, measured: None });
             }
             let wasm = self.inner.store.plugin_wasm(&target.sha256)?;
             let wasm = wasm.ok_or_else(|| DbError::Internal(format!("the module {} is not stored", target.sha256)))?;
@@ -89,7 +92,7 @@ impl Db {
             });
             let write = CatalogWrite::PutPlugin { plugin: plugin.clone(), wasm };
             if let Some(seq) = self.catalog_commit(plugin.namespace, snapshot.seq(), write).await? {
-                return Ok(Installed { plugin, seq, unchanged: false });
+                return Ok(Installed { plugin, seq, unchanged: false, measured: None });
             }
         }
         Err(DbError::Conflict)
@@ -124,6 +127,7 @@ impl Db {
             }
             let write = CatalogWrite::DropPlugin { namespace: namespace.to_owned(), name: name.to_owned() };
             if let Some(seq) = self.catalog_commit(plugin.namespace, snapshot.seq(), write).await? {
+                self.inner.plugins.logs().forget(plugin.namespace, name);
                 return Ok(seq);
             }
         }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use wire::{Type, Value};
 
+use super::errors;
 use super::streams::{LiveQueryInfo, Streams};
 use crate::config::{Config, Role};
 use crate::live::Live;
@@ -22,7 +23,8 @@ pub(super) struct Sources {
 
 pub(super) fn tables(config: &Config, sources: Sources) -> Vec<SystemTable> {
     let (streams, live) = (sources.streams.clone(), sources.live.clone());
-    vec![settings(config), users(config), stats(sources), live_queries(streams, live)]
+    let errors = errors::system_table(sources.store.clone());
+    vec![settings(config), users(config), stats(sources), live_queries(streams, live), errors]
 }
 
 /// Brings the gauges up to date that nobody counts as they change.

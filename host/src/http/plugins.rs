@@ -1,4 +1,4 @@
-//! `/v1/plugins`: upload, list, show, remove.
+//! `/v1/plugins`: upload, list, show, remove; what plugins said and failed on, and trials of them.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,8 @@ use super::json::time;
 use super::request::{no_parameters, once, pairs, parse, unknown_parameter};
 use super::routes::{App, media_type, wrong_type};
 use crate::catalog::{DEFAULT_NAMESPACE, Plugin, PluginKind};
-use crate::db::{PluginErrorEntry, Trial, TrialRequest, TrialResult};
+use crate::db::{PluginErrorEntry, PluginLogs, Replay, Trial, TrialRequest, TrialResult};
+use crate::plugins::logs::LogLine;
 
 type Names = HashMap<String, String>;
 type Answer = Result<(StatusCode, Json<Value>), Problem>;
@@ -49,6 +50,10 @@ pub async fn put(
     let mut answer = shown(&installed.plugin, true);
     answer["seq"] = json!(installed.seq.0);
     answer["unchanged"] = json!(installed.unchanged);
+    if let Some(measured) = installed.measured {
+        answer["compile_ms"] = json!(measured.compile_time.map(|time| tenths(time.as_secs_f64() * 1e3)));
+        answer["instance_bytes"] = json!(measured.instance_bytes);
+    }
     let status = if installed.unchanged { StatusCode::OK } else { StatusCode::CREATED };
     Ok((status, Json(answer)))
 }
@@ -92,24 +97,31 @@ pub async fn delete(State(app): State<App>, Caller(who): Caller, Path(path): Pat
 }
 
 /// `GET /v1/plugins/{namespace}/{name}/errors?limit=N`: what it failed on while its live queries went on.
-pub async fn errors(State(app): State<App>, Caller(who): Caller, Path(path): Path<Names>, uri: Uri) -> Answer {
-    let mut limit = None;
+/// `…/logs?after=…&limit=N`: what it said.
+pub async fn look(State(app): State<App>, Caller(who): Caller, Path(path): Path<Names>, uri: Uri) -> Answer {
+    let logs = match path.get("action").map(String::as_str) {
+        Some("errors") => false,
+        Some("logs") => true,
+        _ => return Err(Problem::new(404, "not_found", "of a plugin there are `errors` and `logs` to look at")),
+    };
+    let (mut limit, mut after) = (None, None);
     for (name, value) in pairs(&uri)? {
         match name.as_str() {
             "limit" => once(&mut limit, "limit", value)?,
-            _ => return Err(unknown_parameter(&name, "limit")),
+            "after" if logs => once(&mut after, "after", value)?,
+            _ => return Err(unknown_parameter(&name, if logs { "after, limit" } else { "limit" })),
         }
     }
     let limit = match limit.as_deref().map(str::parse) {
-        None => ERRORS,
+        None => ENTRIES,
         Some(Ok(limit)) => limit,
         Some(Err(_)) => return Err(Problem::bad_request("`limit` is a number")),
     };
-    match path.get("action").map(String::as_str) {
-        Some("errors") => {}
-        _ => return Err(Problem::new(404, "not_found", "of a plugin there is `errors` to look at")),
-    }
     let (namespace, name) = names(&path);
+    if logs {
+        let logs = app.db.plugin_logs(&who, namespace, name, after.as_deref(), limit)?;
+        return Ok((StatusCode::OK, Json(log_answer(&logs))));
+    }
     let (db, namespace, name) = (app.db.clone(), namespace.to_owned(), name.to_owned());
     let entries = tokio::task::spawn_blocking(move || db.plugin_errors(&who, &namespace, Some(&name), limit)).await;
     let entries = entries.map_err(|error| Problem::internal(error.to_string()))??;
@@ -118,7 +130,23 @@ pub async fn errors(State(app): State<App>, Caller(who): Caller, Path(path): Pat
 }
 
 /// Shown where no limit is named.
-const ERRORS: usize = 100;
+const ENTRIES: usize = 100;
+
+fn log_answer(logs: &PluginLogs) -> Value {
+    let line = |line: &LogLine| {
+        json!({
+            "number": line.number,
+            "at": moment(line.at),
+            "level": line.level,
+            "message": line.message,
+            "version": logs.versions.get(&*line.sha256),
+            "sha256": &*line.sha256,
+            "user": line.user.as_deref(),
+        })
+    };
+    let lines: Vec<Value> = logs.lines.iter().map(line).collect();
+    json!({"lines": lines, "next": logs.next, "more": logs.more, "missed": logs.missed})
+}
 
 fn failure(entry: &PluginErrorEntry) -> Result<Value, Problem> {
     let object = |batch: &Option<RecordBatch>| match batch {
@@ -150,7 +178,7 @@ fn moment(micros: i64) -> String {
     String::from_utf8_lossy(&text).trim_matches('"').to_owned()
 }
 
-/// `POST …/rollback` and `…/try`. With the short path the action is where a name would be, and the name where a
+/// `POST …/rollback`, `…/try` and `…/replay`. With the short path the action is where a name would be, and the name where a
 /// namespace would.
 pub async fn act(
     State(app): State<App>,
@@ -166,7 +194,7 @@ pub async fn act(
         true => (part("namespace"), part("name"), part("action")),
         false => (DEFAULT_NAMESPACE, part("namespace"), part("name")),
     };
-    if !matches!(action, "rollback" | "try") {
+    if !matches!(action, "rollback" | "try" | "replay") {
         return Err(Problem::new(405, "method_not_allowed", "POST is not possible here; upload a plugin with PUT"));
     }
     let received = receive(&headers, body, app.options.body_bytes, &app.budget).await?;
@@ -181,6 +209,11 @@ pub async fn act(
         answer["unchanged"] = json!(installed.unchanged);
         return Ok((StatusCode::OK, Json(answer)));
     }
+    if action == "replay" {
+        let RawReplay { number } = parse("the request body", &received.bytes)?;
+        let replay = app.db.replay_plugin_error(&who, namespace, name, number).await?;
+        return Ok((StatusCode::OK, Json(replay_answer(&replay)?)));
+    }
     let raw: RawTrial = parse("the request body", &received.bytes)?;
     let request = TrialRequest {
         plugin: name.to_owned(),
@@ -188,6 +221,7 @@ pub async fn act(
         table: raw.table,
         rows: raw.rows,
         old: raw.old,
+        measure: raw.measure,
     };
     let trial = app.db.try_plugin(&who, namespace, request).await?;
     Ok((StatusCode::OK, Json(trial_answer(&trial)?)))
@@ -201,6 +235,12 @@ struct RawRollback {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct RawReplay {
+    number: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct RawTrial {
     #[serde(default)]
     params: serde_json::Map<String, Value>,
@@ -209,6 +249,20 @@ struct RawTrial {
     rows: Vec<Option<serde_json::Map<String, Value>>>,
     #[serde(default)]
     old: Vec<Option<serde_json::Map<String, Value>>>,
+    #[serde(default)]
+    measure: bool,
+}
+
+/// What becomes of the one change now, beside what was noted of it.
+fn replay_answer(replay: &Replay) -> Result<Value, Problem> {
+    let mut answer = trial_answer(&replay.trial)?;
+    let result = answer["results"][0].take();
+    if let Some(fields) = answer.as_object_mut() {
+        fields.remove("results");
+    }
+    answer["result"] = result;
+    answer["noted"] = failure(&replay.noted)?;
+    Ok(answer)
 }
 
 pub fn trial_answer(trial: &Trial) -> Result<Value, Problem> {
@@ -227,14 +281,23 @@ pub fn trial_answer(trial: &Trial) -> Result<Value, Problem> {
     let columns = trial.output.iter().flat_map(|schema| &schema.columns);
     let columns: Vec<Value> =
         columns.map(|column| json!({"name": column.name, "type": column.ty.to_string()})).collect();
-    Ok(json!({
+    let mut answer = json!({
         "name": trial.plugin,
         "version": trial.version,
         "kind": trial.kind.as_str(),
         "columns": columns,
         "results": results,
         "elapsed_us": trial.elapsed.as_micros() as u64,
-    }))
+    });
+    if let Some(nanos) = trial.nanos_per_change {
+        answer["nanos_per_change"] = json!(tenths(nanos));
+    }
+    Ok(answer)
+}
+
+/// Measured times have no more digits than that which mean something.
+fn tenths(value: f64) -> f64 {
+    (value * 10.0).round() / 10.0
 }
 
 /// The rows of a batch as JSON objects.

@@ -95,7 +95,7 @@ pub fn router(app: App) -> Router {
             "/v1/plugins/{namespace}/{name}",
             get(plugins::show).put(plugins::put).delete(plugins::delete).post(plugins::act),
         )
-        .route("/v1/plugins/{namespace}/{name}/{action}", get(plugins::errors).post(plugins::act))
+        .route("/v1/plugins/{namespace}/{name}/{action}", get(plugins::look).post(plugins::act))
         .route("/v1/tables/{namespace}/{table}/rows", post(rows::post))
         .route("/v1/auth/login", post(async || Problem::not_implemented("login with a password")))
         .route("/v1/auth/refresh", post(async || Problem::not_implemented("refreshing a session")))

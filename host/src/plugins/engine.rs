@@ -38,6 +38,8 @@ pub struct Compiled {
     pub manifest: Vec<ManifestLine>,
     pub health: Health,
     pub pre: InstancePre<Guest>,
+    /// How long compiling took; `None`: it was loaded from the cache.
+    pub compile_time: Option<Duration>,
 }
 
 pub struct Engine {
@@ -113,7 +115,7 @@ impl Engine {
     pub fn compile(&self, options: &PluginOptions, checked: &Checked) -> Result<Arc<Compiled>, PluginError> {
         let deadline = Instant::now() + self.compile_time;
         if let Some(module) = self.cached(&checked.sha256) {
-            return self.keep(checked, module);
+            return self.keep(checked, module, None);
         }
         let permit = Permits::take(&self.permits, deadline).ok_or_else(|| {
             PluginError::Refused("other modules are being compiled; try again in a moment".to_owned())
@@ -122,6 +124,8 @@ impl Engine {
         if let Some(module) = self.modules().get(&checked.sha256) {
             return Ok(module);
         }
+        // From here on: waiting for others is none of the module's time.
+        let started = Instant::now();
         let code = match &options.compiler {
             Some(program) => {
                 let code = compiler::compile(program, checked.wasm.clone(), deadline);
@@ -133,13 +137,14 @@ impl Engine {
             }
             None => self.on_a_thread(checked, permit, deadline)?,
         };
+        let compile_time = started.elapsed();
         let module = self
             .load(&code)
             .map_err(|error| PluginError::Host(format!("what was compiled just now cannot be loaded: {error:#}")))?;
         if let Some(cache) = &self.cache {
             cache.store(&checked.sha256, &code);
         }
-        self.keep(checked, module)
+        self.keep(checked, module, Some(compile_time))
     }
 
     fn on_a_thread(&self, checked: &Checked, permit: Permit, deadline: Instant) -> Result<Vec<u8>, PluginError> {
@@ -193,7 +198,12 @@ impl Engine {
         unsafe { Module::deserialize(&self.wasm, code) }
     }
 
-    fn keep(&self, checked: &Checked, module: Module) -> Result<Arc<Compiled>, PluginError> {
+    fn keep(
+        &self,
+        checked: &Checked,
+        module: Module,
+        compile_time: Option<Duration>,
+    ) -> Result<Arc<Compiled>, PluginError> {
         let pre = self.linker.instantiate_pre(&module);
         let pre = pre.map_err(|error| PluginError::Refused(format!("the module cannot be linked: {error:#}")))?;
         let module = Arc::new(Compiled {
@@ -202,6 +212,7 @@ impl Engine {
             manifest: checked.manifest.clone(),
             health: Health::default(),
             pre,
+            compile_time,
         });
         self.modules().put(module.clone());
         Ok(module)

@@ -8,6 +8,7 @@ use rustix::time::{ClockId, clock_gettime};
 use wasmtime::{Caller, Extern, Linker, Memory, ResourceLimiter, Store, UpdateDeadline};
 use wire::abi::import;
 
+use super::logs::Speaker;
 use super::{PluginOptions, window};
 
 /// Wall time that a call may take, as a multiple of its CPU time: a busy machine is not the guest's fault, a guest
@@ -51,6 +52,8 @@ pub struct Guest {
     wall_end: Instant,
     log_limit: usize,
     log_left: usize,
+    /// Keeps what is logged; `None` in a trial.
+    speaker: Option<Speaker>,
     /// Rows of the present batch; 0 where rows make no sense.
     rows: usize,
     /// The memory limit refused a growth during the present call.
@@ -61,7 +64,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new(options: &PluginOptions, plugin: Arc<str>, memory_limit: usize) -> Guest {
+    pub fn new(options: &PluginOptions, plugin: Arc<str>, memory_limit: usize, speaker: Option<Speaker>) -> Guest {
         Guest {
             plugin,
             memory_limit,
@@ -71,6 +74,7 @@ impl Guest {
             wall_end: Instant::now(),
             log_limit: options.log_bytes,
             log_left: 0,
+            speaker,
             rows: 0,
             memory_refused: false,
             failed: None,
@@ -93,6 +97,11 @@ impl Guest {
         self.metrics.clear();
     }
 
+    /// It serves live queries, and is not tried only.
+    pub fn is_live(&self) -> bool {
+        self.speaker.is_some()
+    }
+
     fn log(&mut self, level: i32, message: &str) {
         let cost = message.len() + LOG_LINE_COST;
         if self.log_left == 0 {
@@ -100,15 +109,28 @@ impl Guest {
         }
         if cost > self.log_left {
             self.log_left = 0;
-            tracing::warn!(target: "plugin", plugin = &*self.plugin, "log limit of a call reached; the rest is dropped");
+            if self.is_live() {
+                let message = "log limit of a call reached; the rest is dropped";
+                tracing::warn!(target: "plugin", plugin = &*self.plugin, "{message}");
+                self.keep("warn", message);
+            }
             return;
         }
         self.log_left -= cost;
         match level {
+            // A measurement runs the same rows a thousand times: the server's log is not the place for that.
+            _ if !self.is_live() => tracing::debug!(target: "plugin", plugin = &*self.plugin, "in a trial: {message}"),
             0 => tracing::error!(target: "plugin", plugin = &*self.plugin, "{message}"),
             1 => tracing::warn!(target: "plugin", plugin = &*self.plugin, "{message}"),
             2 => tracing::info!(target: "plugin", plugin = &*self.plugin, "{message}"),
             _ => tracing::debug!(target: "plugin", plugin = &*self.plugin, "{message}"),
+        }
+        self.keep(["error", "warn", "info"].get(level as usize).copied().unwrap_or("debug"), message);
+    }
+
+    fn keep(&self, level: &'static str, message: &str) {
+        if let Some(speaker) = &self.speaker {
+            speaker.say(&self.plugin, level, message);
         }
     }
 

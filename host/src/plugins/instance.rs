@@ -12,6 +12,7 @@ use wire::image::ImageAt;
 
 use super::engine::Compiled;
 use super::guest::{self, Guest, Misuse, OutOfTime};
+use super::logs::Speaker;
 use super::registry::Shared;
 use super::window::{self, GuestWindow, Mapping, PART_ROWS_AT, Ring, WindowError, WorkerPart};
 use super::{FaultCause, PluginError, abi, check};
@@ -89,11 +90,13 @@ pub struct Space {
     pub part: WorkerPart,
     /// Whose rows the part may hold at present.
     owner: Option<Arc<str>>,
+    /// Whether it is for live queries: what guests log and count in a trial is nobody else's business.
+    live: bool,
 }
 
 impl Space {
-    pub fn new(namespace: NamespaceId, ring: Result<Arc<Ring>, u32>, part: WorkerPart) -> Space {
-        Space { namespace, ring, part, owner: None }
+    pub fn new(namespace: NamespaceId, ring: Result<Arc<Ring>, u32>, part: WorkerPart, live: bool) -> Space {
+        Space { namespace, ring, part, owner: None, live }
     }
 
     /// From here on the part is this user's: what it held of another one is wiped first.
@@ -136,7 +139,14 @@ impl Instance {
     ) -> Result<Instance, CallFault> {
         let window_bytes = space.ring().map_or_else(|bytes| bytes, Ring::bytes) + space.part.bytes();
         let memory_limit = shared.options.memory_bytes + window_bytes as usize + WINDOW_SLACK;
-        let mut store = Store::new(&shared.engine.wasm, Guest::new(&shared.options, plugin.clone(), memory_limit));
+        let speaker = space.live.then(|| Speaker {
+            logs: shared.logs.clone(),
+            namespace: space.namespace,
+            user: space.owner.clone(),
+            sha256: module.sha256.clone(),
+        });
+        let guest = Guest::new(&shared.options, plugin.clone(), memory_limit, speaker);
+        let mut store = Store::new(&shared.engine.wasm, guest);
         store.limiter(|guest| guest);
         guest::watch_deadline(&mut store);
 
@@ -226,6 +236,11 @@ impl Instance {
     /// Where the worker part begins, from the window's first byte.
     pub fn part_at(&self) -> u32 {
         self.window.part_at()
+    }
+
+    /// Bytes of linear memory beside the window.
+    pub fn own_memory(&self) -> usize {
+        self.memory.data_size(&self.store).saturating_sub(self.window.len as usize)
     }
 
     /// Bytes of the guest's memory, outside the window.
@@ -336,7 +351,9 @@ impl Instance {
         if let Some((row, message)) = guest.failed.take() {
             return Err(CallFault::at(FaultCause::Failed, row, message));
         }
-        self.shared.count_guest_metrics(plugin, &mut guest.metrics);
+        if guest.is_live() {
+            self.shared.count_guest_metrics(plugin, &mut guest.metrics);
+        }
         Ok(answer)
     }
 }
@@ -466,6 +483,11 @@ impl Instances {
         *used = self.clock;
         let output = instance.configure(setup, &mut space.part).map_err(CallFault::whole)?;
         Ok((instance, output))
+    }
+
+    /// Bytes of memory of the instance of a setup's module, if there is one.
+    pub fn own_memory(&self, setup: &Setup, space: &Space) -> Option<usize> {
+        self.map.get(&key(setup, space)).map(|(_, instance)| instance.own_memory())
     }
 
     /// Drops the instance of a setup's module, if there is one.

@@ -11,11 +11,12 @@ use wire::{Schema, abi};
 
 use super::engine::{Compiled, Engine};
 use super::instance::{CallFault, Instances, Setup, Space, SpaceKind};
+use super::logs::Logs;
 use super::pipeline::{OpenStage, Runner, Unit};
 use super::window::{Lease, Mapping, Ring, WorkerPart};
 use super::{
-    ChangeOutput, Changes, FaultCause, Input, Inspected, Opened, Piped, PipedChanges, PipelineId, PluginError,
-    PluginOptions, Rows, Stage, StageError, check, params, selftest,
+    ChangeOutput, Changes, FaultCause, Input, Inspected, Measured, Opened, Piped, PipedChanges, PipelineId,
+    PluginError, PluginOptions, Rows, Stage, StageError, check, params, selftest,
 };
 use crate::catalog::{NamespaceId, OnError, Semantics, Seq};
 use crate::telemetry::Metrics;
@@ -37,6 +38,7 @@ pub struct Shared {
     pub engine: Engine,
     pub mapping: Mapping,
     pub metrics: Arc<Metrics>,
+    pub logs: Arc<Logs>,
     source: Box<dyn ModuleSource>,
     /// Read on the commit path, so it is swapped whole; changed under `rings_change`.
     rings: ArcSwap<HashMap<NamespaceId, Arc<Ring>>>,
@@ -151,6 +153,7 @@ impl Plugins {
             engine,
             mapping,
             metrics,
+            logs: Arc::new(Logs::new(rand::random())),
             source,
             rings: ArcSwap::default(),
             rings_change: Mutex::new(()),
@@ -165,17 +168,19 @@ impl Plugins {
     pub fn inspect(&self, body: &[u8]) -> Result<Inspected, PluginError> {
         let checked = check::upload(&self.shared.options, body)?;
         let module = self.shared.engine.compile(&self.shared.options, &checked)?;
-        self.try_instance(&module)?;
+        let instance_bytes = self.try_instance(&module)?;
         Ok(Inspected {
             wasm: checked.wasm,
             sha256: checked.sha256,
             kind: checked.kind,
             abi: abi::ABI,
             manifest: checked.manifest,
+            measured: Measured { compile_time: module.compile_time, instance_bytes },
         })
     }
 
-    fn try_instance(&self, module: &Arc<Compiled>) -> Result<(), PluginError> {
+    /// Bytes of memory that the instance had beside its window.
+    fn try_instance(&self, module: &Arc<Compiled>) -> Result<usize, PluginError> {
         let mut worker = self.throw_away();
         let refused = |fault: CallFault| {
             PluginError::Refused(format!(
@@ -190,15 +195,22 @@ impl Plugins {
             return worker.try_start(&name, module).map_err(refused);
         }
         let setup = setup("upload", module.clone(), "", &input)?;
-        match worker.configure(&Owner::shared(NamespaceId(0)), &setup)? {
+        let owner = Owner::shared(NamespaceId(0));
+        match worker.configure(&owner, &setup)? {
             // Deliberate: it may need a column it looks up by name. Subscribing will tell.
             Err(fault) if fault.cause == FaultCause::Failed => {
                 tracing::debug!("an upload does not take its declared columns alone: {}", fault.message);
-                Ok(())
             }
-            Err(fault) => Err(refused(fault)),
-            Ok(_) => Ok(()),
+            Err(fault) => return Err(refused(fault)),
+            Ok(_) => {}
         }
+        let bytes = worker.spaces.get(&owner.space()).and_then(|space| worker.instances.own_memory(&setup, space));
+        bytes.ok_or_else(|| PluginError::Host("the instance that was tried is not there".to_owned()))
+    }
+
+    /// What plugins said through `log`.
+    pub fn logs(&self) -> &Logs {
+        &self.shared.logs
     }
 
     /// Whether a pipeline of the namespace was ever opened: only then is [`Plugins::publish`] worth finding a section for.
@@ -442,10 +454,10 @@ impl PluginWorker {
     }
 
     /// Only start, ABI and window.
-    fn try_start(&mut self, name: &Arc<str>, module: &Compiled) -> Result<(), CallFault> {
+    fn try_start(&mut self, name: &Arc<str>, module: &Compiled) -> Result<usize, CallFault> {
         let space = space(&self.shared, &mut self.spaces, self.with_ring, &Owner::shared(NamespaceId(0)))
             .map_err(|error| CallFault::new(FaultCause::Memory, error.to_string()))?;
-        super::instance::Instance::new(&self.shared, name, module, space).map(drop)
+        super::instance::Instance::new(&self.shared, name, module, space).map(|instance| instance.own_memory())
     }
 }
 
@@ -483,7 +495,7 @@ fn space<'a>(
                     shared.options.worker_bytes
                 ))
             })?;
-            entry.insert(Space::new(namespace, ring, part))
+            entry.insert(Space::new(namespace, ring, part, with_ring))
         }
     };
     space.enter(owner.user.as_ref());

@@ -424,12 +424,27 @@ fn what_plugins_say_is_counted_and_capped() {
     let wat = once(&body.replace(r#"(data (i32.const 8) "seen")"#, ""))
         .replace("(func (export \"tg_abi\")", "(data (i32.const 8) \"seen\") (func (export \"tg_abi\")");
     let mut worker = fixture.plugins.worker(0);
-    let id = open(&mut worker, &[fixture.stage("chatty", &wat, "")]).unwrap().id;
+    let stage = fixture.stage("chatty", &wat, "");
+    let id = open(&mut worker, std::slice::from_ref(&stage)).unwrap().id;
     for _ in 0..2 {
         assert_eq!(run(&mut worker, id, None, &values(&[1])).unwrap().keep, [true]);
     }
+    let said = || fixture.plugins.logs().read(NS, "chatty", None, usize::MAX, |_| true).lines;
+    let last = said().pop().unwrap();
+    assert_eq!((last.level, last.message.as_str(), &*last.sha256, last.user), ("info", "seen", &*stage.sha256, None));
+    let limits = said().iter().filter(|line| line.level == "warn" && line.message.contains("log limit")).count();
+    assert_eq!(limits, 1, "the first of the two calls said too much");
+    // A trial is nobody else's business; what is said over a user's rows is that user's.
+    let before = said().len();
+    let mut trial = fixture.plugins.throw_away();
+    let id = open(&mut trial, std::slice::from_ref(&stage)).unwrap().id;
+    run(&mut trial, id, None, &values(&[1])).unwrap();
+    assert_eq!(said().len(), before);
+    let id = worker.open(Owner::user(NS, "ann"), &[stage], &table(), OnError::Stop).unwrap().id;
+    run(&mut worker, id, None, &values(&[1])).unwrap();
+    assert_eq!(said().pop().unwrap().user.as_deref(), Some("ann"));
     let labels = vec![("plugin", "chatty".to_owned()), ("name", "seen".to_owned())];
-    assert_eq!(fixture.metrics.plugin_metrics.get_or_create(&labels).get(), 5.0);
+    assert_eq!(fixture.metrics.plugin_metrics.get_or_create(&labels).get(), 7.5, "three calls");
 }
 
 fn any_rows() -> impl Strategy<Value = Vec<(Option<i64>, String)>> {

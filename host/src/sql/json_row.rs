@@ -1,13 +1,15 @@
-//! A row given as a JSON object, as an image: by the very conversions of an INSERT.
+//! A row given as a JSON object, as an image: by the very conversions of an INSERT. And back, for tables that show rows
+//! of any other table in one column.
 
 use std::sync::Arc;
 
 use ::arrow::array::{ArrayRef, BooleanArray, Float64Array, Int64Array, StringArray};
 use serde_json::{Map, Value as Json};
-use wire::{ImageBuilder, Schema, Type};
+use wire::{ImageBuilder, ImageRef, Schema, Type, Value};
 
 use super::SqlError;
 use super::arrow::{CastTarget, cast_for, value_at};
+use super::dml::show_value;
 
 /// The image of the object's values in the schema's columns; columns that it does not name are NULL, and names that no
 /// column has are refused.
@@ -45,10 +47,43 @@ fn array(value: &Json, ty: Type) -> Option<ArrayRef> {
     })
 }
 
+/// The image as the text of such an object: numbers where JSON has them, else text that SQL reads as the same value.
+pub fn text(schema: &Schema, image: ImageRef<'_>) -> Result<String, SqlError> {
+    let mut object = Map::new();
+    for column in &schema.columns {
+        let value = image.value(column.id, column.ty).map_err(|error| SqlError::Internal(error.to_string()))?;
+        object.insert(column.name.clone(), shown(value, column.ty)?);
+    }
+    Ok(Json::Object(object).to_string())
+}
+
+fn shown(value: Value, ty: Type) -> Result<Json, SqlError> {
+    let plain = match (&value, ty) {
+        (Value::Null, _) => Some(Json::Null),
+        (Value::Bool(value), _) => Some(Json::Bool(*value)),
+        // Larger ones are text: not every reader of JSON has integers of 64 bits.
+        (Value::Int(value), Type::SmallInt | Type::Int | Type::BigInt) if value.unsigned_abs() <= EXACT => {
+            Some(Json::from(*value))
+        }
+        (Value::Float(value), _) if value.is_finite() => Some(Json::from(*value)),
+        // Checked when it was written; what is no JSON after all is shown as the text that it is.
+        (Value::Text(text), Type::Json) => serde_json::from_str(text).ok(),
+        _ => None,
+    };
+    match (plain, value) {
+        (Some(plain), _) => Ok(plain),
+        (None, Value::Text(text)) => Ok(Json::String(text)),
+        (None, value) => show_value(&value, ty).map(Json::String),
+    }
+}
+
+/// 2^53: up to here a double has every integer.
+const EXACT: u64 = 1 << 53;
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
-    use wire::{ColumnDecl, ImageRef, Value};
+    use wire::ColumnDecl;
 
     use super::*;
 
@@ -98,6 +133,17 @@ mod tests {
         ];
         assert_eq!(found.unwrap(), expected);
         assert_eq!(values(json!({"name": null})).unwrap(), vec![Value::Null; 8]);
+        // And back: what is shown gives the same row.
+        let schema = schema();
+        let given = json!({
+            "id": "9007199254740993", "small": 7, "price": "12.50", "ratio": 3.0, "at": "1970-01-01T00:00:01Z",
+            "doc": {"a": [1]}, "name": "x", "ok": true,
+        });
+        let bytes = image(&schema, given.as_object().unwrap()).unwrap();
+        let shown = text(&schema, ImageRef::parse(&bytes).unwrap().0).unwrap();
+        let shown: Json = serde_json::from_str(&shown).unwrap();
+        assert_eq!((&shown["id"], &shown["small"], &shown["doc"]), (&given["id"], &json!(7), &given["doc"]));
+        assert_eq!(image(&schema, shown.as_object().unwrap()).unwrap(), bytes, "{shown}");
         for (object, expected) in [
             (json!({"nam": 1}), "there is no column \"nam\"; there are id, small"),
             (json!({"small": 70_000}), "small"),

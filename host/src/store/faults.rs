@@ -41,6 +41,11 @@ impl Store {
         self.inner.db.write(batch).map_err(read_error)
     }
 
+    /// The record of a number, while it is kept.
+    pub fn fault(&self, number: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        self.inner.db.get(meta::fault_key(number)).map_err(read_error)
+    }
+
     /// The newest records with their numbers, newest first, up to `limit` that `take` wants.
     pub fn faults<T>(
         &self,

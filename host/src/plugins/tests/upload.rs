@@ -132,6 +132,9 @@ fn a_manifest_is_put_into_a_module() {
     let fixture = Fixture::new(options());
     let inspected = fixture.plugins.inspect(&once).unwrap();
     assert_eq!(inspected.manifest.len(), 1);
+    // Its two pages; the window is not its own.
+    assert_eq!(inspected.measured.instance_bytes, 2 * 64 * 1024);
+    assert!(inspected.measured.compile_time.is_some());
     let error = check::attach(&options(), &wasm, "{}").unwrap_err().to_string();
     assert!(error.contains("line 1 of the manifest"), "{error}");
 }
@@ -141,6 +144,8 @@ fn compiled_code_is_kept_and_never_loaded_when_it_was_touched() {
     let folder = tempfile::tempdir().unwrap();
     let kept = PluginOptions { cache_dir: Some(folder.path().to_owned()), ..options() };
     let sha256 = Fixture::new(kept.clone()).plugins.inspect(at_least().as_bytes()).unwrap().sha256;
+    let again = Fixture::new(kept.clone()).plugins.inspect(at_least().as_bytes()).unwrap();
+    assert_eq!(again.measured.compile_time, None, "nothing was compiled");
     let files = || std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
     let [file] = &files()[..] else { panic!("{:?}", files()) };
     assert!(file.file_name().unwrap().to_str().unwrap().starts_with(&sha256));
