@@ -117,6 +117,7 @@ impl From<DbError> for Problem {
             DbError::Gone(detail) => Problem::new(410, "killed", detail),
             DbError::TooMany(detail) => Problem::new(429, "too_many", detail).retry_after(5),
             DbError::KeyReused => Problem::new(422, "idempotency_key_reused", error.to_string()),
+            DbError::KeyInUse => Problem::new(409, "idempotency_key_in_use", error.to_string()).retry_after(1),
             DbError::InUse(detail) => Problem::new(409, "in_use", detail),
             DbError::Internal(_) => server_fault(&error.to_string()),
             DbError::Closed => Problem::new(503, "closing", error.to_string()).retry_after(2),

@@ -33,7 +33,7 @@ use super::lookup::StoredRow;
 use super::provider::scope_of;
 use super::row_exprs::{Asked, RowExprs};
 use super::session::Engine;
-use super::{ChangeSet, RequestEnv, Returned, SqlError, Statement};
+use super::{ChangeSet, RequestEnv, Returned, RowConflict, SqlError, Statement};
 use crate::catalog::{Column, DefaultValue, GENERATED_KEY, IndexId, Table};
 use crate::store::keys::encode_key;
 use crate::store::{RowWrite, StoreError};
@@ -263,7 +263,12 @@ fn table_named(table: &TableObject, alias: Option<&str>) -> Result<TableWithJoin
 }
 
 /// Rows that come without a statement: what their columns are called says where they go.
-pub(crate) fn rows_target(table: &str, schema: &Schema, env: &RequestEnv) -> Result<Target, SqlError> {
+pub(crate) fn rows_target(
+    table: &str,
+    schema: &Schema,
+    conflict: RowConflict,
+    env: &RequestEnv,
+) -> Result<Target, SqlError> {
     let table = find_table(env, None, table)?.clone();
     let column = |field: &FieldRef| {
         given_columns(&table).find(|column| column.name == *field.name()).cloned().ok_or_else(|| {
@@ -276,7 +281,12 @@ pub(crate) fn rows_target(table: &str, schema: &Schema, env: &RequestEnv) -> Res
     if let Some(twice) = columns.iter().enumerate().find(|(at, column)| columns[..*at].contains(column)) {
         return Err(SqlError::invalid("duplicate_column", format!("column {:?} is named twice", twice.1.name)));
     }
-    Ok(Target { table, action: Action::Insert(columns, None), returning: None })
+    let on_conflict = match conflict {
+        RowConflict::Error => None,
+        RowConflict::Nothing => Some(Box::new(OnConflict::nothing())),
+        RowConflict::Update => Some(Box::new(OnConflict::take(&columns))),
+    };
+    Ok(Target { table, action: Action::Insert(columns, on_conflict), returning: None })
 }
 
 /// The columns that an INSERT may name, and fills in this order when it names none.

@@ -35,7 +35,8 @@ use super::plans::{Key, Plans, Template, is_recursive};
 use super::provider::Providers;
 use super::system::{SystemTable, SystemTables};
 use super::{
-    ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, RowFailure, RowStream, SqlError, SqlOptions, Statement,
+    ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, RowConflict, RowFailure, RowStream, SqlError, SqlOptions,
+    Statement,
 };
 use super::{arrow, ddl, dml, functions, information, json, live, lookup, statement, values};
 use crate::catalog::Table;
@@ -173,10 +174,16 @@ impl Sql {
     }
 
     /// Rows that are there already, their columns named as those of the table; all batches have the same. Blocks.
-    pub fn insert_rows(&self, env: &RequestEnv, table: &str, batches: &[RecordBatch]) -> Result<ChangeSet, RowFailure> {
+    pub fn insert_rows(
+        &self,
+        env: &RequestEnv,
+        table: &str,
+        conflict: RowConflict,
+        batches: &[RecordBatch],
+    ) -> Result<ChangeSet, RowFailure> {
         let Some(first) = batches.first() else { return Ok(ChangeSet::default()) };
         let changes = || -> Result<dml::Changes<'_>, SqlError> {
-            let target = dml::rows_target(table, first.schema_ref(), env)?;
+            let target = dml::rows_target(table, first.schema_ref(), conflict, env)?;
             dml::Changes::new(target, env, self.engine.state.runtime_env())
         };
         let whole = || -> Result<ChangeSet, SqlError> {

@@ -32,10 +32,7 @@ pub(crate) fn row(statement: &Statement, env: &RequestEnv) -> Option<KeyedRow> {
 }
 
 /// What is to be done with the row, and the new values, where no plan is needed to know them.
-pub(crate) fn constants(
-    statement: &Statement,
-    env: &RequestEnv,
-) -> Result<Option<(Target, Vec<ArrayRef>)>, SqlError> {
+pub(crate) fn constants(statement: &Statement, env: &RequestEnv) -> Result<Option<(Target, Vec<ArrayRef>)>, SqlError> {
     match &*statement.ast {
         ast::Statement::Update(update) if update.returning.is_none() && update.assignments.iter().all(is_plain) => {
             let (table, columns, exprs) = update_target(update, env, &statement.text)?;
