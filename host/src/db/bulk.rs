@@ -20,6 +20,12 @@ const COMMIT_BYTES: usize = 2 << 20;
 const ROW_BYTES: usize = 64;
 const CELL_BYTES: usize = 8;
 
+/// Rows that are held back until the body has proved to be the one that its key began with. An honest one has proved it
+/// with what one more read brings; another one must not fill the memory.
+const UNPROVEN_BYTES: usize = 32 << 20;
+/// What a row takes of that besides its values.
+const UNPROVEN_ROW_BYTES: usize = 16;
+
 /// Some rows, their columns named as the table's.
 pub struct BulkRows {
     pub batch: RecordBatch,
@@ -77,6 +83,7 @@ pub struct BulkInsert {
     /// What each weighs stands in `bytes`.
     waiting: VecDeque<BulkRows>,
     waiting_bytes: usize,
+    unproven_bytes: usize,
     commit_bytes: usize,
     /// Rows still to be left out: an earlier request has committed them.
     skip: u64,
@@ -122,6 +129,7 @@ impl Db {
             columns: self.inner.sql.insert_columns(found),
             waiting: VecDeque::new(),
             waiting_bytes: 0,
+            unproven_bytes: 0,
             commit_bytes: COMMIT_BYTES.min(self.inner.store.max_commit_bytes() / 4),
             skip: report.rows,
             progress,
@@ -157,6 +165,12 @@ impl BulkInsert {
         let piece = (self.commit_bytes / weight).max(1);
         let done = usize::try_from(self.skip).unwrap_or(usize::MAX).min(count);
         self.skip -= done as u64;
+        if !self.may_commit() {
+            self.unproven_bytes += (rows.bytes / count.max(1) + UNPROVEN_ROW_BYTES) * (count - done);
+            if self.unproven_bytes > UNPROVEN_BYTES {
+                return Err(DbError::KeyReused.into());
+            }
+        }
         for start in (done..count).step_by(piece) {
             let length = piece.min(count - start);
             let lines = rows.lines.get(start..start + length).unwrap_or_default().to_vec();
