@@ -166,10 +166,10 @@ impl BulkInsert {
         let done = usize::try_from(self.skip).unwrap_or(usize::MAX).min(count);
         self.skip -= done as u64;
         if !self.may_commit() {
-            self.unproven_bytes += (rows.bytes / count.max(1) + UNPROVEN_ROW_BYTES) * (count - done);
             if self.unproven_bytes > UNPROVEN_BYTES {
                 return Err(DbError::KeyReused.into());
             }
+            self.unproven_bytes += (rows.bytes / count.max(1) + UNPROVEN_ROW_BYTES) * (count - done);
         }
         for start in (done..count).step_by(piece) {
             let length = piece.min(count - start);

@@ -230,6 +230,8 @@ mod tests {
         check(DbError::Commit(CommitError::Busy), 503, "busy");
         check(SqlError::Busy("too much".to_owned()).into(), 503, "busy");
         check(DbError::Conflict, 409, "conflict");
+        check(DbError::KeyInUse, 409, "idempotency_key_in_use");
+        check(DbError::KeyReused, 422, "idempotency_key_reused");
         check(StoreError::DiskFull.into(), 507, "disk_full");
         check(PluginError::Refused("too large".to_owned()).into(), 422, "plugin_refused");
         check(PluginError::Params("minutes".to_owned()).into(), 400, "plugin_params");
