@@ -34,6 +34,12 @@ const REPEATED: &str = "SELECT name, n FROM t WHERE n > $1 AND name <> $2 LIMIT 
 const PLAIN_REPEATED: &str = "SELECT name, n FROM t WHERE n > 3 AND name <> 'row 7' LIMIT 20";
 const GROUPED: &str = "SELECT n, count(*), max(name) FROM t WHERE id < $1 GROUP BY n ORDER BY n";
 const PLAIN_GROUPED: &str = "SELECT n, count(*), max(name) FROM t WHERE id < 100 GROUP BY n ORDER BY n";
+const UPDATE: &str = "UPDATE t SET n = n + $2 WHERE id = $1";
+/// The same change; that it is by key is for the planner to find out.
+const PLANNED_UPDATE: &str = "UPDATE t SET n = n + $2 WHERE id = $1 AND true";
+const CONSTANT_UPDATE: &str = "UPDATE t SET n = $2 WHERE id = $1";
+/// What any planner has to do for it at least: find the row and compute the new value.
+const PLAIN_UPDATE: &str = "SELECT id, n + 1 FROM t WHERE id = 500";
 
 struct Bench {
     runtime: Runtime,
@@ -191,9 +197,13 @@ fn main() {
     let lookup = [Param::Int(500)];
     let repeated = [Param::Int(3), Param::Text("row 7".to_owned())];
     let grouped = [Param::Int(100)];
+    let changed = [Param::Int(500), Param::Int(1)];
     assert_eq!((bench.query(LOOKUP, &lookup), bench.plain(PLAIN_LOOKUP)), (1, 1));
     assert_eq!((bench.query(REPEATED, &repeated), bench.plain(PLAIN_REPEATED)), (20, 20));
     assert_eq!((bench.query(GROUPED, &grouped), bench.plain(PLAIN_GROUPED)), (10, 10));
+    for update in [UPDATE, PLANNED_UPDATE, CONSTANT_UPDATE] {
+        assert_eq!((bench.plan_write(update, &changed).rows.len(), bench.plain(PLAIN_UPDATE)), (1, 1));
+    }
 
     println!("in turns, median of {PAIRS}:");
     compare("key lookup", || bench.query(LOOKUP, &lookup), || bench.plain(PLAIN_LOOKUP));
@@ -207,6 +217,11 @@ fn main() {
         || bench.first(GROUPED, &grouped),
         || bench.plain_first(PLAIN_GROUPED),
     );
+
+    let update = |text: &'static str| bench.plan_write(text, &changed).rows.len();
+    compare("update by key", || update(UPDATE), || bench.plain(PLAIN_UPDATE));
+    compare("update by key to a constant", || update(CONSTANT_UPDATE), || bench.plain(PLAIN_UPDATE));
+    compare("update by key, planned physically", || update(PLANNED_UPDATE), || bench.plain(PLAIN_UPDATE));
 
     let mut criterion = Criterion::default().configure_from_args();
     let mut group = criterion.benchmark_group("query");
@@ -254,9 +269,11 @@ fn main() {
             bench.write(&values(from), &[]);
         })
     });
-    group.bench_function("update by key, planned", |b| {
-        b.iter(|| bench.plan_write("UPDATE t SET n = n + 1 WHERE id = $1", &lookup))
-    });
+    group.bench_function("update by key", |b| b.iter(|| bench.plan_write(UPDATE, &changed)));
+    group.bench_function("update by key to a constant", |b| b.iter(|| bench.plan_write(CONSTANT_UPDATE, &changed)));
+    group
+        .bench_function("update by key, planned physically", |b| b.iter(|| bench.plan_write(PLANNED_UPDATE, &changed)));
+    group.bench_function("delete by key", |b| b.iter(|| bench.plan_write("DELETE FROM t WHERE id = $1", &lookup)));
     group.finish();
     criterion.final_summary();
 }

@@ -41,7 +41,7 @@ use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
-pub use bulk::{BulkFailure, BulkInsert, BulkReport, BulkRows};
+pub use bulk::{BulkFailure, BulkInsert, BulkOptions, BulkReport, BulkRows};
 pub use errors::{PluginErrorEntry, Replay};
 pub use idempotency::Idempotency;
 pub use logs::PluginLogs;
@@ -73,6 +73,8 @@ pub enum DbError {
     InUse(String),
     #[error("this Idempotency-Key came with another request before; take a new key for each new write")]
     KeyReused,
+    #[error("another request with this Idempotency-Key is being carried out; send this one again when that has ended")]
+    KeyInUse,
     #[error("{0}")]
     NotFound(String),
     #[error("{0}")]

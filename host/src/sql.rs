@@ -172,6 +172,27 @@ impl From<Returned> for RowStream {
     }
 }
 
+/// What becomes of a row of a bulk insert that is there already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RowConflict {
+    #[default]
+    Error,
+    /// The stored row stays as it is.
+    Nothing,
+    /// The stored row with the same primary key gets the columns that the new one says.
+    Update,
+}
+
+impl RowConflict {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RowConflict::Error => "error",
+            RowConflict::Nothing => "nothing",
+            RowConflict::Update => "update",
+        }
+    }
+}
+
 /// Why rows cannot be inserted, and which of them (from 0) is the first that cannot.
 #[derive(Debug)]
 pub struct RowFailure {

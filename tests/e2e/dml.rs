@@ -50,6 +50,80 @@ async fn the_same_text_again_is_the_new_request() {
     }
 }
 
+/// By the whole key a row is found without a scan: what earlier statements of the transaction did to it has to be seen
+/// all the same, and what belongs to the request is of the request.
+#[tokio::test]
+async fn changes_by_key_see_the_transaction_and_the_user() {
+    let server = TestServer::start().await;
+    let admin = server.admin();
+    admin.sql("CREATE TABLE t (id INT PRIMARY KEY, n INT NOT NULL, who TEXT) WITH (type = 'user')").await;
+    let (alice, bob) = (server.client("alice"), server.client("bob"));
+    let answer = alice
+        .sql(
+            "INSERT INTO t VALUES (1, 1, NULL), (2, 2, NULL); UPDATE t SET n = 10 WHERE id = 1; UPDATE t SET n = n + 5 WHERE id = 1; \
+             DELETE FROM t WHERE id = 2; UPDATE t SET n = 0 WHERE id = 2; DELETE FROM t WHERE id = 2; \
+             INSERT INTO t VALUES (2, 20, NULL); UPDATE t SET id = 3 WHERE id = 2; UPDATE t SET n = n * 2 WHERE id = 3",
+        )
+        .await;
+    let affected: Vec<i64> =
+        answer["results"].as_array().unwrap().iter().map(|result| result["affected"].as_i64().unwrap()).collect();
+    assert_eq!(affected, [2, 1, 1, 1, 0, 0, 1, 1, 1]);
+    assert_eq!(alice.rows("SELECT id, n FROM t ORDER BY id").await, json!([[1, 15], [3, 40]]));
+    // One of them refused, none done.
+    for (sql, code) in [
+        ("UPDATE t SET n = 0 WHERE id = 1; UPDATE t SET n = NULL WHERE id = 3", "not_null"),
+        ("DELETE FROM t WHERE id = 1; UPDATE t SET n = 3000000000 WHERE id = 3", "out_of_range"),
+        ("DELETE FROM t WHERE id = 1; UPDATE t SET n = n / 0 WHERE id = 3", "division_by_zero"),
+        ("DELETE FROM t WHERE id = 1; UPDATE t SET n = $1 WHERE id = 3", "parameters"),
+        ("DELETE FROM t WHERE id = 1; UPDATE t SET m = 1 WHERE id = 3", "unknown_column"),
+    ] {
+        alice.expect_error(sql, 400, code).await;
+    }
+    refused(alice.try_sql("UPDATE t SET id = 3 WHERE id = 1", json!([])).await, "duplicate_key");
+    assert_eq!(alice.rows("SELECT id, n FROM t ORDER BY id").await, json!([[1, 15], [3, 40]]));
+
+    // Nobody reaches another's row, whoever sent the text first.
+    for text in ["UPDATE t SET n = $1 WHERE id = 1", "UPDATE t SET n = n + $1, who = current_user WHERE id = 1"] {
+        for (client, step, due) in [(&alice, 7, 1), (&bob, 1000, 0), (&alice, 8, 1)] {
+            assert_eq!(client.sql_params(text, json!([step])).await["results"][0]["affected"], due, "{text}");
+        }
+    }
+    assert_eq!(alice.rows("SELECT n, who FROM t WHERE id = 1").await, json!([[23, "alice"]]));
+    assert_eq!(bob.sql("DELETE FROM t WHERE id = 1").await["results"][0]["affected"], 0);
+    assert_eq!(alice.sql("DELETE FROM t WHERE id = 1").await["results"][0]["affected"], 1);
+}
+
+/// Whether rows match says something about them to whoever may not write, and an honest mistake would go unseen.
+#[tokio::test]
+async fn who_may_not_write_is_told_also_when_no_row_matches() {
+    let server = TestServer::start().await;
+    let (admin, alice) = (server.admin(), server.client("alice"));
+    admin.sql("CREATE TABLE t (id INT PRIMARY KEY, n INT)").await;
+    admin.sql("CREATE TABLE s (id INT PRIMARY KEY, n INT) WITH (type = 'stream', ttl = '1h')").await;
+    admin.sql("CREATE TABLE mine (id INT PRIMARY KEY, n INT) WITH (type = 'user')").await;
+    for table in ["t", "s", "main.t"] {
+        for sql in [
+            format!("DELETE FROM {table}"),
+            format!("DELETE FROM {table} WHERE id = 1"),
+            format!("DELETE FROM {table} WHERE 1 = 0"),
+            format!("UPDATE {table} SET n = 1 WHERE id = 1"),
+            format!("UPDATE {table} SET n = 1 WHERE id > 1 RETURNING id"),
+            format!("UPDATE {table} SET nope = 1"),
+            format!("INSERT INTO {table} SELECT * FROM {table}"),
+            format!("INSERT INTO {table} VALUES (1, 1) ON CONFLICT DO NOTHING"),
+            format!("INSERT INTO mine VALUES (1, 1); DELETE FROM {table} WHERE id = 1"),
+        ] {
+            alice.expect_error(&sql, 403, "forbidden").await;
+        }
+    }
+    for sql in ["DELETE FROM mine WHERE id = 1", "DELETE FROM mine", "UPDATE mine SET n = 1"] {
+        assert_eq!(alice.sql(sql).await["results"][0]["affected"], 0, "{sql}");
+    }
+    // A service may, and a table that is not there is not there for anybody.
+    assert_eq!(server.client("robot").sql("DELETE FROM t WHERE id = 1").await["results"][0]["affected"], 0);
+    alice.expect_error("DELETE FROM nowhere", 400, "unknown_table").await;
+}
+
 #[tokio::test]
 async fn returning_answers_the_rows_that_were_written() {
     let server = TestServer::start().await;

@@ -54,6 +54,12 @@ fn rows(db: &Client, table: &str, content_type: &str, body: impl Into<reqwest::B
     request.header(header::CONTENT_TYPE, content_type).body(body).timeout(PATIENCE)
 }
 
+fn resolving(db: &Client, table: &str, conflict: &str, content_type: &str, body: &str) -> RequestBuilder {
+    let path = format!("/v1/tables/main/{table}/rows?on_conflict={conflict}");
+    let request = db.request(Method::POST, &path).header(header::CONTENT_TYPE, content_type);
+    request.body(body.to_owned()).timeout(PATIENCE)
+}
+
 async fn insert(db: &Client, table: &str, content_type: &str, body: impl Into<reqwest::Body>) -> Value {
     let response = rows(db, table, content_type, body).send().await.unwrap();
     let (status, text) = (response.status(), response.text().await.unwrap());
@@ -214,4 +220,81 @@ async fn who_may_not_write_is_told_before_the_rows_are_read() {
     insert(&alice, "mine", CSV, "id\n1\n2\n").await;
     assert_eq!(alice.rows("SELECT count(*) FROM mine").await, json!([[2]]));
     assert_eq!(server.client("bob").rows("SELECT count(*) FROM mine").await, json!([[0]]));
+}
+
+#[tokio::test]
+async fn rows_that_are_there_already_are_refused_left_or_updated() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY, n INT DEFAULT 7, name TEXT UNIQUE)").await;
+    db.sql("INSERT INTO t VALUES (1, 10, 'a'), (2, 20, 'b')").await;
+    let stored = async || db.rows("SELECT * FROM t ORDER BY id").await;
+    let taken = async |conflict: &str, format: &str, body: &str| -> (Value, Value) {
+        let response = resolving(&db, "t", conflict, format, body).send().await.unwrap();
+        let (status, text) = (response.status(), response.text().await.unwrap());
+        assert_eq!(status, 200, "{conflict}: {text}");
+        let mut answer: Value = serde_json::from_str(&text).unwrap();
+        (answer["rows"].take(), answer["affected"].take())
+    };
+    let refused = "{\"id\": 3, \"name\": \"c\"}\n{\"id\": 1, \"name\": \"d\"}\n";
+    for request in [rows(&db, "t", NDJSON, refused), resolving(&db, "t", "error", NDJSON, refused)] {
+        let problem = expect_problem(request, 409, "duplicate_key").await;
+        assert_eq!((&problem["row"], &problem["committed_rows"]), (&json!(2), &json!(0)), "{problem}");
+    }
+
+    // Whatever is in the way: the key, a unique value, a row of the same body.
+    let lines = r#"
+        {"id": 1, "n": 99}
+        {"id": 4, "name": "b"}
+        {"id": 3, "n": 30}
+        {"id": 3, "n": 31}
+    "#;
+    assert_eq!(taken("nothing", NDJSON, lines).await, (json!(4), json!(1)));
+    assert_eq!(stored().await, json!([[1, 10, "a"], [2, 20, "b"], [3, 30, null]]));
+
+    // What a row does not say stays as it is; of the same row twice, the last counts; a new row gets its defaults.
+    let lines = r#"
+        {"id": 1, "n": 11}
+        {"id": 2, "name": null}
+        {"id": 5}
+        {"id": 5, "n": 1}
+        {"id": 5, "n": 2}
+        {"id": 3}
+    "#;
+    assert_eq!(taken("update", NDJSON, lines).await, (json!(6), json!(6)));
+    assert_eq!(stored().await, json!([[1, 11, "a"], [2, 20, null], [3, 30, null], [5, 2, null]]));
+    assert_eq!(taken("update", CSV, "n,id\n12,1\n,2\n40,4\n").await, (json!(3), json!(3)));
+    assert_eq!(stored().await, json!([[1, 12, "a"], [2, null, null], [3, 30, null], [4, 40, null], [5, 2, null]]));
+    // A table that is sent back whole is the same table.
+    let whole = String::from_utf8(body(&db, "SELECT * FROM t", CSV).await).unwrap();
+    let before = stored().await;
+    assert_eq!(taken("update", CSV, &whole).await, (json!(5), json!(5)));
+    assert_eq!(stored().await, before);
+
+    // By the key alone: another row's unique value is in the way, and no value is taken where none may be.
+    let problem = expect_problem(resolving(&db, "t", "update", CSV, "id,name\n2,a\n"), 409, "duplicate_key").await;
+    assert!(problem["detail"].as_str().unwrap().contains("is unique"), "{problem}");
+    expect_problem(resolving(&db, "t", "update", CSV, "id,n\n1,x\n"), 400, "invalid_value").await;
+    expect_problem(resolving(&db, "t", "update", CSV, "n\n1\n"), 400, "not_null").await;
+    db.sql("CREATE TABLE log (line TEXT)").await;
+    let problem = expect_problem(resolving(&db, "log", "update", CSV, "line\nx\n"), 400, "bad_request").await;
+    assert!(problem["detail"].as_str().unwrap().contains("no primary key"), "{problem}");
+    expect_problem(resolving(&db, "t", "nothing&on_conflict=update", CSV, "id\n9\n"), 400, "bad_request").await;
+    assert_eq!(stored().await, before);
+}
+
+/// A row that comes again in another commit, or in the same one: nothing must depend on where the body is cut.
+#[tokio::test]
+async fn an_update_in_bulk_does_not_depend_on_its_commits() {
+    const IDS: usize = 7_000;
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY, n INT)").await;
+    let lines: String = (0..9 * IDS).map(|n| format!("{{\"id\": {}, \"n\": {n}}}\n", n % IDS)).collect();
+    let response = resolving(&db, "t", "update", NDJSON, &lines).send().await.unwrap();
+    let answer: Value = response.json().await.unwrap();
+    assert_eq!((&answer["rows"], &answer["affected"]), (&json!(9 * IDS), &json!(9 * IDS)), "{answer}");
+    assert!(answer["commits"].as_u64().unwrap() > 1, "{answer}");
+    let last = format!("SELECT count(*), count(*) FILTER (WHERE n = id + {}) FROM t", 8 * IDS);
+    assert_eq!(db.rows(&last).await, json!([[IDS, IDS]]));
 }

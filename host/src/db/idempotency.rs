@@ -3,16 +3,17 @@
 //! The first time, what is answered is kept in the very batch that writes. Every attempt looks for it first, through
 //! the snapshot it plans at: so it finds either no trace of an earlier one, or all of it. Two at the same time meet at
 //! the committer, as two writers of one row do, and the one that loses finds the other's receipt. Only what was
-//! committed leaves a receipt; a request that was refused wrote nothing, and is tried anew.
+//! committed leaves a receipt; a request that was refused wrote nothing, and is tried anew. (A bulk insert has several
+//! commits, and each leaves how far it came: [`super::bulk`].)
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{DbError, Identity, SqlAnswer, StatementResult};
 use crate::store::snapshot::Snapshot;
-use crate::store::{Receipt, StoreError};
+use crate::store::{KeptReceipt, Receipt, StoreError};
 
-/// As a client sent it: the key, and a hash of the whole request.
+/// As a client sent it: the key, and a hash of the whole request; of a bulk insert without its body.
 #[derive(Clone, Debug)]
 pub struct Idempotency {
     pub key: String,
@@ -35,12 +36,17 @@ impl Idempotency {
         hash.finalize().into()
     }
 
+    /// What this request left behind before.
+    pub(super) fn kept(&self, who: &Identity, snapshot: &Snapshot) -> Result<Option<KeptReceipt>, DbError> {
+        match snapshot.receipt(&self.id(who))? {
+            Some(kept) if kept.request != self.request => Err(DbError::KeyReused),
+            kept => Ok(kept),
+        }
+    }
+
     /// The answer that this request was given before.
     pub(super) fn answered(&self, who: &Identity, snapshot: &Snapshot) -> Result<Option<SqlAnswer>, DbError> {
-        let Some(kept) = snapshot.receipt(&self.id(who))? else { return Ok(None) };
-        if kept.request != self.request {
-            return Err(DbError::KeyReused);
-        }
+        let Some(kept) = self.kept(who, snapshot)? else { return Ok(None) };
         let outcome: Outcome = postcard::from_bytes(&kept.outcome)
             .map_err(|error| StoreError::Corrupt(format!("the outcome in a receipt: {error}")))?;
         let results =
@@ -50,8 +56,11 @@ impl Idempotency {
 
     /// What the write has to leave behind.
     pub(super) fn receipt(&self, who: &Identity, affected: &[u64]) -> Result<Receipt, DbError> {
-        let outcome = postcard::to_allocvec(&Outcome { affected: affected.to_vec() })
-            .map_err(|error| DbError::Internal(error.to_string()))?;
+        self.leave(who, &Outcome { affected: affected.to_vec() })
+    }
+
+    pub(super) fn leave(&self, who: &Identity, outcome: &impl Serialize) -> Result<Receipt, DbError> {
+        let outcome = postcard::to_allocvec(outcome).map_err(|error| DbError::Internal(error.to_string()))?;
         Ok(Receipt { id: self.id(who), request: self.request, outcome })
     }
 }

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use arrow::record_batch::RecordBatch;
 use wire::Scope;
 
 use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, bulk, index};
@@ -55,7 +54,7 @@ pub(super) enum Work<'a> {
     /// Statements and the request they came with.
     Statements(&'a [Statement], &'a SqlRequest),
     /// Rows for a table.
-    Rows(&'a str, &'a Arc<[RecordBatch]>),
+    Rows(&'a bulk::Piece<'a>),
 }
 
 /// What became of it.
@@ -98,10 +97,13 @@ pub(super) async fn transaction(
         }
         let snapshot = db.inner.store.snapshot();
         let base = snapshot.seq();
-        if let Work::Statements(_, request) = work
-            && let Some(answer) = answered(who, request, &snapshot)?
-        {
-            return Ok(Outcome::Answered(answer));
+        match work {
+            Work::Statements(_, request) => {
+                if let Some(answer) = answered(who, request, &snapshot)? {
+                    return Ok(Outcome::Answered(answer));
+                }
+            }
+            Work::Rows(piece) => piece.check(who, &snapshot)?,
         }
         let env = db.env(who, snapshot, namespace.map(str::to_owned), params.to_vec())?;
         let default = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
@@ -112,7 +114,11 @@ pub(super) async fn transaction(
                 let receipt = receipt(who, request, &planned.affected(request)?)?;
                 (planned, receipt)
             }
-            Work::Rows(table, batches) => (bulk::plan(db, who, table, batches, env).await?, None),
+            Work::Rows(piece) => {
+                let planned = bulk::plan(db, who, piece, env).await?;
+                let receipt = piece.receipt(who, &planned)?;
+                (planned, receipt)
+            }
         };
         if planned.rows.is_empty() && receipt.is_none() {
             return Ok(Outcome::Committed(planned, base));
@@ -235,6 +241,15 @@ impl Planned {
         affected.collect()
     }
 
+    /// Of all statements together.
+    pub(super) fn all_affected(&self) -> u64 {
+        let affected = |result: &StatementResult| match result {
+            StatementResult::Affected { affected, .. } => *affected,
+            StatementResult::Rows(_) => 0,
+        };
+        self.results.iter().map(affected).sum()
+    }
+
     /// `default` where nothing is written.
     fn namespace(&self, default: Option<NamespaceId>) -> Result<NamespaceId, DbError> {
         let first = self.rows.first().map(|row| row.table.namespace).or(default);
@@ -246,8 +261,10 @@ impl Planned {
 async fn plan(db: &Db, who: &Identity, statements: &[Statement], env: RequestEnv) -> Result<Planned, DbError> {
     let mut merge = Merge::new(env);
     for statement in statements {
+        // Before anything is read: whether rows match must make no difference to who may not write them.
+        may_write(who, &db.inner.sql.written_table(statement, merge.env())?)?;
         let changes = db.inner.sql.change_set(statement, merge.env().clone()).await?;
-        merge.add(who, changes)?;
+        merge.add(changes);
     }
     Ok(merge.finish())
 }
@@ -270,12 +287,12 @@ impl Merge {
         &self.env
     }
 
-    pub(super) fn add(&mut self, who: &Identity, changes: ChangeSet) -> Result<(), DbError> {
+    /// What the next statement does; it has been looked at whether it may.
+    pub(super) fn add(&mut self, changes: ChangeSet) {
         let returned = changes.returned.map(RowStream::from);
         self.planned.results.push(StatementResult::Affected { affected: changes.affected, returned });
         let overlay = Arc::make_mut(&mut self.env.overlay);
         for write in changes.writes {
-            may_write(who, &write.table)?;
             overlay.put(&write);
             let key = (write.table.id, write.scope.clone(), write.key.clone());
             match self.places.get(&key) {
@@ -287,7 +304,6 @@ impl Merge {
                 }
             }
         }
-        Ok(())
     }
 
     pub(super) fn finish(mut self) -> Planned {

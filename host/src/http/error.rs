@@ -117,6 +117,7 @@ impl From<DbError> for Problem {
             DbError::Gone(detail) => Problem::new(410, "killed", detail),
             DbError::TooMany(detail) => Problem::new(429, "too_many", detail).retry_after(5),
             DbError::KeyReused => Problem::new(422, "idempotency_key_reused", error.to_string()),
+            DbError::KeyInUse => Problem::new(409, "idempotency_key_in_use", error.to_string()).retry_after(1),
             DbError::InUse(detail) => Problem::new(409, "in_use", detail),
             DbError::Internal(_) => server_fault(&error.to_string()),
             DbError::Closed => Problem::new(503, "closing", error.to_string()).retry_after(2),
@@ -229,6 +230,8 @@ mod tests {
         check(DbError::Commit(CommitError::Busy), 503, "busy");
         check(SqlError::Busy("too much".to_owned()).into(), 503, "busy");
         check(DbError::Conflict, 409, "conflict");
+        check(DbError::KeyInUse, 409, "idempotency_key_in_use");
+        check(DbError::KeyReused, 422, "idempotency_key_reused");
         check(StoreError::DiskFull.into(), 507, "disk_full");
         check(PluginError::Refused("too large".to_owned()).into(), 422, "plugin_refused");
         check(PluginError::Params("minutes".to_owned()).into(), 400, "plugin_params");

@@ -142,6 +142,16 @@ pub fn idempotency(key: String, media_type: &str, body: &[u8]) -> Idempotency {
     Idempotency { key, request: hash.finalize().into() }
 }
 
+/// The key of a bulk insert with what is known before its body comes; the body is compared while it is read.
+pub fn rows_idempotency(key: String, said: &[&str]) -> Idempotency {
+    let mut hash = Sha256::new();
+    for part in ["rows"].iter().chain(said) {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    Idempotency { key, request: hash.finalize().into() }
+}
+
 /// The query string, decoded strictly.
 pub fn pairs(uri: &Uri) -> Result<Vec<(String, String)>, Problem> {
     let bad = || Problem::bad_request("the query string is not percent-encoded UTF-8");

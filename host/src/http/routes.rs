@@ -234,9 +234,14 @@ async fn execute(app: &App, who: &Identity, request: SqlRequest, format: Format)
     let replayed = answer.replayed;
     let mut response = results::respond(answer, format, started).await;
     if replayed {
-        response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
+        mark_replayed(&mut response);
     }
     Ok(response)
+}
+
+/// Says that it is the answer to an earlier sending of the request.
+pub(super) fn mark_replayed(response: &mut Response) {
+    response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
 }
 
 /// Type and subtype in lower case, without parameters; empty when there is none.

@@ -2,7 +2,7 @@
 //! piece, so that a body of any length takes little memory.
 //!
 //! A piece that is committed stays: the answer, also a problem, says how many rows those are, and which row and line
-//! was the trouble.
+//! was the trouble. With an `Idempotency-Key` the same body, sent again, goes on behind them.
 
 mod arrow;
 mod csv;
@@ -23,9 +23,9 @@ use super::auth::Caller;
 use super::body::Incoming;
 use super::error::Problem;
 use super::request;
-use super::routes::{App, media_type, wrong_type};
-use crate::db::{BulkFailure, BulkInsert, BulkReport, BulkRows};
-use crate::sql::OutputColumn;
+use super::routes::{App, mark_replayed, media_type, wrong_type};
+use crate::db::{BulkFailure, BulkInsert, BulkOptions, BulkReport, BulkRows};
+use crate::sql::{OutputColumn, RowConflict};
 
 /// What a bulk insert may hold besides the piece it reads: rows that wait for their commit, their images, the frame.
 const SHARE: usize = 8 << 20;
@@ -58,10 +58,8 @@ pub async fn post(
     body: Body,
 ) -> Result<Response, Problem> {
     let started = Instant::now();
-    options(&uri)?;
-    if headers.contains_key("idempotency-key") {
-        return Err(Problem::not_implemented("the Idempotency-Key header"));
-    }
+    let conflict = on_conflict(&uri)?;
+    let key = request::idempotency_key(&headers)?;
     let format = media_type(&headers);
     let decoder: fn(Arc<[OutputColumn]>, usize) -> Box<dyn Decoder> = match format.as_str() {
         "application/x-ndjson" => |columns, most| Box::new(ndjson::Lines::new(columns, most)),
@@ -71,32 +69,46 @@ pub async fn post(
             return Err(wrong_type(other, "application/x-ndjson, text/csv or application/vnd.apache.arrow.stream"));
         }
     };
-    let mut insert = app.db.bulk_insert(&who, &namespace, &table)?;
+    let said = [namespace.as_str(), &table, &format, conflict.as_str()];
+    let idempotency = key.map(|key| request::rows_idempotency(key, &said));
+    let mut insert = app.db.bulk_insert(&who, &namespace, &table, BulkOptions { conflict, idempotency })?;
     let decoder = decoder(insert.columns().into(), app.options.body_bytes);
     let mut body = Incoming::new(&headers, body, &app.budget)?;
     body.hold(SHARE)?;
     match run(&mut insert, decoder, &mut body).await {
         Ok(report) => {
             let elapsed_ms = started.elapsed().as_micros() as f64 / 1000.0;
-            let mut answer = json!({"rows": report.rows, "commits": report.commits, "elapsed_ms": elapsed_ms});
+            let BulkReport { rows, affected, commits, .. } = report;
+            let mut answer = json!({"rows": rows, "affected": affected, "commits": commits, "elapsed_ms": elapsed_ms});
             if let Some(seq) = report.seq {
                 answer["seq"] = json!(seq.0);
             }
-            Ok(Json(answer).into_response())
+            let mut response = Json(answer).into_response();
+            if report.replayed {
+                mark_replayed(&mut response);
+            }
+            Ok(response)
         }
         Err(refused) => Err(refused.told(insert.report())),
     }
 }
 
-fn options(uri: &Uri) -> Result<(), Problem> {
-    let Some((name, value)) = request::pairs(uri)?.into_iter().next() else { return Ok(()) };
-    Err(match (name.as_str(), value.as_str()) {
-        ("on_conflict", "nothing" | "update") => Problem::not_implemented("on_conflict of a bulk insert"),
-        ("on_conflict", other) => {
-            Problem::bad_request(format!("on_conflict is `{other}`; it can be nothing or update"))
+/// What becomes of rows that are there already.
+fn on_conflict(uri: &Uri) -> Result<RowConflict, Problem> {
+    let mut said = None;
+    for (name, value) in request::pairs(uri)? {
+        match name.as_str() {
+            "on_conflict" => request::once(&mut said, &name, value)?,
+            _ => return Err(request::unknown_parameter(&name, "on_conflict")),
         }
-        _ => request::unknown_parameter(&name, "on_conflict"),
-    })
+    }
+    let known = [RowConflict::Error, RowConflict::Nothing, RowConflict::Update];
+    match said {
+        None => Ok(RowConflict::default()),
+        Some(said) => known.into_iter().find(|conflict| conflict.as_str() == said).ok_or_else(|| {
+            Problem::bad_request(format!("on_conflict is `{said}`; it can be error, nothing or update"))
+        }),
+    }
 }
 
 async fn run(
@@ -107,6 +119,9 @@ async fn run(
     loop {
         let bytes = body.next().await?;
         let last = bytes.is_none();
+        if let Some(bytes) = &bytes {
+            insert.read(bytes)?;
+        }
         // Off the async threads: a piece can be a batch of many megabytes.
         let decoded = tokio::task::spawn_blocking(move || {
             let mut rows = Vec::new();

@@ -10,7 +10,9 @@ use std::time::{Duration, UNIX_EPOCH};
 use ::arrow::datatypes::{DataType, Field, FieldRef, SchemaRef, TimeUnit};
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
-use datafusion::common::{DFSchema, DataFusionError, Result, ScalarValue, TableReference, internal_datafusion_err};
+use datafusion::common::{
+    DFSchema, DFSchemaRef, DataFusionError, Result, ScalarValue, TableReference, internal_datafusion_err,
+};
 use datafusion::datasource::cte_worktable::CteWorkTable;
 use datafusion::datasource::provider_as_source;
 use datafusion::execution::SessionState;
@@ -235,27 +237,40 @@ pub(crate) fn bind_unoptimized(plan: LogicalPlan, env: &RequestEnv, state: &Sess
     replace(plan, env, state, false)
 }
 
+/// [`bind`] for single expressions over the columns of one relation.
+pub(crate) fn bind_exprs(
+    exprs: &[Expr],
+    schema: &DFSchemaRef,
+    env: &RequestEnv,
+    state: &SessionState,
+) -> Result<Vec<Expr>> {
+    let simplifier = simplifier(schema.clone(), env, state);
+    let bound = exprs.iter().map(|expr| match is_symbolic(expr)? {
+        true => {
+            let bound = with_values(expr.clone(), schema, env, state)?;
+            folding(|| simplifier.simplify(bound))
+        }
+        false => Ok(expr.clone()),
+    });
+    bound.collect()
+}
+
 fn replace(plan: LogicalPlan, env: &RequestEnv, state: &SessionState, fold: bool) -> Result<LogicalPlan> {
     let plan = plan.transform_up_with_subqueries(|plan| {
         if !has_symbols(&plan)? {
             return Ok(Transformed::no(plan));
         }
         let schema = Arc::new(schema_of_expressions(&plan)?);
-        let info = SimplifyContext::builder()
-            .with_schema(schema.clone())
-            .with_config_options(state.config_options().clone())
-            .with_query_execution_start_time(Some(start_time(env).into()))
-            .build();
         // Both sides of a join's condition stay where they are: the planner relies on it.
-        let simplifier = ExprSimplifier::new(info).with_canonicalize(!matches!(plan, LogicalPlan::Join(_)));
+        let canonicalize = !matches!(plan, LogicalPlan::Join(_));
+        let simplifier = simplifier(schema.clone(), env, state).with_canonicalize(canonicalize);
         let names = NamePreserver::new(&plan);
         plan.map_expressions(|expr| {
-            if !expr.exists(|expr| Ok(matches!(expr, Expr::Placeholder(_))))? {
+            if !is_symbolic(&expr)? {
                 return Ok(Transformed::no(expr));
             }
             let name = names.save(&expr);
-            let bound = expr.transform_up(|expr| value(expr, env, state))?.data;
-            let bound = bound.transform_up(|expr| canonical_comparison(expr, &schema))?.data;
+            let bound = with_values(expr, &schema, env, state)?;
             // The members of a grouping set are columns by their place.
             let fold = fold && !matches!(bound, Expr::GroupingSet(_));
             let bound = if fold { folding(|| simplifier.simplify(bound))? } else { bound };
@@ -265,10 +280,29 @@ fn replace(plan: LogicalPlan, env: &RequestEnv, state: &SessionState, fold: bool
     Ok(plan.data)
 }
 
+fn simplifier(schema: DFSchemaRef, env: &RequestEnv, state: &SessionState) -> ExprSimplifier {
+    let info = SimplifyContext::builder()
+        .with_schema(schema)
+        .with_config_options(state.config_options().clone())
+        .with_query_execution_start_time(Some(start_time(env).into()))
+        .build();
+    ExprSimplifier::new(info)
+}
+
+fn is_symbolic(expr: &Expr) -> Result<bool> {
+    expr.exists(|expr| Ok(matches!(expr, Expr::Placeholder(_))))
+}
+
+/// The expression with values in the place of its symbols.
+fn with_values(expr: Expr, schema: &DFSchema, env: &RequestEnv, state: &SessionState) -> Result<Expr> {
+    let bound = expr.transform_up(|expr| value(expr, env, state))?.data;
+    Ok(bound.transform_up(|expr| canonical_comparison(expr, schema))?.data)
+}
+
 fn has_symbols(plan: &LogicalPlan) -> Result<bool> {
     let mut found = false;
     plan.apply_expressions(|expr| {
-        found |= expr.exists(|expr| Ok(matches!(expr, Expr::Placeholder(_))))?;
+        found |= is_symbolic(expr)?;
         Ok(if found { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
     })?;
     Ok(found)

@@ -4,6 +4,7 @@
 //! was optimized away means every row. Here a statement becomes a query whose rows are the keys to touch and the new
 //! values, and nothing is written that the query did not return. RETURNING is evaluated over the rows written.
 
+pub(crate) mod by_key;
 mod unique;
 mod upsert;
 
@@ -16,8 +17,8 @@ use ::arrow::record_batch::RecordBatch;
 use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
 use datafusion::execution::runtime_env::RuntimeEnv;
 use datafusion::sql::sqlparser::ast::{
-    self, Assignment, AssignmentTarget, Expr, FromTable, Ident, Insert, ObjectName, Query, Select, SelectItem, SetExpr,
-    TableFactor, TableObject, TableWithJoins,
+    self, Assignment, AssignmentTarget, Delete, Expr, FromTable, Ident, Insert, ObjectName, Query, Select, SelectItem,
+    SetExpr, TableFactor, TableObject, TableWithJoins, Update,
 };
 use uuid::Uuid;
 use wire::{ImageBuilder, ImageRef, Scope, Type, Value};
@@ -28,10 +29,11 @@ use super::arrow::{CastTarget, cast_for, value_at};
 use super::context::find_table;
 use super::ddl::{Literal, fold, literal, table_name};
 use super::error::from_datafusion;
+use super::lookup::StoredRow;
 use super::provider::scope_of;
 use super::row_exprs::{Asked, RowExprs};
 use super::session::Engine;
-use super::{ChangeSet, RequestEnv, Returned, SqlError, Statement};
+use super::{ChangeSet, RequestEnv, Returned, RowConflict, SqlError, Statement};
 use crate::catalog::{Column, DefaultValue, GENERATED_KEY, IndexId, Table};
 use crate::store::keys::encode_key;
 use crate::store::{RowWrite, StoreError};
@@ -108,41 +110,88 @@ pub(crate) fn target(
             Ok((Target { table, action: Action::Insert(columns, on_conflict), returning }, query))
         }
         ast::Statement::Update(update) => {
-            refuse(&[
-                (update.from.is_some(), "UPDATE … FROM"),
-                (update.output.is_some(), "OUTPUT"),
-                (update.or.is_some(), "UPDATE OR …"),
-                (!update.order_by.is_empty(), "ORDER BY in UPDATE"),
-                (update.limit.is_some(), "LIMIT in UPDATE"),
-                (!update.optimizer_hints.is_empty(), "optimizer hints"),
-            ])?;
-            let table = only_table(&update.table, "UPDATE", env)?;
-            let (columns, values) = assignments(&update.assignments, &table, &statement.text)?;
+            let (table, columns, values) = update_target(update, env, &statement.text)?;
             let query = rows_query(&table, values, &update.table, update.selection.clone())?;
             let returning = returning(&update.returning, &table, &update.table)?;
             Ok((Target { table, action: Action::Update(columns), returning }, query))
         }
         ast::Statement::Delete(delete) => {
-            refuse(&[
-                (!delete.tables.is_empty(), "DELETE from several tables"),
-                (delete.using.is_some(), "DELETE … USING"),
-                (delete.output.is_some(), "OUTPUT"),
-                (!delete.order_by.is_empty(), "ORDER BY in DELETE"),
-                (delete.limit.is_some(), "LIMIT in DELETE"),
-                (!delete.optimizer_hints.is_empty(), "optimizer hints"),
-            ])?;
-            let FromTable::WithFromKeyword(from) = &delete.from else {
-                return Err(SqlError::unsupported("DELETE without FROM", None));
-            };
-            let [from] = from.as_slice() else {
-                return Err(SqlError::unsupported("DELETE from several tables", None));
-            };
-            let table = only_table(from, "DELETE", env)?;
+            let (table, from) = delete_target(delete, env)?;
             let query = rows_query(&table, Vec::new(), from, delete.selection.clone())?;
             let returning = returning(&delete.returning, &table, from)?;
             Ok((Target { table, action: Action::Delete, returning }, query))
         }
-        other => Err(SqlError::Internal(format!("not DML: {other}"))),
+        other => Err(not_dml(other)),
+    }
+}
+
+/// [`target`] of INSERT … VALUES with nothing that has to be compiled: its rows may be constants.
+pub(crate) fn insert_of_values(
+    statement: &Statement,
+    env: &RequestEnv,
+) -> Result<Option<(Target, ast::Statement)>, SqlError> {
+    let ast::Statement::Insert(insert) = &*statement.ast else { return Ok(None) };
+    let of_values = insert.source.as_ref().is_none_or(|source| matches!(&*source.body, SetExpr::Values(_)));
+    if !of_values || insert.on.is_some() || insert.returning.is_some() {
+        return Ok(None);
+    }
+    let (table, columns, query) = insert_target(insert, env, &statement.text)?;
+    Ok(Some((Target { table, action: Action::Insert(columns, None), returning: None }, query)))
+}
+
+/// The table that a statement writes, whatever else may be wrong with it.
+pub(crate) fn written_table(statement: &ast::Statement, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
+    match statement {
+        ast::Statement::Insert(insert) => inserted_table(insert, env),
+        ast::Statement::Update(update) => only_table(&update.table, "UPDATE", env),
+        ast::Statement::Delete(delete) => only_table(deleted_from(delete)?, "DELETE", env),
+        other => Err(not_dml(other)),
+    }
+}
+
+fn not_dml(statement: &ast::Statement) -> SqlError {
+    SqlError::Internal(format!("not DML: {statement}"))
+}
+
+/// The table, and what is set to what.
+fn update_target(
+    update: &Update,
+    env: &RequestEnv,
+    text: &str,
+) -> Result<(Arc<Table>, Vec<Column>, Vec<Expr>), SqlError> {
+    refuse(&[
+        (update.from.is_some(), "UPDATE … FROM"),
+        (update.output.is_some(), "OUTPUT"),
+        (update.or.is_some(), "UPDATE OR …"),
+        (!update.order_by.is_empty(), "ORDER BY in UPDATE"),
+        (update.limit.is_some(), "LIMIT in UPDATE"),
+        (!update.optimizer_hints.is_empty(), "optimizer hints"),
+    ])?;
+    let table = only_table(&update.table, "UPDATE", env)?;
+    let (columns, values) = assignments(&update.assignments, &table, text)?;
+    Ok((table, columns, values))
+}
+
+fn delete_target<'a>(delete: &'a Delete, env: &RequestEnv) -> Result<(Arc<Table>, &'a TableWithJoins), SqlError> {
+    refuse(&[
+        (!delete.tables.is_empty(), "DELETE from several tables"),
+        (delete.using.is_some(), "DELETE … USING"),
+        (delete.output.is_some(), "OUTPUT"),
+        (!delete.order_by.is_empty(), "ORDER BY in DELETE"),
+        (delete.limit.is_some(), "LIMIT in DELETE"),
+        (!delete.optimizer_hints.is_empty(), "optimizer hints"),
+    ])?;
+    let from = deleted_from(delete)?;
+    Ok((only_table(from, "DELETE", env)?, from))
+}
+
+fn deleted_from(delete: &Delete) -> Result<&TableWithJoins, SqlError> {
+    let FromTable::WithFromKeyword(from) = &delete.from else {
+        return Err(SqlError::unsupported("DELETE without FROM", None));
+    };
+    match from.as_slice() {
+        [from] => Ok(from),
+        _ => Err(SqlError::unsupported("DELETE from several tables", None)),
     }
 }
 
@@ -172,11 +221,7 @@ fn insert_target(
         (insert.multi_table_insert_type.is_some(), "INSERT into several tables"),
         (!insert.optimizer_hints.is_empty(), "optimizer hints"),
     ])?;
-    let TableObject::TableName(name) = &insert.table else {
-        return Err(SqlError::unsupported("INSERT into anything but a table", None));
-    };
-    let (namespace, name) = table_name(name)?;
-    let table = find_table(env, namespace.as_deref(), &name)?.clone();
+    let table = inserted_table(insert, env)?;
     let columns = insert_columns(&insert.columns, &table, text)?;
     let mut source = match &insert.source {
         Some(source) => source.clone(),
@@ -197,6 +242,14 @@ fn insert_target(
     Ok((table, columns, ast::Statement::Query(source)))
 }
 
+fn inserted_table(insert: &Insert, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
+    let TableObject::TableName(name) = &insert.table else {
+        return Err(SqlError::unsupported("INSERT into anything but a table", None));
+    };
+    let (namespace, name) = table_name(name)?;
+    Ok(find_table(env, namespace.as_deref(), &name)?.clone())
+}
+
 /// The table of an INSERT as it would stand in FROM.
 fn table_named(table: &TableObject, alias: Option<&str>) -> Result<TableWithJoins, SqlError> {
     let TableObject::TableName(name) = table else {
@@ -210,7 +263,12 @@ fn table_named(table: &TableObject, alias: Option<&str>) -> Result<TableWithJoin
 }
 
 /// Rows that come without a statement: what their columns are called says where they go.
-pub(crate) fn rows_target(table: &str, schema: &Schema, env: &RequestEnv) -> Result<Target, SqlError> {
+pub(crate) fn rows_target(
+    table: &str,
+    schema: &Schema,
+    conflict: RowConflict,
+    env: &RequestEnv,
+) -> Result<Target, SqlError> {
     let table = find_table(env, None, table)?.clone();
     let column = |field: &FieldRef| {
         given_columns(&table).find(|column| column.name == *field.name()).cloned().ok_or_else(|| {
@@ -223,7 +281,12 @@ pub(crate) fn rows_target(table: &str, schema: &Schema, env: &RequestEnv) -> Res
     if let Some(twice) = columns.iter().enumerate().find(|(at, column)| columns[..*at].contains(column)) {
         return Err(SqlError::invalid("duplicate_column", format!("column {:?} is named twice", twice.1.name)));
     }
-    Ok(Target { table, action: Action::Insert(columns, None), returning: None })
+    let on_conflict = match conflict {
+        RowConflict::Error => None,
+        RowConflict::Nothing => Some(Box::new(OnConflict::nothing())),
+        RowConflict::Update => Some(Box::new(OnConflict::take(&columns))),
+    };
+    Ok(Target { table, action: Action::Insert(columns, on_conflict), returning: None })
 }
 
 /// The columns that an INSERT may name, and fills in this order when it names none.
@@ -451,6 +514,21 @@ impl<'a> Changes<'a> {
             Action::Insert(columns, on_conflict) => self.insert(batch, columns, on_conflict.as_deref()),
             Action::Update(columns) => self.update(batch, columns),
             Action::Delete => self.delete(batch),
+        }
+    }
+
+    /// UPDATE or DELETE of a row at hand: `values` has one cell for each column that is set.
+    pub(crate) fn add_row(&mut self, row: StoredRow, values: &[ArrayRef]) -> Result<(), SqlError> {
+        match &*self.action.clone() {
+            Action::Insert(..) => Err(SqlError::Internal("an INSERT of a stored row".to_owned())),
+            Action::Update(columns) => {
+                let values = cast_columns(values, columns)?;
+                self.replace(row.key, row.image, columns, &values, 0)
+            }
+            Action::Delete => {
+                self.affected += 1;
+                self.put(row.key, Some(row.image), None)
+            }
         }
     }
 

@@ -1,12 +1,14 @@
 //! `SELECT columns FROM table WHERE key = constant`: one read of the store, around the planner and around DataFusion.
 //!
 //! Only what is exactly this, and compares exactly as keys do, goes this way; for everything else [`find`] says nothing
-//! and the statement is planned, with the same answer.
+//! and the statement is planned, with the same answer. UPDATE and DELETE find their row by the same rule
+//! ([`KeyedRow`]).
 
 use std::sync::Arc;
 
 use datafusion::sql::sqlparser::ast::{
-    self, BinaryOperator, Expr, GroupByExpr, SelectItem, SetExpr, Statement as Ast, TableFactor, UnaryOperator,
+    self, BinaryOperator, Expr, GroupByExpr, SelectItem, SetExpr, Statement as Ast, TableFactor, TableWithJoins,
+    UnaryOperator,
 };
 use uuid::Uuid;
 use wire::{ColumnDecl, ImageRef, Type, Value};
@@ -21,10 +23,22 @@ use crate::store::StoreError;
 use crate::store::keys::encode_key;
 
 pub(crate) struct Lookup {
-    table: Arc<Table>,
+    row: KeyedRow,
     columns: Vec<ColumnDecl>,
+}
+
+/// The row of a table that a condition names by the whole key.
+pub(crate) struct KeyedRow {
+    table: Arc<Table>,
     /// `None`: no key can be equal to the constant.
     key: Option<Vec<Value>>,
+}
+
+/// A row as it is stored.
+pub(crate) struct StoredRow {
+    /// Encoded.
+    pub(crate) key: Vec<u8>,
+    pub(crate) image: Vec<u8>,
 }
 
 /// The statement as a lookup by the whole key, if it is one.
@@ -37,19 +51,40 @@ pub(crate) fn find(statement: &Ast, env: &RequestEnv) -> Option<Lookup> {
         return None;
     }
     let [from] = select.from.as_slice() else { return None };
-    let TableFactor::Table { name, alias: None, args: None, .. } = &from.relation else { return None };
-    if !from.joins.is_empty() || env.params.len() > MAX_PARAMS {
-        return None;
+    let row = KeyedRow::find(from, select.selection.as_ref()?, env)?;
+    let columns = columns(&row.table, &select.projection)?;
+    Some(Lookup { row, columns })
+}
+
+impl KeyedRow {
+    /// The row, if `from` is one table and `condition` says its whole key and nothing else.
+    pub(crate) fn find(from: &TableWithJoins, condition: &Expr, env: &RequestEnv) -> Option<KeyedRow> {
+        let TableFactor::Table { name, alias: None, args: None, .. } = &from.relation else { return None };
+        if !from.joins.is_empty() || env.params.len() > MAX_PARAMS {
+            return None;
+        }
+        let (namespace, name) = table_name(name).ok()?;
+        let table = env.catalog.table(namespace.as_deref().unwrap_or(&env.namespace), &name)?;
+        // Rows of other kinds may be there and not be shown.
+        if !matches!(table.kind, TableKind::Shared | TableKind::User) {
+            return None;
+        }
+        Some(KeyedRow { table: table.clone(), key: key(table, condition, env)? })
     }
-    let (namespace, name) = table_name(name).ok()?;
-    let table = env.catalog.table(namespace.as_deref().unwrap_or(&env.namespace), &name)?;
-    // Rows of other kinds may be there and not be shown.
-    if !matches!(table.kind, TableKind::Shared | TableKind::User) {
-        return None;
+
+    /// Reads the row, as the request may see it.
+    pub(crate) fn read(&self, env: &RequestEnv) -> Result<Option<StoredRow>, SqlError> {
+        let Some(key) = &self.key else { return Ok(None) };
+        let (key, scope) = (encode_key(&self.table, key), scope_of(&self.table, &env.user));
+        if !env.overlay.rows.is_empty()
+            && let Some(rows) = env.overlay.rows.get(&(self.table.id, scope.clone()))
+            && let Some(change) = rows.get(&key)
+        {
+            return Ok(change.clone().map(|image| StoredRow { key, image }));
+        }
+        let image = env.snapshot.get(&self.table, &scope, &key)?;
+        Ok(image.map(|image| StoredRow { key, image }))
     }
-    let key = key(table, select.selection.as_ref()?, env)?;
-    let columns = columns(table, &select.projection)?;
-    Some(Lookup { table: table.clone(), columns, key })
 }
 
 /// The columns to show, each once.
@@ -148,28 +183,15 @@ fn constant(expr: &Expr, ty: Type, env: &RequestEnv) -> Option<Option<Value>> {
 impl Lookup {
     /// Reads the row, as the request may see it.
     pub(crate) fn run(self, env: &RequestEnv) -> Result<RowStream, SqlError> {
-        let image = self.image(env)?;
         let columns: Vec<OutputColumn> =
             self.columns.iter().map(|column| OutputColumn { name: column.name.clone(), ty: column.ty }).collect();
         let mut batch = None;
-        if let Some(image) = image {
-            let (image, ..) = ImageRef::parse(&image).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+        if let Some(row) = self.row.read(env)? {
+            let (image, ..) = ImageRef::parse(&row.image).map_err(|error| StoreError::Corrupt(error.to_string()))?;
             let mut builder = RowBatchBuilder::new(&self.columns, 1).with_schema(output_schema(&columns));
             builder.push(&image)?;
             batch = Some(Ok(builder.finish()?));
         }
         Ok(RowStream { columns, batches: Box::pin(futures::stream::iter(batch)) })
-    }
-
-    fn image(&self, env: &RequestEnv) -> Result<Option<Vec<u8>>, SqlError> {
-        let Some(key) = &self.key else { return Ok(None) };
-        let (key, scope) = (encode_key(&self.table, key), scope_of(&self.table, &env.user));
-        if !env.overlay.rows.is_empty()
-            && let Some(rows) = env.overlay.rows.get(&(self.table.id, scope.clone()))
-            && let Some(change) = rows.get(&key)
-        {
-            return Ok(change.clone());
-        }
-        Ok(env.snapshot.get(&self.table, &scope, &key)?)
     }
 }

@@ -16,6 +16,7 @@ use datafusion::logical_expr::LogicalPlan;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
+use super::dml::by_key::RowPlan;
 use super::provider::Rows;
 use super::{Param, RequestEnv, Statement, dml};
 
@@ -52,6 +53,8 @@ pub(crate) struct Template {
     /// What the rows of the plan mean, where it is no query.
     pub(crate) target: Option<dml::Target>,
     pub(crate) plan: LogicalPlan,
+    /// The same for a row at hand, where that is possible.
+    pub(crate) row: Option<RowPlan>,
     /// Whether there is anything to bind.
     pub(crate) symbolic: bool,
     /// Joins, sorts, aggregates: work that can take much more than it reads.
@@ -184,6 +187,8 @@ impl Template {
             }
             Ok(TreeNodeRecursion::Continue)
         })?;
-        Ok(Template { target, plan, symbolic, heavy, recursive, quick: small && took <= QUICK, kept })
+        // What is not small wants a thread with a large stack.
+        let row = target.as_ref().filter(|_| small).and_then(|target| RowPlan::of(target, &plan));
+        Ok(Template { target, plan, row, symbolic, heavy, recursive, quick: small && took <= QUICK, kept })
     }
 }

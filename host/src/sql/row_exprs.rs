@@ -136,13 +136,8 @@ fn place(relation: usize, name: &str) -> String {
 fn projection(plan: LogicalPlan, clause: &str) -> Result<Vec<Expr>, SqlError> {
     let refused = |what: &str| Err(SqlError::unsupported(format!("{what} in {clause}"), None));
     let LogicalPlan::Projection(projection) = plan else { return refused("anything but expressions of a row") };
-    let sub_query = |expr: &Expr| {
-        let found =
-            matches!(expr, Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_));
-        Ok(found)
-    };
     for expr in &projection.expr {
-        if expr.exists(sub_query).map_err(|error| from_datafusion(error, ""))? {
+        if has_sub_query(expr).map_err(|error| from_datafusion(error, ""))? {
             return refused("a sub-query");
         }
     }
@@ -158,4 +153,12 @@ fn projection(plan: LogicalPlan, clause: &str) -> Result<Vec<Expr>, SqlError> {
         }
     }
     Ok(projection.expr)
+}
+
+pub(crate) fn has_sub_query(expr: &Expr) -> Result<bool, DataFusionError> {
+    expr.exists(|expr| {
+        let found =
+            matches!(expr, Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_));
+        Ok(found)
+    })
 }

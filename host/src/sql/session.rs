@@ -2,7 +2,7 @@
 //!
 //! A request takes nothing of the session's state but a reference: names come from its own catalog snapshot
 //! ([`context`](super::context)), identity and snapshot travel in its task context. What is planned is kept as a template
-//! ([`plans`](super::plans)); lookups by key and rows of constants are not planned at all.
+//! ([`plans`](super::plans)); lookups and changes by key and rows of constants are not planned at all.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use ::arrow::array::ArrayRef;
 use ::arrow::record_batch::RecordBatch;
 use datafusion::common::DataFusionError;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
@@ -27,6 +28,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use wire::Type;
 
 use super::context::{Names, bind, symbolic};
+use super::dml::by_key;
 use super::error::from_datafusion;
 use super::exact::exact;
 use super::planner::{Planner, folding, on_large_stack};
@@ -34,7 +36,8 @@ use super::plans::{Key, Plans, Template, is_recursive};
 use super::provider::Providers;
 use super::system::{SystemTable, SystemTables};
 use super::{
-    ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, RowFailure, RowStream, SqlError, SqlOptions, Statement,
+    ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, RowConflict, RowFailure, RowStream, SqlError, SqlOptions,
+    Statement,
 };
 use super::{arrow, ddl, dml, functions, information, json, live, lookup, statement, values};
 use crate::catalog::Table;
@@ -105,27 +108,56 @@ impl Sql {
         Ok(self.engine.row_stream(stream, started, statement.text.clone(), permit))
     }
 
-    /// Plans INSERT, UPDATE or DELETE as a SELECT and turns its rows into a change set.
+    /// The table that a statement writes.
+    pub fn written_table(&self, statement: &Statement, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {
+        dml::written_table(&statement.ast, env)
+    }
+
+    /// Plans INSERT, UPDATE or DELETE as a SELECT and turns its rows into a change set. Rows of constants, and the row of
+    /// a whole key, are at hand without.
     pub async fn change_set(&self, statement: &Statement, env: RequestEnv) -> Result<ChangeSet, SqlError> {
         let started = Instant::now();
-        if let ast::Statement::Insert(insert) = &*statement.ast
-            && insert.on.is_none()
-            && insert.returning.is_none()
+        let changes = |target: dml::Target| dml::Changes::new(target, &env, self.engine.state.runtime_env());
+        let insert = dml::insert_of_values(statement, &env)?;
+        if let Some((target, query)) = &insert
+            && let Some(batch) = values::rows(query, &env)
         {
-            let (target, query) = dml::target(&self.engine, statement, &env)?;
-            if let Some(batch) = values::rows(&query, &env) {
-                let mut changes = dml::Changes::new(target, &env, self.engine.state.runtime_env())?;
-                changes.add(&batch)?;
-                return changes.finish();
-            }
+            let mut changes = changes(target.clone())?;
+            changes.add(&batch)?;
+            return changes.finish();
         }
-        let template = self.template(started, statement, &env, Engine::change_template).await?;
+        let row = by_key::row(statement, &env);
+        if let Some(row) = &row
+            && let Some((target, values)) = by_key::constants(statement, &env)?
+        {
+            let mut changes = changes(target)?;
+            if let Some(stored) = row.read(&env)? {
+                changes.add_row(stored, &values)?;
+            }
+            return changes.finish();
+        }
+        let make = move |engine: &Engine, statement: &Statement, env: &RequestEnv| {
+            let target = match insert {
+                Some(target) => target,
+                None => dml::target(engine, statement, env)?,
+            };
+            engine.change_template(target, statement, env)
+        };
+        let template = self.template(started, statement, &env, make).await?;
         let Some(target) = template.target.clone() else {
             return Err(SqlError::Internal("a planned change has no target".to_owned()));
         };
+        if let (Some(row), Some(plan)) = (&row, &template.row) {
+            let mut changes = changes(target)?;
+            if let Some(stored) = row.read(&env)? {
+                let values = self.engine.new_values(plan, &stored.image, &env, &statement.text)?;
+                changes.add_row(stored, &values)?;
+            }
+            return changes.finish();
+        }
         let _permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
-        let mut changes = dml::Changes::new(target, &env, self.engine.state.runtime_env())?;
+        let mut changes = changes(target)?;
         let mut stream = self.engine.start(plan, env.clone(), &statement.text)?;
         let deadline = started + self.engine.options.deadline;
         while let Some(batch) = tokio::time::timeout_at(deadline.into(), next(&mut stream, &statement.text))
@@ -143,10 +175,16 @@ impl Sql {
     }
 
     /// Rows that are there already, their columns named as those of the table; all batches have the same. Blocks.
-    pub fn insert_rows(&self, env: &RequestEnv, table: &str, batches: &[RecordBatch]) -> Result<ChangeSet, RowFailure> {
+    pub fn insert_rows(
+        &self,
+        env: &RequestEnv,
+        table: &str,
+        conflict: RowConflict,
+        batches: &[RecordBatch],
+    ) -> Result<ChangeSet, RowFailure> {
         let Some(first) = batches.first() else { return Ok(ChangeSet::default()) };
         let changes = || -> Result<dml::Changes<'_>, SqlError> {
-            let target = dml::rows_target(table, first.schema_ref(), env)?;
+            let target = dml::rows_target(table, first.schema_ref(), conflict, env)?;
             dml::Changes::new(target, env, self.engine.state.runtime_env())
         };
         let whole = || -> Result<ChangeSet, SqlError> {
@@ -223,7 +261,7 @@ impl Sql {
         started: Instant,
         statement: &Statement,
         env: &RequestEnv,
-        make: fn(&Engine, &Statement, &RequestEnv) -> Result<Template, SqlError>,
+        make: impl FnOnce(&Engine, &Statement, &RequestEnv) -> Result<Template, SqlError> + Send + 'static,
     ) -> Result<Arc<Template>, SqlError> {
         let key = Key::new(statement, env);
         if let Some(template) = self.plans.template(&key) {
@@ -346,8 +384,12 @@ impl Engine {
         }
     }
 
-    fn change_template(&self, statement: &Statement, env: &RequestEnv) -> Result<Template, SqlError> {
-        let (target, query) = dml::target(self, statement, env)?;
+    fn change_template(
+        &self,
+        (target, query): (dml::Target, ast::Statement),
+        statement: &Statement,
+        env: &RequestEnv,
+    ) -> Result<Template, SqlError> {
         let template = self.templated(Some(target.clone()), query, statement, env)?;
         target.check_width(template.plan.schema().fields().len())?;
         Ok(template)
@@ -449,6 +491,18 @@ impl Engine {
         );
         let started = catch_unwind(AssertUnwindSafe(|| execute_stream(plan, Arc::new(context))));
         started.map_err(|cause| panicked(&cause))?.map_err(|error| from_datafusion(error, text))
+    }
+
+    /// What an UPDATE sets in the row at hand. A panic in a function ends the statement, as it does in a running plan.
+    fn new_values(
+        &self,
+        plan: &by_key::RowPlan,
+        image: &[u8],
+        env: &RequestEnv,
+        text: &str,
+    ) -> Result<Vec<ArrayRef>, SqlError> {
+        let values = catch_unwind(AssertUnwindSafe(|| plan.evaluate(image, env, &self.state, text)));
+        values.map_err(|cause| panicked(&cause))?
     }
 
     /// The batches as the caller sees them: SQL types only, our errors, ended at the deadline.

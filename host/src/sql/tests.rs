@@ -116,6 +116,25 @@ impl Bench {
         self.run_as("alice", text, params).await.unwrap_or_else(|error| format!("ERROR {error}"))
     }
 
+    /// Whether a statement is one by key; and what it would write and return, or why not. Nothing is committed.
+    async fn outcome(&self, text: &str, params: &[Param]) -> (bool, String) {
+        let env = self.env("alice", params);
+        let statement = self.sql.parse(text).unwrap()[0].clone();
+        let by_key = dml::by_key::row(&statement, &env).is_some();
+        let outcome = match self.sql.change_set(&statement, env).await {
+            Err(error) => format!("ERROR {error}"),
+            Ok(changes) => {
+                let writes = changes.writes.iter().map(|write| (&write.scope, &write.key, &write.old, &write.new));
+                let writes = format!("{} {:?}", changes.affected, writes.collect::<Vec<_>>());
+                match changes.returned {
+                    Some(returned) => writes + &show(returned.into()).await.unwrap(),
+                    None => writes,
+                }
+            }
+        };
+        (by_key, outcome)
+    }
+
     async fn script(&self, lines: &[(&str, &str)]) {
         for (text, expected) in lines {
             assert_eq!(self.run(text).await, *expected, "{text}");
@@ -991,5 +1010,165 @@ async fn a_lookup_is_what_the_planner_says() {
     for sql in ["SELECT n FROM k WHERE a = 1", "SELECT n + 1 FROM k WHERE a = 1 AND b = 'x' AND u = ''", "SELECT 1"] {
         let statement = bench.sql.parse(sql).unwrap()[0].clone();
         assert!(lookup::find(&statement.ast, &bench.env("alice", &[])).is_none(), "{sql}");
+    }
+}
+
+/// An UPDATE or DELETE by the whole key, and the same one with a condition that only the planner sees through: the same
+/// writes to the byte, the same rows returned, the same errors.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_by_key_is_what_the_planner_says() {
+    let bench = bench();
+    let one = "6f2b1c1e-8a55-4b6f-9d3e-0123456789ab";
+    bench
+        .script(&[
+            (
+                "CREATE TABLE k (a INT, b TEXT, n INT NOT NULL DEFAULT 7, d DECIMAL(10, 2), at TIMESTAMP DEFAULT now(), \
+                 u UUID UNIQUE, flag BOOLEAN, j JSON, who TEXT DEFAULT current_user, PRIMARY KEY (a, b))",
+                "CREATE TABLE main.k",
+            ),
+            (
+                "INSERT INTO k VALUES (1, 'x', 10, 1.5, NULL, '6f2b1c1e-8a55-4b6f-9d3e-0123456789ab', true, '{}', 'x'), \
+                 (2, 'y', 20, NULL, '2024-02-29T12:00:00Z', '01234567-89ab-cdef-0123-456789abcdef', NULL, NULL, NULL)",
+                "affected 2",
+            ),
+        ])
+        .await;
+    let taken = format!("u = '{one}'");
+    let sets = [
+        "n = 5",
+        "n = -5",
+        "n = 1.5",
+        "n = '12'",
+        "n = NULL",
+        "n = 99999999999",
+        "n = 9223372036854775808",
+        "n = DEFAULT",
+        "n = $1",
+        "n = -$1",
+        "n = n + 1",
+        "n = n + $1",
+        "n = 1 / 0",
+        "n = n / (a - 1)",
+        "n = CASE a WHEN 1 THEN 1 ELSE 1 / 0 END",
+        "n = coalesce(n, 0) + length(b), b = upper(b)",
+        "n = n * 2 + 1, d = n * 2 + 1",
+        "n = (SELECT max(n) FROM k)",
+        "n = count(*)",
+        "n = nope",
+        "n = nope(1)",
+        "n = $3",
+        "n = 1, n = 2",
+        "n = b",
+        "nope = 1",
+        "d = 12345678.905",
+        "d = 1e3",
+        "d = d * 2",
+        "at = DEFAULT",
+        "at = now()",
+        "at = current_date",
+        "at = '2024-02-29 12:00:00+01:00'",
+        "at = 5",
+        "u = NULL",
+        "u = 'no uuid'",
+        taken.as_str(),
+        "flag = NOT flag",
+        "flag = 5",
+        "j = '{\"a\": [1]}'",
+        "j = 'no json'",
+        "who = current_user",
+        "who = DEFAULT, n = DEFAULT, d = DEFAULT",
+        "who = b || $1",
+        "a = 2, b = 'y'",
+        "a = a + 10",
+        "b = b || '!'",
+        "b = NULL",
+        "b = $1",
+    ];
+    let params = [Param::Int(3), Param::Float(2.5), Param::Text("4".to_owned()), Param::Bool(true), Param::Null];
+    let changes = sets.iter().map(|set| format!("UPDATE k SET {set}")).chain(["DELETE FROM k".to_owned()]);
+    for change in changes {
+        let params = if change.contains('$') { &params[..] } else { &params[..1] };
+        for condition in ["a = 1 AND b = 'x'", "b = 'y' AND (a = $2)", "a = 1 AND b = 'y'", "a = 5000000000 AND b = ''"]
+        {
+            for returning in ["", " RETURNING a, b, n, who"] {
+                let fast = format!("{change} WHERE {condition}{returning}");
+                let slow = format!("{change} WHERE true AND ({condition}){returning}");
+                for param in params {
+                    let params = [param.clone(), Param::Int(2)];
+                    let (by_key, planned) = (bench.outcome(&fast, &params).await, bench.outcome(&slow, &params).await);
+                    assert_eq!(by_key, (true, planned.1), "{fast} with {params:?}");
+                    assert!(!planned.0, "{slow} was to be planned");
+                }
+            }
+        }
+    }
+    // What is not the whole key, or not it alone, or not compared as keys are.
+    for condition in [
+        "a = 1",
+        "a = 1 OR b = 'x'",
+        "a = 1 AND b = 'x' AND n = 10",
+        "a = 1 AND a = 1 AND b = 'x'",
+        "a = '1' AND b = 'x'",
+        "a = 1.0 AND b = 'x'",
+        "a = 0 + 1 AND b = 'x'",
+        "a >= 1 AND b = 'x'",
+        "a = 1 AND NOT b = 'y'",
+        "a = 1 AND b IN ('x')",
+        "a = n AND b = 'x'",
+    ] {
+        assert!(!bench.outcome(&format!("DELETE FROM k WHERE {condition}"), &[]).await.0, "{condition}");
+    }
+    assert!(!bench.outcome("DELETE FROM k AS o WHERE a = 1 AND b = 'x'", &[]).await.0);
+    assert!(!bench.outcome("DELETE FROM k", &[]).await.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_by_key_are_planned_once_or_not_at_all() {
+    let bench = bench();
+    bench.run("CREATE TABLE t (id INT PRIMARY KEY, n INT, who TEXT) WITH (type = 'user')").await;
+    for user in ["alice", "bob"] {
+        bench.run_as(user, "INSERT INTO t VALUES (1, 0, NULL), (2, 0, NULL)", &[]).await.unwrap();
+    }
+    let before = bench.sql.plan_counts();
+    for id in 1..=9 {
+        bench.with("UPDATE t SET n = $2, who = 'x' WHERE id = $1", &[Param::Int(id), Param::Int(id)]).await;
+        bench.with("DELETE FROM t WHERE id = $1", &[Param::Int(id + 1)]).await;
+    }
+    assert_eq!(bench.sql.plan_counts(), before);
+    assert_eq!(bench.run("SELECT * FROM t").await, "1|1|x");
+    // Parameters, user and row are those of each execution, and a plan serves all.
+    let text = "UPDATE t SET n = n * 10 + $2, who = current_user || $3 WHERE id = $1";
+    let before = bench.sql.plan_counts();
+    for (user, step) in [("alice", 1), ("bob", 2), ("alice", 3), ("bob", 4)] {
+        let params = [Param::Int(1), Param::Int(step), Param::Text(format!(" {step}"))];
+        assert_eq!(bench.run_as(user, text, &params).await.unwrap(), "affected 1");
+    }
+    assert_eq!(bench.sql.plan_counts(), (before.0 + 3, before.1 + 1));
+    for (user, due) in [("alice", "1|113|alice 3"), ("bob", "1|24|bob 4 2|0|NULL")] {
+        assert_eq!(bench.run_as(user, "SELECT * FROM t ORDER BY id", &[]).await.unwrap(), due);
+    }
+    // Another type of a parameter is another plan, and so is another table of the name.
+    bench.with(text, &[Param::Int(1), Param::Text("5".to_owned()), Param::Null]).await;
+    bench.run("DROP TABLE t; CREATE TABLE t (who TEXT, n BIGINT, id INT PRIMARY KEY)").await;
+    bench.run("INSERT INTO t VALUES ('z', 5000000000, 1)").await;
+    bench.with(text, &[Param::Int(1), Param::Int(9), Param::Text("!".to_owned())]).await;
+    assert_eq!(bench.run("SELECT * FROM t").await, "alice!|50000000009|1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_be_refused_is_known_without_planning() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    let env = bench.env("alice", &[]);
+    for (text, table) in [
+        ("INSERT INTO flights SELECT * FROM nowhere", "flights"),
+        ("UPDATE main.flights AS f SET nope = 1", "flights"),
+        ("DELETE FROM flights WHERE false", "flights"),
+        ("DELETE FROM nowhere", "ERROR there is no table \"nowhere\" in namespace \"main\""),
+    ] {
+        let statement = bench.sql.parse(text).unwrap()[0].clone();
+        let found = bench.sql.written_table(&statement, &env);
+        let found = found.map_or_else(|error| format!("ERROR {error}"), |table| table.name.clone());
+        assert_eq!(found, table, "{text}");
     }
 }

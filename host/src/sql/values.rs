@@ -1,4 +1,5 @@
-//! `VALUES` of constants and parameters as a batch, around the planner: what an application's INSERT sends.
+//! `VALUES` of constants and parameters as a batch, around the planner: what an application's INSERT sends, and what
+//! its UPDATE sets.
 //!
 //! Only what DataFusion would type the same way goes this way: every column's cells have one type, or are NULL.
 
@@ -36,6 +37,11 @@ pub(crate) fn rows(query: &Ast, env: &RequestEnv) -> Option<RecordBatch> {
         |(at, array): (usize, &ArrayRef)| Field::new(format!("column{}", at + 1), array.data_type().clone(), true);
     let schema = Schema::new(arrays.iter().enumerate().map(field).collect::<Vec<_>>());
     RecordBatch::try_new(Arc::new(schema), arrays).ok()
+}
+
+/// The cells of one row, if they are constants.
+pub(crate) fn row(cells: &[Expr], env: &RequestEnv) -> Option<Vec<ArrayRef>> {
+    cells.iter().map(|cell| array(vec![constant(cell, env)?])).collect()
 }
 
 fn constant(cell: &Expr, env: &RequestEnv) -> Option<ScalarValue> {

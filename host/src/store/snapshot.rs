@@ -136,14 +136,7 @@ impl Snapshot {
     /// Rows of one table and scope in key order.
     pub fn scan(&self, table: &Arc<Table>, scope: &Scope, range: KeyRange) -> RowScan {
         let prefix = row_prefix(table, scope);
-        let (start, end) = range.stored(&prefix);
-        let mut options = ReadOptions::default();
-        // The range never leaves the first three parts of the key: the prefix bloom may answer.
-        options.set_prefix_same_as_start(true);
-        options.set_iterate_upper_bound(end.clone());
-        let cursor =
-            Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
-        let place = if start < end { Place::Before(start) } else { Place::End };
+        let (cursor, place) = self.scan_range(table, &prefix, &range);
         let (table, lifted) = (table.clone(), Vec::new());
         RowScan { cursor, place, table, prefix_len: prefix.len(), lifted, expires: None }
     }
@@ -153,13 +146,7 @@ impl Snapshot {
     pub fn scan_index(&self, table: &Arc<Table>, index: &Arc<Index>, scope: &Scope, range: &KeyRange) -> IndexScan {
         let rows = row_prefix(table, scope);
         let prefix = index::entry_prefix(table, index, &rows);
-        let (start, end) = range.stored(&prefix);
-        let mut options = ReadOptions::default();
-        options.set_prefix_same_as_start(true);
-        options.set_iterate_upper_bound(end.clone());
-        let cursor =
-            Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
-        let place = if start < end { Place::Before(start) } else { Place::End };
+        let (cursor, place) = self.scan_range(table, &prefix, range);
         IndexScan {
             cursor,
             place,
@@ -171,6 +158,19 @@ impl Snapshot {
             keys: Vec::new().into_iter(),
             row: (Vec::new(), Vec::new()),
         }
+    }
+
+    /// A range of the keys behind one prefix of table (or index) and scope, and where in it to begin.
+    fn scan_range(&self, table: &Table, prefix: &[u8], range: &KeyRange) -> (Cursor, Place) {
+        let (start, end) = range.stored(prefix);
+        let mut options = ReadOptions::default();
+        // The range never leaves the first three parts of the key: the prefix bloom may answer.
+        options.set_prefix_same_as_start(true);
+        options.set_iterate_upper_bound(end.clone());
+        let cursor =
+            Cursor::new(self.pinned.clone(), |pinned| pinned.iterate(row_family(pinned.db(), table.kind), options));
+        let place = if start < end { Place::Before(start) } else { Place::End };
+        (cursor, place)
     }
 
     /// The key of a row that has these values in a unique index; there is one at most.

@@ -11,7 +11,7 @@ use ::arrow::array::{Array, AsArray};
 use datafusion::sql::sqlparser::ast::{
     ConflictTarget, DoUpdate, Expr, Ident, OnConflictAction, OnInsert, TableObject, visit_expressions_mut,
 };
-use wire::{ImageRef, Type, Value};
+use wire::{ImageBuilder, ImageRef, Type, Value};
 
 use super::unique::claimed;
 use super::{Changes, assignments, cast_columns, numbered, parse_image, table_named};
@@ -21,6 +21,7 @@ use crate::sql::error::from_datafusion;
 use crate::sql::row_exprs::{Asked, RowExprs};
 use crate::sql::session::Engine;
 use crate::sql::{RequestEnv, SqlError};
+use crate::store::StoreError;
 use crate::store::keys::encode_key;
 
 /// What the proposed row is called in DO UPDATE.
@@ -29,8 +30,19 @@ const PROPOSED: &str = "excluded";
 #[derive(Clone)]
 pub(super) struct OnConflict {
     arbiter: Arbiter,
-    /// `None`: DO NOTHING.
-    update: Option<Update>,
+    resolution: Resolution,
+}
+
+/// What is done about a conflict.
+#[derive(Clone)]
+enum Resolution {
+    /// DO NOTHING.
+    Nothing,
+    /// DO UPDATE.
+    Update(Box<Update>),
+    /// The stored row takes these columns from the proposed one. Rows come in pieces of any size here, so one that comes
+    /// twice is no mistake, wherever it is cut: the last one counts.
+    Take(Vec<u16>),
 }
 
 /// What is a conflict; anything else that is there twice is an error.
@@ -84,16 +96,29 @@ impl OnConflict {
                 return Err(SqlError::unsupported("ON CONFLICT ON CONSTRAINT", Some("name the columns")));
             }
         };
-        let update = match &on.action {
-            OnConflictAction::DoNothing => None,
+        let resolution = match &on.action {
+            OnConflictAction::DoNothing => Resolution::Nothing,
             OnConflictAction::DoUpdate(_) if arbiter == Arbiter::Any => {
                 let key = names(table, &table.key).join(", ");
                 let message = format!("say which key: ON CONFLICT ({key}) DO UPDATE …");
                 return Err(SqlError::invalid("conflict_target", message));
             }
-            OnConflictAction::DoUpdate(update) => Some(Update::compile(engine, env, text, update, table, named)?),
+            OnConflictAction::DoUpdate(update) => {
+                Resolution::Update(Box::new(Update::compile(engine, env, text, update, table, named)?))
+            }
         };
-        Ok(OnConflict { arbiter, update })
+        Ok(OnConflict { arbiter, resolution })
+    }
+
+    /// DO NOTHING, whatever is in the way.
+    pub(super) fn nothing() -> OnConflict {
+        OnConflict { arbiter: Arbiter::Any, resolution: Resolution::Nothing }
+    }
+
+    /// A row whose key is there already has these columns set.
+    pub(super) fn take(columns: &[Column]) -> OnConflict {
+        let given = columns.iter().map(|column| column.id).collect();
+        OnConflict { arbiter: Arbiter::Key, resolution: Resolution::Take(given) }
     }
 }
 
@@ -203,7 +228,11 @@ impl Changes<'_> {
             self.affected += 1;
             return Ok(());
         };
-        let Some(update) = &on_conflict.update else { return Ok(()) };
+        let update = match &on_conflict.resolution {
+            Resolution::Nothing => return Ok(()),
+            Resolution::Take(given) => return self.take(rival, given, &proposed),
+            Resolution::Update(update) => update,
+        };
         if rivals.keys.contains(&rival) {
             self.resolve(on_conflict, rivals)?;
         }
@@ -211,14 +240,44 @@ impl Changes<'_> {
             let message = "DO UPDATE meets the same row twice in one statement: give each key once";
             return Err(SqlError::constraint("conflict_twice", message));
         }
-        let stored = self.lookup(&rival)?.ok_or_else(|| {
-            SqlError::Internal(format!("a row of table {:?} conflicts but cannot be found", self.table.name))
-        })?;
+        let stored = self.lookup(&rival)?.ok_or_else(|| self.rival_is_gone())?;
         let bytes = 2 * rival.len() + stored.len() + proposed.len() + size_of::<Rival>();
         self.memory.try_grow(bytes).map_err(|error| from_datafusion(error, ""))?;
         rivals.keys.insert(rival.clone());
         rivals.rows.push(Rival { key: rival, stored, proposed });
         if update.at_once { self.resolve(on_conflict, rivals) } else { Ok(()) }
+    }
+
+    /// Sets columns of the row under this key, as the statement has left it so far, to what the proposed row says. They are
+    /// none of its key, or have the same value there: the row stays where it is.
+    fn take(&mut self, key: Vec<u8>, given: &[u16], proposed: &[u8]) -> Result<(), SqlError> {
+        let written = self.by_key.get(&key).copied();
+        let stored = match written {
+            Some(at) => self.writes[at].new.clone(),
+            None => self.lookup(&key)?,
+        };
+        let stored = stored.ok_or_else(|| self.rival_is_gone())?;
+        let (old, said) = (parse_image(&stored)?, parse_image(proposed)?);
+        let mut image = ImageBuilder::new(self.table.slots());
+        for column in &self.table.columns {
+            let from = if given.contains(&column.id) { &said } else { &old };
+            let value = from.value(column.id, column.ty).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+            image.set(column.id, &value);
+        }
+        let image = image.finish();
+        self.affected += 1;
+        match written {
+            Some(at) => {
+                self.memory.try_grow(image.len()).map_err(|error| from_datafusion(error, ""))?;
+                self.writes[at].new = Some(image);
+                Ok(())
+            }
+            None => self.put(key, Some(stored), Some(image)),
+        }
+    }
+
+    fn rival_is_gone(&self) -> SqlError {
+        SqlError::Internal(format!("a row of table {:?} conflicts but cannot be found", self.table.name))
     }
 
     /// The key of the row that a proposed one runs into, as the statement has left it so far.
@@ -258,7 +317,7 @@ impl Changes<'_> {
 
     /// DO UPDATE of the rows gathered so far.
     pub(super) fn resolve(&mut self, on_conflict: &OnConflict, rivals: &mut Rivals) -> Result<(), SqlError> {
-        let Some(update) = &on_conflict.update else { return Ok(()) };
+        let Resolution::Update(update) = &on_conflict.resolution else { return Ok(()) };
         let mut rows = std::mem::take(rivals).rows;
         if let Some(condition) = &update.condition {
             let verdicts = condition.evaluate(&pairs(&rows)?.each_ref().map(Vec::as_slice))?;
