@@ -10,6 +10,7 @@ mod errors;
 mod idempotency;
 mod index;
 mod install;
+mod kills;
 #[cfg(test)]
 mod matching;
 mod streams;
@@ -255,7 +256,7 @@ impl Db {
             })
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
-        let streams = Arc::new(streams::Streams::new());
+        let streams = Arc::new(streams::Streams::load(store.clone())?);
         let sources = || system::Sources {
             store: store.clone(),
             live: live.clone(),
