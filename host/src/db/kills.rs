@@ -1,9 +1,9 @@
-//! KILL LIVE QUERY, remembered: a client that comes back by itself to a stream that was killed is told to stop, also by a
-//! server that was started again since.
+//! KILL LIVE QUERY, remembered: a client that comes back by itself to a stream that was killed is told to stop, also by
+//! a server that was started again since.
 //!
-//! A kill is a note in the store, written before it is acknowledged. What is added to one later (up to where its streams
-//! had got, who has subscribed anew) follows within moments; a crash in between may let a killed stream that had
-//! just been told more come back, or turn away one that was just subscribed anew.
+//! A kill is a note in the store, written before it is acknowledged. What is added to one later (up to where its
+//! streams had got, who has subscribed anew) follows within moments; a crash in between may let a killed stream that
+//! had just been told more come back, or turn away one that was just subscribed anew.
 
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
@@ -93,8 +93,8 @@ impl Kills {
         changed
     }
 
-    /// Whether a kill after number `since` ends this stream, which has been told everything up to `told`: that shall not
-    /// be a way around it. The second: whether there is something to be saved.
+    /// Whether a kill after number `since` ends this stream, which has been told everything up to `told`: that shall
+    /// not be a way around it. The second: whether there is something to be saved.
     pub(super) fn ends(&mut self, since: u64, live_id: &str, user: &Arc<str>, told: Seq) -> (bool, bool) {
         let mut later = self.recent.iter_mut().filter(|kill| kill.number > since);
         let Some(kill) = later.find(|kill| kill.concerns(live_id, user)) else { return (false, false) };
