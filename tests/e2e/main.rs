@@ -13,6 +13,7 @@ mod live;
 mod load;
 mod ops;
 mod oracle;
+mod overload;
 mod plugin_users;
 mod plugins;
 mod requery;
