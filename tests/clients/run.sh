@@ -6,6 +6,7 @@
 #   sh tests/clients/run.sh                        everything
 #   sh tests/clients/run.sh --only eventsource     one of the clients (conduct.py knows more)
 #   TIDEGATE_BIN=…/tidegate sh tests/clients/run.sh   a server that is built already; else it is built first
+#   CHROMIUM=no sh tests/clients/run.sh            without the browser and the 300 MB that it takes
 #
 # Packages of npm and PyPI go to the target folder. What cannot be had is said by name, and left out.
 
@@ -70,7 +71,9 @@ if nginx=$(find_nginx); then
 else
     say "SKIPPED: everything through nginx; it is not here and could not be installed (Debian: nginx-light)"
 fi
-if [ "$(node_major)" -lt 20 ]; then
+if [ "${CHROMIUM:-}" = no ]; then
+    say "SKIPPED: chromium, as asked for"
+elif [ "$(node_major)" -lt 20 ]; then
     say "SKIPPED: chromium; Playwright wants Node 20 or newer, and this is $(node --version)"
 elif find_chromium >/dev/null || bring_chromium; then
     set -- "$@" --chromium "$(find_chromium)"

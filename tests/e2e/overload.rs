@@ -1,7 +1,6 @@
 //! Many streams at once: idle ones, a crowd on one query, readers that stop, a crowd that comes back after a crash, an
 //! orderly end under load. Fewer than a server has to bear (tests/load measures that), but by the same paths.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
