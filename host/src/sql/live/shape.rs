@@ -1,17 +1,17 @@
 //! What live queries of one shape share: expressions compiled once, whoever asks and whatever constants columns are
 //! compared with. A group then keeps a few constants, where it kept a compiled predicate and SELECT list of its own.
 //!
-//! A constant leaves the shape where it stands beside a column of its own type in a comparison or BETWEEN, and is a
-//! column of its own when rows are evaluated. Anywhere else it stays: what an expression is compiled to may depend on it
-//! (a pattern, a list, a unit of time).
+//! A constant leaves the shape where something of its own type is compared with it, and is a column of its own when
+//! rows are evaluated. Anywhere else it stays: what an expression is compiled to may depend on it (a pattern, a list, a
+//! unit of time).
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ::arrow::array::ArrayRef;
 use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
-use datafusion::common::{Column, DataFusionError, ScalarValue};
-use datafusion::logical_expr::{Between, BinaryExpr, Expr, Operator};
+use datafusion::common::{Column, DFSchema, DataFusionError, ScalarValue};
+use datafusion::logical_expr::{Between, BinaryExpr, Expr, ExprSchemable, Operator};
 use sha2::{Digest, Sha256};
 use wire::ImageRef;
 
@@ -80,15 +80,17 @@ fn split(table: &Table, exprs: Vec<Expr>) -> Result<(Vec<Expr>, Vec<ScalarValue>
     if schema.fields().iter().any(|field| field.name().starts_with('$')) {
         return Ok((exprs, constants));
     }
-    let mut take = |column: &Expr, beside: Expr| match (column, beside) {
-        (Expr::Column(column), Expr::Literal(value, _))
+    let names = DFSchema::try_from(schema)?;
+    let mut take = |other: &Expr, side: Expr| match side {
+        Expr::Literal(value, _)
             if !value.is_null()
-                && schema.field_with_name(&column.name).is_ok_and(|field| *field.data_type() == value.data_type()) =>
+                && !matches!(other, Expr::Literal(..))
+                && other.get_type(&names).is_ok_and(|ty| ty == value.data_type()) =>
         {
             constants.push(value);
             Expr::Column(Column::new_unqualified(constant_name(constants.len() - 1)))
         }
-        (_, beside) => beside,
+        side => side,
     };
     let mut parts = Vec::with_capacity(exprs.len());
     for expr in exprs {
