@@ -1,12 +1,20 @@
 # Thin aliases; the scripts hold the work.
 
-.PHONY: run test fmt lint bench
+.PHONY: run test torture clients fmt lint bench
 
 run:
 	sh examples/run.sh
 
 test:
 	sh tests/run.sh
+
+# The random runs for long, from new seeds, with restarts and kills. MINUTES=60 make torture
+torture:
+	sh tests/torture.sh
+
+# Live queries as npm's eventsource, Python's httpx-sse and Chromium see them, also through nginx.
+clients:
+	sh tests/clients/run.sh
 
 # By the profile that the server is built with: nothing heavy is compiled a second time.
 bench:

@@ -11,6 +11,7 @@ mod fingerprint;
 mod idempotency;
 mod index;
 mod install;
+mod kills;
 mod logs;
 #[cfg(test)]
 mod matching;
@@ -41,6 +42,7 @@ use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
+pub use crate::store::NoteWrite;
 pub use bulk::{BulkFailure, BulkInsert, BulkOptions, BulkReport, BulkRows};
 pub use errors::{PluginErrorEntry, Replay};
 pub use idempotency::Idempotency;
@@ -264,7 +266,7 @@ impl Db {
             })
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
-        let streams = Arc::new(streams::Streams::new());
+        let streams = Arc::new(streams::Streams::load(store.clone())?);
         let sources = || system::Sources {
             store: store.clone(),
             live: live.clone(),
@@ -330,6 +332,16 @@ impl Db {
     /// Whether the store took a failed write: the process should end and recover at its next start.
     pub fn failed(&self) -> bool {
         self.inner.store.failed()
+    }
+
+    /// What the layers above keep over restarts, by kind: keys and values in order. Blocks.
+    pub fn notes(&self, kind: &str) -> Result<Vec<(Vec<u8>, Vec<u8>)>, DbError> {
+        Ok(self.inner.store.notes(kind)?)
+    }
+
+    /// Puts or removes such notes, all or none: they outlast a crash, but not always a power cut. Blocks.
+    pub fn leave_notes(&self, kind: &str, notes: &[NoteWrite]) -> Result<(), DbError> {
+        Ok(self.inner.store.leave_notes(kind, notes)?)
     }
 
     /// Brings gauges up to date before `/metrics` is printed.

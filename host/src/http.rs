@@ -2,7 +2,7 @@
 //!
 //! - [`server`]: connections. [`stall`] cuts those whose client stops reading.
 //! - [`routes`]: which call does what; [`plugins`] are the calls about plugins.
-//! - [`auth`], [`tickets`]: who asks. [`request`], [`body`]: what they ask for. [`rows`]: rows in many.
+//! - [`auth`], [`tickets`] (kept by [`keeper`]): who asks. [`request`], [`body`]: what they ask for. [`rows`]: rows in many.
 //! - [`json`], [`csv`], [`results`]: rows out. [`sse`], [`stream`], [`several`]: live events. [`error`]: problems.
 //! - [`limits`]: how many live queries one user and one address may have.
 //! - [`client`]: the other side, for the command line.
@@ -13,6 +13,7 @@ pub mod client;
 pub mod csv;
 pub mod error;
 pub mod json;
+pub mod keeper;
 pub mod limits;
 pub mod plugins;
 pub mod request;

@@ -14,6 +14,7 @@ mod high_water;
 pub mod index;
 pub mod keys;
 mod meta;
+mod notes;
 mod open;
 pub mod receipts;
 mod recent;
@@ -36,6 +37,7 @@ use wire::Scope;
 use crate::catalog::{Catalog, NamespaceId, Plugin, Table, TableId, TableKind};
 pub use crate::catalog::{Epoch, Seq};
 pub use crate::config::{Durability, StoreOptions};
+pub use notes::NoteWrite;
 pub use receipts::{KeptReceipt, Receipt};
 use retention::{Retention, Signal};
 

@@ -90,6 +90,37 @@ async fn a_ticket_opens_one_stream_and_its_reconnects() {
     assert!(matches!(response.status().as_u16(), 400 | 401), "{}", response.status());
 }
 
+/// An EventSource that comes back after a restart has nothing but its ticket.
+#[tokio::test]
+async fn a_ticket_outlasts_a_restart() {
+    let mut server = TestServer::start().await;
+    let admin = server.admin();
+    admin.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    let alice = server.client("alice");
+    let request = alice.request(Method::POST, "/v1/auth/ticket").json(&json!({"sql": "SELECT id FROM t"}));
+    let answer: Value = request.send().await.unwrap().json().await.unwrap();
+    let ticket = answer["ticket"].as_str().unwrap();
+    let mut live = server.stranger(None).live(LiveQuery::default().option("ticket", ticket)).await;
+    live.until_uptodate().await;
+    for kill in [true, false] {
+        admin.sql(&format!("INSERT INTO t VALUES ({})", i32::from(kill))).await;
+        live.next_change().await;
+        if kill {
+            server.kill9();
+        } else {
+            assert!(server.sigterm().await.success());
+        }
+        server.restart().await;
+        live.reconnect().await;
+        let events = live.until_uptodate().await;
+        assert_eq!(events.len(), 1, "the start, and nothing twice: {events:?}");
+        assert_ne!(events[0].data["from"], "snapshot");
+    }
+    assert_eq!((live.fold.rows.len(), live.fold.resyncs), (2, 0));
+    let stolen = LiveQuery::default().option("ticket", &"0".repeat(64));
+    assert_eq!(stolen.request(&server.stranger(None), None).send().await.unwrap().status(), 401);
+}
+
 #[tokio::test]
 async fn foreign_origins_get_nothing() {
     let server = TestServer::start().await;

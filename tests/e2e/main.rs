@@ -14,6 +14,7 @@ mod load;
 mod memory;
 mod ops;
 mod oracle;
+mod overload;
 mod plugin_logs;
 mod plugin_users;
 mod plugins;

@@ -275,7 +275,7 @@ async fn positions_of_all_kinds() {
 
 #[tokio::test]
 async fn a_killed_query_ends_and_stays_away() {
-    let server = TestServer::start().await;
+    let mut server = TestServer::start().await;
     let db = tables(&server).await;
     db.sql("CREATE TABLE c (id INT PRIMARY KEY)").await;
     let (alice, bob) = (server.client("alice"), server.client("bob"));
@@ -321,9 +321,32 @@ async fn a_killed_query_ends_and_stays_away() {
     }
     db.sql("INSERT INTO c VALUES (9)").await;
     assert_eq!(other.next_change().await.name, "insert");
+
+    // The server dies and forgets nothing of it: neither who shall stay away nor who has it anew.
+    let mut anew = alice.live("SELECT id FROM c").await;
+    anew.until_uptodate().await;
+    assert!(server.sigterm().await.success());
+    server.restart().await;
+    server.kill9();
+    server.restart().await;
+    assert_eq!(streams[1].0.try_reconnect().await.unwrap().status(), 410);
+    anew.disconnect();
+    for live in [&mut anew, &mut other] {
+        live.reconnect().await;
+        live.until_uptodate().await;
+        assert_eq!(live.fold.resyncs, 0);
+    }
+    drop(anew);
+    other.disconnect();
+    until_none_is_listed(&db).await;
     db.expect_error(&kill, 404, "not_found").await;
     bob.expect_error("KILL LIVE QUERY 'nothing'", 404, "not_found").await;
     db.expect_error("KILL LIVE QUERY nothing", 400, "syntax").await;
+}
+
+async fn until_none_is_listed(db: &Client) {
+    let gone = async { while db.rows("SELECT live_id FROM system.live_queries").await != json!([]) {} };
+    tokio::time::timeout(tests::PATIENCE, gone).await.expect("streams that were closed are listed no more");
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ pub use fold::Fold;
 pub use live::{Event, Live, LiveQuery};
 pub use server::{Options, TestServer};
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longer than anything here takes on a busy machine with two cores; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -60,4 +60,23 @@ pub fn seed() -> u64 {
     };
     eprintln!("SEED={seed} repeats this run");
     seed
+}
+
+/// The seeds of several runs: `few` from [`seed`] on, only that one where `SEED` names it, and with `MINUTES` one after
+/// the other until so much time has passed.
+pub fn seeds(few: u64) -> impl Iterator<Item = u64> {
+    let first = seed();
+    let until = std::env::var("MINUTES").ok().map(|text| {
+        let minutes: u64 = text.parse().expect("MINUTES is a whole number");
+        Instant::now() + Duration::from_secs(60 * minutes)
+    });
+    let named = std::env::var("SEED").is_ok_and(|seed| seed != "random");
+    let runs = match until {
+        Some(_) => u64::MAX,
+        None if named => 1,
+        None => few,
+    };
+    // At least one, however short the time.
+    let goes_on = move |run: &u64| *run == 0 || until.is_none_or(|until| Instant::now() < until);
+    (0..runs).take_while(goes_on).map(move |run| first.wrapping_add(run))
 }

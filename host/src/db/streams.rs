@@ -1,18 +1,15 @@
 //! Which live queries are open and whose, for `system.live_queries`; and KILL, which ends them.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
-use super::{Db, DbError, Identity};
+use super::kills::{KIND, Kills};
+use super::{Db, DbError, Identity, blocking};
 use crate::config::Role;
 use crate::live::{GroupSpec, Live};
-use crate::store::Seq;
-
-/// Kills that are remembered, so that a client that comes back by itself is told to stop. Clients come back within
-/// seconds; this many outlast them.
-const REMEMBERED: usize = 1_000;
+use crate::store::{Seq, Store, StoreError};
 
 /// The live queries of this server.
 pub(super) struct Streams {
@@ -20,6 +17,9 @@ pub(super) struct Streams {
     kills: Mutex<Kills>,
     /// Rises with every kill.
     bell: watch::Sender<u64>,
+    store: Store,
+    /// Held while kills are written, so that an older state never comes after a newer one.
+    saving: Mutex<()>,
 }
 
 /// One live query: what all its streams have in common, once.
@@ -27,29 +27,6 @@ struct Open {
     spec: Arc<GroupSpec>,
     sql: Arc<str>,
     users: HashMap<Arc<str>, usize>,
-}
-
-#[derive(Default)]
-struct Kills {
-    count: u64,
-    recent: VecDeque<Kill>,
-}
-
-struct Kill {
-    number: u64,
-    live_id: String,
-    /// Whose streams; `None`: everybody's.
-    user: Option<Arc<str>>,
-    /// Positions up to here are of streams that were killed.
-    seq: Seq,
-    /// Who has subscribed anew since: what they hold now is theirs to go on with.
-    anew: HashSet<Arc<str>>,
-}
-
-impl Kill {
-    fn concerns(&self, live_id: &str, user: &Arc<str>) -> bool {
-        self.live_id == live_id && self.user.as_ref().is_none_or(|of| of == user)
-    }
 }
 
 /// An open live query as it is shown.
@@ -70,8 +47,11 @@ pub(super) struct LiveQueryInfo {
 }
 
 impl Streams {
-    pub(super) fn new() -> Self {
-        Streams { open: Mutex::default(), kills: Mutex::default(), bell: watch::channel(0).0 }
+    /// With the kills that the store remembers.
+    pub(super) fn load(store: Store) -> Result<Self, StoreError> {
+        let kills = Kills::load(&store)?;
+        let bell = watch::channel(kills.count()).0;
+        Ok(Streams { open: Mutex::default(), kills: Mutex::new(kills), bell, store, saving: Mutex::default() })
     }
 
     fn open(&self) -> MutexGuard<'_, HashMap<String, Open>> {
@@ -84,15 +64,14 @@ impl Streams {
 
     /// Whether a stream at this position has been killed and must not go on.
     pub(super) fn killed(&self, live_id: &str, user: &Arc<str>, position: Seq) -> bool {
-        let kills = self.kills();
-        let mut concerned = kills.recent.iter().filter(|kill| kill.concerns(live_id, user));
-        concerned.any(|kill| position <= kill.seq && !kill.anew.contains(user))
+        self.kills().hold_back(live_id, user, position)
     }
 
     /// A user subscribes without a position.
-    pub(super) fn anew(&self, live_id: &str, user: &Arc<str>) {
-        for kill in self.kills().recent.iter_mut().filter(|kill| kill.concerns(live_id, user)) {
-            kill.anew.insert(user.clone());
+    pub(super) fn anew(self: &Arc<Self>, live_id: &str, user: &Arc<str>) {
+        let changed = self.kills().anew(live_id, user);
+        if changed {
+            self.save_soon();
         }
     }
 
@@ -126,39 +105,58 @@ impl Streams {
         found
     }
 
-    fn note(&self, live_id: &str, user: Option<Arc<str>>, seq: Seq) {
-        let mut kills = self.kills();
-        kills.count += 1;
-        let (number, live_id) = (kills.count, live_id.to_owned());
-        kills.recent.push_back(Kill { number, live_id, user, seq, anew: HashSet::new() });
-        if kills.recent.len() > REMEMBERED {
-            kills.recent.pop_front();
+    /// Open streams of a live query: of everybody, or of one user.
+    fn count(&self, live_id: &str, user: Option<&Arc<str>>) -> usize {
+        let open = self.open();
+        let users = open.get(live_id).map(|open| &open.users);
+        match (users, user) {
+            (None, _) => 0,
+            (Some(users), None) => users.values().sum(),
+            (Some(users), Some(user)) => users.get(user).copied().unwrap_or_default(),
         }
-        drop(kills);
+    }
+
+    fn note(&self, live_id: &str, user: Option<Arc<str>>, seq: Seq) {
+        let number = self.kills().note(live_id, user, seq);
         self.bell.send_replace(number);
+    }
+
+    /// Tells the store of kills what it does not know yet. Blocks.
+    fn save(&self) -> Result<(), StoreError> {
+        let _one = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let (numbers, notes) = self.kills().take_unsaved();
+        if notes.is_empty() {
+            return Ok(());
+        }
+        self.store.put_notes(KIND, &notes).inspect_err(|_| self.kills().not_saved(numbers))
+    }
+
+    /// The same for what nobody waits for.
+    fn save_soon(self: &Arc<Self>) {
+        let streams = self.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = streams.save() {
+                tracing::warn!(%error, "what became of a KILL LIVE QUERY could not be noted; the next one tries again");
+            }
+        });
     }
 }
 
 impl Db {
     /// Ends the streams of a live query: an administrator everybody's, others their own. How many there were.
-    pub(super) fn kill(&self, who: &Identity, live_id: &str) -> Result<u64, DbError> {
+    pub(super) async fn kill(&self, who: &Identity, live_id: &str) -> Result<u64, DbError> {
         let streams = &self.inner.streams;
-        let all = who.role == Role::Admin;
-        let open = streams.open();
-        let users = open.get(live_id).map(|open| &open.users);
-        let count = match (users, all) {
-            (None, _) => 0,
-            (Some(users), true) => users.values().sum(),
-            (Some(users), false) => users.get(&who.user).copied().unwrap_or_default(),
-        };
-        drop(open);
+        let user = (who.role != Role::Admin).then_some(&who.user);
+        let count = streams.count(live_id, user);
         // Somebody else's is as unknown as none.
         if count == 0 {
             return Err(DbError::NotFound(format!(
                 "there is no live query {live_id:?}; system.live_queries has those that are open"
             )));
         }
-        streams.note(live_id, (!all).then(|| who.user.clone()), self.inner.store.applied());
+        streams.note(live_id, user.cloned(), self.inner.store.applied());
+        let noted = streams.clone();
+        blocking(move || noted.save()).await??;
         tracing::info!(live_id, by = %who.user, streams = count, "live query killed");
         Ok(count as u64)
     }
@@ -202,11 +200,12 @@ impl Listed {
                 std::future::pending::<()>().await;
             }
             // What was told since the kill shall not be a way around it.
-            let now = self.db.inner.store.applied();
-            let mut kills = self.db.inner.streams.kills();
-            let mut later = kills.recent.iter_mut().filter(|kill| kill.number > self.since);
-            if let Some(kill) = later.find(|kill| kill.concerns(&self.spec.live_id, &self.user)) {
-                kill.seq = kill.seq.max(now);
+            let (streams, now) = (&self.db.inner.streams, self.db.inner.store.applied());
+            let (ended, changed) = streams.kills().ends(self.since, &self.spec.live_id, &self.user, now);
+            if changed {
+                streams.save_soon();
+            }
+            if ended {
                 return;
             }
         }

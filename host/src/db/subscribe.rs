@@ -291,7 +291,7 @@ impl Db {
                 return Err(DbError::BadRequest("GET only reads; send KILL LIVE QUERY by POST".into()));
             }
             LiveCommand::Kill(live_id) => {
-                StatementResult::Affected { affected: self.kill(who, &live_id)?, returned: None }
+                StatementResult::Affected { affected: self.kill(who, &live_id).await?, returned: None }
             }
             LiveCommand::Explain(sql) => {
                 let live = LiveRequest {

@@ -43,6 +43,15 @@ impl Auth {
         Auth { tokens: std::iter::once(admin).chain(others).collect() }
     }
 
+    /// Something that changes when this identity's credentials do; `None` where it has none, or another role.
+    pub fn stamp(&self, who: &Identity) -> Option<String> {
+        let mut stamp = Sha256::new();
+        let mut of_who = self.tokens.iter().filter(|(_, identity)| identity == who).peekable();
+        of_who.peek()?;
+        of_who.for_each(|(hash, _)| stamp.update(hash));
+        Some(stamp.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
     /// Removes the credential from the headers; who it belongs to, if it is valid.
     pub fn take(&self, headers: &mut HeaderMap) -> Option<Identity> {
         let credential = one_credential(headers);
@@ -165,6 +174,17 @@ mod tests {
             assert_eq!(found.as_ref().map(|who| (&*who.user, who.role)), expect, "{given:?}");
             assert!(!headers.contains_key(header::AUTHORIZATION));
         }
+    }
+
+    #[test]
+    fn a_stamp_is_of_one_identity_and_its_credentials() {
+        let who = |role| Identity { user: Arc::from("alice"), role };
+        let stamp = auth().stamp(&who(Role::User));
+        assert!(stamp.is_some());
+        assert_eq!(auth().stamp(&who(Role::User)), stamp);
+        assert_eq!(auth().stamp(&who(Role::Service)), None);
+        let token = Token { token: format!("{ALICE}-other"), user: "alice".to_owned(), role: Role::User };
+        assert_ne!(Auth::new(&[token], ADMINS).stamp(&who(Role::User)), stamp);
     }
 
     #[test]

@@ -61,13 +61,15 @@ impl std::ops::Deref for App {
 
 impl App {
     pub fn new(db: Db, config: &Config, admin_token: &str, metrics: Arc<Metrics>, exposition: Exposition) -> App {
+        let auth = Auth::new(&config.tokens, admin_token);
+        let tickets = Tickets::load(config.http.ticket_ttl, &db, &auth);
         App(Arc::new(Shared {
             db,
             options: config.http.clone(),
             metrics,
-            auth: Auth::new(&config.tokens, admin_token),
+            auth,
             budget: Budget::new(config.http.body_total_bytes),
-            tickets: Tickets::new(config.http.ticket_ttl),
+            tickets,
             limits: Limits::new(config.live.max_per_user, config.live.max_per_address),
             exposition,
             heartbeat: config.live.heartbeat,
@@ -255,9 +257,9 @@ pub(super) fn wrong_type(given: &str, wanted: &str) -> Problem {
     Problem::new(415, "unsupported_media_type", format!("the Content-Type is {given}; send {wanted}"))
 }
 
-async fn live_body(app: &App, headers: &HeaderMap, body: Body) -> Result<Asked, Problem> {
+async fn live_bytes(app: &App, headers: &HeaderMap, body: Body) -> Result<Received, Problem> {
     match media_type(headers).as_str() {
-        "application/json" => request::live_from_json(&app.body(headers, body).await?.bytes),
+        "application/json" => app.body(headers, body).await,
         other => Err(wrong_type(other, "application/json")),
     }
 }
@@ -293,7 +295,7 @@ async fn live_post(
     body: Body,
 ) -> Result<Response, Problem> {
     request::no_parameters(&uri)?;
-    let mut asked = live_body(&app, &headers, body).await?;
+    let mut asked = request::live_from_json(&live_bytes(&app, &headers, body).await?.bytes)?;
     asked.position = last_event_id(&headers)?.or(asked.position);
     subscribe(&app, who, peer, asked, None).await
 }
@@ -366,8 +368,9 @@ async fn ticket(
     body: Body,
 ) -> Result<Response, Problem> {
     request::no_parameters(&uri)?;
-    let request = live_body(&app, &headers, body).await?;
-    let ticket = app.tickets.issue(who, request)?;
+    let received = live_bytes(&app, &headers, body).await?;
+    let request = request::live_from_json(&received.bytes)?;
+    let ticket = app.tickets.issue(&app.auth, who, request, &received.bytes)?;
     let answer = json!({"ticket": ticket, "expires_in_ms": app.tickets.ttl().as_millis() as u64});
     let no_store = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
     Ok((StatusCode::OK, no_store, Json(answer)).into_response())

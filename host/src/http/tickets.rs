@@ -2,31 +2,64 @@
 //!
 //! A ticket is 256 random bits for one identity and one exact live query. It opens the stream once, within its
 //! time-to-live; from then on it is good for reconnects of that very stream, which end the connection they replace.
-//! So a ticket that leaks from a URL log shows at most a stream that its owner sees break. Kept in memory, hashed: a
-//! restart voids tickets, and a client then asks for a new one and goes on from its last event id.
+//! So a ticket that leaks from a URL log shows at most a stream that its owner sees break.
+//!
+//! Kept in memory, and over restarts in the store, both times hashed: an EventSource that comes back after a restart
+//! has nothing but its ticket, and would stop for good at a 401. A ticket ends with the credentials of who asked for it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use super::auth::{hash, random_token, unauthorized};
+use super::auth::{Auth, hash, random_token, unauthorized};
 use super::error::Problem;
-use super::request::Asked;
-use crate::db::Identity;
+use super::keeper::Keeper;
+use super::request::{Asked, live_from_json};
+use crate::config::Role;
+use crate::db::{Db, Identity, NoteWrite};
 
 /// Streams of one user that may wait for their reconnect; a browser keeps a handful.
 const PER_USER: usize = 256;
 /// Tickets of all users: about a kilobyte each.
 const TOTAL: usize = 20_000;
+/// Of what a ticket is asked for: the longest SQL text and its parameters.
+const REQUEST_BYTES: usize = 128 * 1024;
 /// How long a closed stream may be taken up again: a laptop's night.
 const IDLE: Duration = Duration::from_secs(24 * 3600);
+
+/// Of the notes in the store. A ticket has two, under its hash and one of these bytes: what never changes, and when it
+/// ends (i64 microseconds since 1970, big-endian; 0: its stream runs).
+const KIND: &str = "ticket";
+const REQUEST: u8 = 0;
+const UNTIL: u8 = 1;
 
 #[derive(Clone)]
 pub struct Tickets {
     ttl: Duration,
-    entries: Arc<Mutex<HashMap<[u8; 32], Entry>>>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    entries: Mutex<Entries>,
+    /// None: nothing outlasts this process.
+    keeper: Option<Keeper>,
+}
+
+type Entries = HashMap<[u8; 32], Entry>;
+
+/// What a ticket stands for, as the store keeps it.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    user: String,
+    role: String,
+    /// Of the user's credentials, see [`Auth::stamp`].
+    stamp: String,
+    /// The request's JSON as it came.
+    request: String,
 }
 
 struct Entry {
@@ -57,32 +90,61 @@ pub struct TicketUse {
 }
 
 impl Tickets {
-    pub fn new(ttl: Duration) -> Tickets {
-        Tickets { ttl, entries: Arc::default() }
+    /// With the tickets of the server's life before.
+    pub fn load(ttl: Duration, db: &Db, auth: &Auth) -> Tickets {
+        let keeper = Keeper::start(db.clone(), KIND)
+            .inspect_err(|error| tracing::error!(%error, "no thread for tickets: they will not outlast a restart"));
+        let notes = db.notes(KIND).unwrap_or_else(|error| {
+            tracing::error!(%error, "tickets could not be read; their clients have to ask for new ones");
+            Vec::new()
+        });
+        let (entries, over) = read(notes, auth);
+        let tickets = Tickets { ttl, shared: Arc::new(Shared { entries: Mutex::new(entries), keeper: keeper.ok() }) };
+        over.iter().for_each(|key| tickets.forget(key));
+        tickets
     }
 
     pub fn ttl(&self) -> Duration {
         self.ttl
     }
 
-    fn entries(&self) -> MutexGuard<'_, HashMap<[u8; 32], Entry>> {
+    fn entries(&self) -> MutexGuard<'_, Entries> {
         // Entries are whole after every statement, so a panic elsewhere leaves them usable.
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn issue(&self, who: Identity, request: Asked) -> Result<String, Problem> {
+    /// To be called while the entries are locked, so that the store learns of changes in their order.
+    fn keep(&self, notes: Vec<NoteWrite>) {
+        if let Some(keeper) = &self.shared.keeper {
+            keeper.keep(notes);
+        }
+    }
+
+    fn forget(&self, key: &[u8; 32]) {
+        self.keep(vec![(note_key(key, REQUEST), None), (note_key(key, UNTIL), None)]);
+    }
+
+    /// A ticket for what `body`, read as `request`, asks for.
+    pub fn issue(&self, auth: &Auth, who: Identity, request: Asked, body: &[u8]) -> Result<String, Problem> {
+        if body.len() > REQUEST_BYTES {
+            let detail = format!("a ticket stands for a request of at most {REQUEST_BYTES} bytes");
+            return Err(Problem::new(413, "body_too_large", detail));
+        }
         let now = Instant::now();
         let mut entries = self.entries();
-        entries.retain(|_, entry| entry.until.is_none_or(|until| until > now));
+        let over = entries.extract_if(|_, entry| entry.until.is_some_and(|until| until <= now));
+        over.for_each(|(key, _)| self.forget(&key));
         let mine = entries.values().filter(|entry| entry.who.user == who.user).count();
         if mine >= PER_USER || entries.len() >= TOTAL {
             let detail = format!("too many tickets are out (at most {PER_USER} for one user); use or drop some first");
             return Err(Problem::new(429, "too_many", detail).retry_after(self.ttl.as_secs().clamp(1, 600) as u32));
         }
-        let ticket = random_token();
-        let request = Asked { position: None, ..request };
-        let entry = Entry { who, request, until: Some(now + self.ttl), current: CancellationToken::new(), opened: 0 };
-        entries.insert(hash(&ticket), entry);
+        let (ticket, until) = (random_token(), Some(now + self.ttl));
+        let key = hash(&ticket);
+        if let Some(kept) = kept(auth, &who, body) {
+            self.keep(vec![(note_key(&key, REQUEST), Some(kept)), (note_key(&key, UNTIL), Some(until_note(until)))]);
+        }
+        entries.insert(key, Entry::new(who, request, until));
         Ok(ticket)
     }
 
@@ -106,9 +168,83 @@ impl Tickets {
         entry.current = CancellationToken::new();
         entry.until = None;
         entry.opened += 1;
+        self.keep(vec![(note_key(&redeemed.key, UNTIL), Some(until_note(None)))]);
         let (opened, replaced) = (entry.opened, entry.current.clone());
         Ok(TicketUse { tickets: self.clone(), key: redeemed.key, opened, replaced })
     }
+}
+
+impl Entry {
+    fn new(who: Identity, request: Asked, until: Option<Instant>) -> Entry {
+        let request = Asked { position: None, ..request };
+        Entry { who, request, until, current: CancellationToken::new(), opened: 0 }
+    }
+}
+
+fn note_key(key: &[u8; 32], part: u8) -> Vec<u8> {
+    [&key[..], &[part]].concat()
+}
+
+fn until_note(until: Option<Instant>) -> Vec<u8> {
+    let until = until.map_or(0, |until| {
+        let left = until.saturating_duration_since(Instant::now());
+        wall().saturating_add(i64::try_from(left.as_micros()).unwrap_or(i64::MAX))
+    });
+    until.to_be_bytes().to_vec()
+}
+
+/// Microseconds since 1970.
+fn wall() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as i64)
+}
+
+/// `None`: nobody could tell later whether the credentials are still good.
+fn kept(auth: &Auth, who: &Identity, body: &[u8]) -> Option<Vec<u8>> {
+    let (user, role) = (who.user.to_string(), who.role.as_str().to_owned());
+    let request = std::str::from_utf8(body).ok()?.to_owned();
+    serde_json::to_vec(&Kept { user, role, stamp: auth.stamp(who)?, request }).ok()
+}
+
+/// The tickets that are still good, and the hashes of those that are not.
+fn read(notes: Vec<(Vec<u8>, Vec<u8>)>, auth: &Auth) -> (Entries, Vec<[u8; 32]>) {
+    let (mut entries, mut over) = (Entries::new(), Vec::new());
+    let mut requests = HashMap::new();
+    for (key, value) in notes {
+        let Some((hash, part)) = key.split_first_chunk::<32>() else { continue };
+        match part {
+            [REQUEST] => {
+                requests.insert(*hash, value);
+            }
+            [UNTIL] => match requests.remove(hash).and_then(|kept| entry(&kept, &value, auth)) {
+                Some(entry) => {
+                    entries.insert(*hash, entry);
+                }
+                None => over.push(*hash),
+            },
+            _ => {}
+        }
+    }
+    over.extend(requests.into_keys());
+    (entries, over)
+}
+
+fn entry(kept: &[u8], until: &[u8], auth: &Auth) -> Option<Entry> {
+    let kept: Kept = serde_json::from_slice(kept).ok()?;
+    let role = [Role::User, Role::Service, Role::Admin].into_iter().find(|role| role.as_str() == kept.role)?;
+    let who = Identity { user: Arc::from(kept.user), role };
+    if auth.stamp(&who)? != kept.stamp {
+        return None;
+    }
+    let left = match i64::from_be_bytes(until.try_into().ok()?) {
+        // Its stream ran until the server ended.
+        0 => IDLE,
+        until => {
+            let left = u64::try_from(until.saturating_sub(wall())).ok().filter(|left| *left > 0)?;
+            Duration::from_micros(left).min(IDLE)
+        }
+    };
+    let request = live_from_json(kept.request.as_bytes()).ok()?;
+    Some(Entry::new(who, request, Some(Instant::now() + left)))
 }
 
 impl TicketUse {
@@ -120,10 +256,12 @@ impl TicketUse {
 
 impl Drop for TicketUse {
     fn drop(&mut self) {
-        if let Some(entry) = self.tickets.entries().get_mut(&self.key)
+        let mut entries = self.tickets.entries();
+        if let Some(entry) = entries.get_mut(&self.key)
             && entry.opened == self.opened
         {
             entry.until = Some(Instant::now() + IDLE);
+            self.tickets.keep(vec![(note_key(&self.key, UNTIL), Some(until_note(entry.until)))]);
         }
     }
 }
@@ -137,9 +275,23 @@ fn same(a: &Asked, b: &Asked) -> bool {
 mod tests {
     use super::*;
     use crate::catalog::OnError;
-    use crate::config::Role;
+    use crate::config::Token;
     use crate::db::LiveRequest;
     use crate::live::OldMode;
+
+    fn auth(token: &str) -> Auth {
+        let token = Token { token: token.to_owned(), user: "alice".to_owned(), role: Role::User };
+        Auth::new(&[token], "the-administrators-token-0123456789")
+    }
+
+    /// Kept nowhere.
+    fn forgetful(ttl: Duration) -> Tickets {
+        Tickets { ttl, shared: Arc::default() }
+    }
+
+    fn issue(tickets: &Tickets, user: &str, sql: &str) -> Result<String, Problem> {
+        tickets.issue(&auth("t"), who(user), request(sql), b"{}")
+    }
 
     fn who(user: &str) -> Identity {
         Identity { user: Arc::from(user), role: Role::User }
@@ -162,8 +314,8 @@ mod tests {
 
     #[test]
     fn a_ticket_is_for_one_query_of_one_user() {
-        let tickets = Tickets::new(Duration::from_secs(60));
-        let ticket = tickets.issue(who("alice"), request("SELECT 1")).unwrap();
+        let tickets = forgetful(Duration::from_secs(60));
+        let ticket = issue(&tickets, "alice", "SELECT 1").unwrap();
         assert_eq!(&*tickets.redeem(&ticket, None).unwrap().who.user, "alice");
         assert!(tickets.redeem(&ticket, Some(&request("SELECT 1"))).is_ok());
         assert!(tickets.redeem(&ticket, Some(&request("SELECT 2"))).is_err());
@@ -173,12 +325,12 @@ mod tests {
 
     #[test]
     fn an_unused_ticket_ends_and_an_opened_one_stays() {
-        let tickets = Tickets::new(Duration::ZERO);
-        let ticket = tickets.issue(who("alice"), request("SELECT 1")).unwrap();
+        let tickets = forgetful(Duration::ZERO);
+        let ticket = issue(&tickets, "alice", "SELECT 1").unwrap();
         assert!(tickets.redeem(&ticket, None).is_err());
 
-        let tickets = Tickets::new(Duration::from_secs(60));
-        let ticket = tickets.issue(who("alice"), request("SELECT 1")).unwrap();
+        let tickets = forgetful(Duration::from_secs(60));
+        let ticket = issue(&tickets, "alice", "SELECT 1").unwrap();
         let first = tickets.open(&tickets.redeem(&ticket, None).unwrap()).unwrap();
         let second = tickets.open(&tickets.redeem(&ticket, None).unwrap()).unwrap();
         assert!(first.replaced().is_cancelled() && !second.replaced().is_cancelled());
@@ -190,11 +342,42 @@ mod tests {
 
     #[test]
     fn tickets_are_bounded_per_user() {
-        let tickets = Tickets::new(Duration::from_secs(60));
+        let tickets = forgetful(Duration::from_secs(60));
         for _ in 0..PER_USER {
-            tickets.issue(who("alice"), request("SELECT 1")).unwrap();
+            issue(&tickets, "alice", "SELECT 1").unwrap();
         }
-        assert_eq!(tickets.issue(who("alice"), request("SELECT 1")).unwrap_err().status(), 429);
-        assert!(tickets.issue(who("bob"), request("SELECT 1")).is_ok());
+        assert_eq!(issue(&tickets, "alice", "SELECT 1").unwrap_err().status(), 429);
+        assert!(issue(&tickets, "bob", "SELECT 1").is_ok());
+    }
+
+    #[test]
+    fn tickets_outlast_a_restart_with_the_credentials_of_their_user() {
+        let body = br#"{"sql":"SELECT 2","last_event_id":"1-2-3"}"#;
+        let kept = kept(&auth("t"), &who("alice"), body).unwrap();
+        let notes = |number: u8, until: Vec<u8>| {
+            let key = [number; 32];
+            [(note_key(&key, REQUEST), kept.clone()), (note_key(&key, UNTIL), until)]
+        };
+        let in_a_minute = until_note(Some(Instant::now() + Duration::from_secs(60)));
+        let long_ago = 1_i64.to_be_bytes().to_vec();
+        let all = [notes(1, until_note(None)), notes(2, in_a_minute), notes(3, long_ago), notes(4, vec![7])];
+        let mut all: Vec<_> = all.concat();
+        all.push((note_key(&[5; 32], REQUEST), kept.clone()));
+        all.push((note_key(&[6; 32], UNTIL), until_note(None)));
+
+        let (entries, mut over) = read(all.clone(), &auth("t"));
+        over.sort();
+        assert_eq!(over, [[3; 32], [4; 32], [5; 32], [6; 32]]);
+        let left = |number: u8| {
+            let entry = &entries[&[number; 32]];
+            assert_eq!((&*entry.who.user, entry.who.role, &entry.request.position), ("alice", Role::User, &None));
+            assert_eq!(entry.request.queries[0].sql, "SELECT 2");
+            entry.until.unwrap() - Instant::now()
+        };
+        assert!(left(1) > Duration::from_secs(3600) && left(1) <= IDLE);
+        assert!(left(2) > Duration::from_secs(50) && left(2) <= Duration::from_secs(60));
+
+        let (entries, over) = read(all, &auth("another"));
+        assert!(entries.is_empty() && over.len() == 6, "whoever lost the token lost its tickets");
     }
 }

@@ -7,18 +7,20 @@ mod anchors;
 mod command;
 mod key;
 pub mod requery;
+mod shape;
 
 pub use anchors::describe;
 pub use command::{LiveCommand, command};
+pub(crate) use shape::Shapes;
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use ::arrow::array::{Array, ArrayRef, AsArray};
-use ::arrow::datatypes::SchemaRef;
+use ::arrow::datatypes::{Field, Schema, SchemaRef};
 use ::arrow::record_batch::RecordBatch;
 use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
-use datafusion::common::{Column, DFSchema, DataFusionError};
+use datafusion::common::{Column, DFSchema, DataFusionError, ScalarValue};
 use datafusion::execution::context::ExecutionProps;
 use datafusion::logical_expr::simplify::SimplifyContext;
 use datafusion::logical_expr::utils::expr_to_columns;
@@ -42,6 +44,7 @@ use super::{OutputColumn, RequestEnv, SqlError};
 use crate::catalog::{Anchors, Table, TableKind};
 use crate::store::keys::KeyRange;
 use requery::RequeryPlan;
+use shape::{Bound, constant_name};
 
 /// A live query, as it will be kept up to date.
 pub enum Live {
@@ -71,14 +74,17 @@ pub struct LivePlan {
     /// Which rows can match at all, for the index in front of the groups.
     pub anchors: Anchors,
     /// `None`: every row matches.
-    predicate: Option<Compiled>,
-    projection: Compiled,
+    predicate: Option<Bound>,
+    projection: Bound,
     output: SchemaRef,
 }
 
-/// Expressions over some columns of the table.
+/// Expressions over some columns of the table, and over constants, which are columns behind those.
 struct Compiled {
     columns: Vec<ColumnDecl>,
+    /// Of the table's columns.
+    stored: SchemaRef,
+    /// Of those and the constants.
     schema: SchemaRef,
     exprs: Vec<Arc<dyn PhysicalExpr>>,
 }
@@ -97,6 +103,13 @@ impl LivePlan {
         Ok((0..rows.len()).map(|row| verdicts.is_valid(row) && verdicts.value(row)).collect())
     }
 
+    /// Whether predicates and SELECT lists are compiled once for both.
+    #[cfg(test)]
+    pub(crate) fn shares_with(&self, other: &LivePlan) -> (bool, bool) {
+        let (one, two) = (self.predicate.as_ref(), other.predicate.as_ref());
+        (one.zip(two).is_some_and(|(one, two)| one.shares_with(two)), self.projection.shares_with(&other.projection))
+    }
+
     /// The SELECT list over rows that matched.
     pub fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
         let arrays = self.projection.evaluate(rows)?;
@@ -106,30 +119,41 @@ impl LivePlan {
 }
 
 impl Compiled {
-    fn new(table: &Table, exprs: &[Expr]) -> Result<Compiled, DataFusionError> {
+    fn new(table: &Table, exprs: &[Expr], constants: &[ScalarValue]) -> Result<Compiled, DataFusionError> {
         let mut named: HashSet<Column> = HashSet::new();
         for expr in exprs {
             expr_to_columns(expr, &mut named)?;
         }
-        let mut schema = table.schema();
-        schema.columns.retain(|column| named.iter().any(|used| used.name == column.name));
-        let arrow = arrow_schema(&schema);
-        let names = DFSchema::try_from(arrow.clone())?;
+        let mut table = table.schema();
+        table.columns.retain(|column| named.iter().any(|used| used.name == column.name));
+        let stored = arrow_schema(&table);
+        let constant = |(at, value): (usize, &ScalarValue)| Field::new(constant_name(at), value.data_type(), true);
+        let constants = constants.iter().enumerate().map(constant).map(Arc::new);
+        let schema = Arc::new(Schema::new(stored.fields().iter().cloned().chain(constants).collect::<Vec<_>>()));
+        let names = DFSchema::try_from(schema.clone())?;
         let physical = |expr: &Expr| {
             create_physical_expr(expr, &names, &ExecutionProps::new(), &PhysicalPlanningContext::default())
         };
         let exprs = exprs.iter().map(physical).collect::<Result<_, _>>()?;
-        Ok(Compiled { columns: schema.columns, schema: arrow, exprs })
+        Ok(Compiled { columns: table.columns, stored, schema, exprs })
     }
 
-    fn evaluate(&self, rows: &[ImageRef<'_>]) -> Result<Vec<ArrayRef>, SqlError> {
-        let mut builder = RowBatchBuilder::new(&self.columns, rows.len()).with_schema(self.schema.clone());
+    fn evaluate(&self, rows: &[ImageRef<'_>], constants: &[ScalarValue]) -> Result<Vec<ArrayRef>, SqlError> {
+        let mut builder = RowBatchBuilder::new(&self.columns, rows.len()).with_schema(self.stored.clone());
         for row in rows {
             builder.push(row)?;
         }
-        let batch = builder.finish()?;
+        let failed = |error: DataFusionError| from_datafusion(error, "");
+        let mut batch = builder.finish()?;
+        if !constants.is_empty() {
+            let mut arrays = batch.columns().to_vec();
+            for constant in constants {
+                arrays.push(constant.to_array_of_size(rows.len()).map_err(failed)?);
+            }
+            batch = batch_of(&self.schema, arrays, rows.len())?;
+        }
         let value = |expr: &Arc<dyn PhysicalExpr>| expr.evaluate(&batch)?.into_array(rows.len());
-        self.exprs.iter().map(value).collect::<Result<_, DataFusionError>>().map_err(|error| from_datafusion(error, ""))
+        self.exprs.iter().map(value).collect::<Result<_, DataFusionError>>().map_err(failed)
     }
 }
 
@@ -219,15 +243,15 @@ impl Parts {
         let simplify = |expr: Expr| folding(|| simplifier.simplify(unqualified(expr.unalias_nested().data)?));
         let predicate = self.predicate.map(simplify).transpose()?;
         let projection = self.projection.into_iter().map(simplify).collect::<Result<Vec<_>, _>>()?;
-        let compiled = Compiled::new(&table, &projection)?;
-        let columns = output_types(&compiled, names)?;
+        let shown = engine.shapes.bind(&table, projection.clone())?;
+        let columns = output_types(shown.shape(), names)?;
         Ok(LivePlan {
             scope: scope_of(&table, &env.user),
             fingerprint: fingerprint(&table, predicate.as_ref(), &projection, &columns)?,
             range: hull(&key_ranges(&table, predicate.as_slice())),
             anchors: anchors::of(&table, predicate.as_ref()),
-            predicate: predicate.map(|predicate| Compiled::new(&table, &[predicate])).transpose()?,
-            projection: compiled,
+            predicate: predicate.map(|predicate| engine.shapes.bind(&table, vec![predicate])).transpose()?,
+            projection: shown,
             output: output_schema(&columns),
             columns,
             table,

@@ -63,6 +63,8 @@ pub(crate) struct Engine {
     /// out between partitions panic when they run twice.
     unshared: Arc<SessionState>,
     pub(crate) providers: Providers,
+    /// Of live queries.
+    pub(crate) shapes: live::Shapes,
     options: SqlOptions,
     contexts_created: AtomicU64,
 }
@@ -350,6 +352,7 @@ impl Engine {
             state,
             unshared: Arc::new(unshared),
             providers: Providers::new(tables),
+            shapes: live::Shapes::default(),
             options,
             contexts_created: AtomicU64::new(1),
         })

@@ -768,6 +768,40 @@ async fn limits_hold() {
     assert_eq!(bench.run("SELECT 1").await, "1");
 }
 
+/// Constants that something is compared with are no part of what is compiled; all others are.
+#[tokio::test(flavor = "multi_thread")]
+async fn live_queries_of_one_shape_share_what_is_compiled() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    bench.run(SOME).await;
+    let images = images(&bench, "flights");
+    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let env = bench.env("alice", &[]);
+    for (one, other, shared) in [
+        ("id = 1", "3 = id", true),
+        ("id = 1", "id <> 1", false),
+        ("id = 1", "id = 1", true),
+        ("carrier = 'AA'", "carrier = 'UA'", true),
+        ("carrier = 'AA' AND id < 3", "carrier = 'UA' AND id < 4", true),
+        ("dist BETWEEN 1.0 AND 200.0", "dist BETWEEN 90.0 AND 1000.0", true),
+        ("dist BETWEEN 1.0 AND 200.0", "dist NOT BETWEEN 1.0 AND 200.0", false),
+        ("carrier LIKE '%A'", "carrier LIKE '%6'", false),
+        ("id % 2 = 0", "id % 2 = 1", true),
+        ("id % 2 = 0", "id % 3 = 0", false),
+    ] {
+        let plan = |filter: &str| bench.incremental(&format!("SELECT id, carrier FROM flights WHERE {filter}"), &env);
+        let (one_plan, other_plan) = (plan(one), plan(other));
+        assert_eq!(one_plan.shares_with(&other_plan), (shared, true), "{one} / {other}");
+        for (plan, filter) in [(&one_plan, one), (&other_plan, other)] {
+            let found: Vec<i64> =
+                plan.matches(&rows).unwrap().into_iter().zip(1..).filter_map(|(hit, id)| hit.then_some(id)).collect();
+            let ids: Vec<String> = found.iter().map(i64::to_string).collect();
+            let due = bench.run(&format!("SELECT id FROM flights WHERE {filter} ORDER BY id")).await;
+            assert_eq!(ids.join(" "), due, "{filter}");
+        }
+    }
+}
+
 fn images(bench: &Bench, table: &str) -> Vec<Vec<u8>> {
     let env = bench.env("alice", &[]);
     let table = env.catalog.table("main", table).unwrap();

@@ -19,6 +19,7 @@
 //! k/{seq u64}                            a mark in the change log: commit time and bytes logged so far, u64 each
 //! r/… e/…                receipts of writes, see `store/receipts.rs`
 //! s/{key}                settings of the layers above
+//! h/{kind}/{key}         what the layers above hold for a while, see `store/notes.rs`
 //! ```
 //!
 //! Integers in keys and fixed records are big-endian. Catalog records are a version byte and postcard messages of types
@@ -98,6 +99,10 @@ pub(super) fn read_fault_key(key: &[u8]) -> Option<u64> {
 
 pub(super) fn setting_key(key: &str) -> Vec<u8> {
     [b"s/", key.as_bytes()].concat()
+}
+
+pub(super) fn note_key(kind: &str, key: &[u8]) -> Vec<u8> {
+    [b"h/", kind.as_bytes(), b"/", key].concat()
 }
 
 pub(super) fn log_prefix(namespace: NamespaceId) -> Vec<u8> {

@@ -396,6 +396,26 @@ fn faults_are_a_bounded_list_newest_first() {
 }
 
 #[test]
+fn notes_are_kept_by_kind_and_key() {
+    let (dir, store, _table) = with_table(table(1));
+    let note = |key: &[u8], value: Option<&[u8]>| (key.to_vec(), value.map(<[u8]>::to_vec));
+    store.put_notes("b", &[note(b"2", Some(b"two")), note(b"1", Some(b"one"))]).unwrap();
+    store.leave_notes("bc", &[note(b"1", Some(b"other"))]).unwrap();
+    store.leave_notes("b", &[note(b"2", None), note(b"3", Some(b""))]).unwrap();
+    let crashed = crash(dir.path());
+    let due = [(b"1".to_vec(), b"one".to_vec()), (b"3".to_vec(), Vec::new())];
+    assert_eq!(store.notes("b").unwrap(), due);
+    assert!(store.notes("a").unwrap().is_empty());
+    store.close();
+    drop(store);
+    for dir in [&dir, &crashed] {
+        let store = open_with(&options(dir.path()));
+        assert_eq!(store.notes("b").unwrap(), due);
+        assert_eq!(store.notes("bc").unwrap().len(), 1);
+    }
+}
+
+#[test]
 fn everything_is_there_after_closing_and_after_a_crash() {
     let (dir, store, table) = with_table(table(1));
     let epoch = store.epoch();

@@ -119,8 +119,16 @@ pub struct Checker {
     /// Whether there is a position: before the first, a snapshot is being read.
     positioned: bool,
     pub ids: usize,
+    rules: Rules,
+}
+
+/// What differs from query to query.
+#[derive(Clone, Copy, Default)]
+pub struct Rules {
     /// Several commits may come as one event, and a stream may start afresh: the query is run again as a whole.
-    coalesced: bool,
+    pub coalesced: bool,
+    /// Rows are of a stream table: each says when it stops showing.
+    pub expiring: bool,
 }
 
 impl Checker {
@@ -145,12 +153,16 @@ impl Checker {
                 Ok(())
             }
             Item::Event(event) => {
+                let row = matches!(event.name.as_str(), "insert" | "update");
+                if self.rules.expiring && row && event.data.get("expires").is_none() {
+                    return Err(format!("a row of a stream table that does not say when it expires: {event:?}"));
+                }
                 self.fold.apply(event)?;
                 match (&event.id, event.name.as_str()) {
                     (Some(_), "uptodate") => self.up_to_date(event),
                     (Some(_), _) => self.commit(event),
                     // What was due stays due: the rows that follow are of some commit from now on.
-                    (None, "resync") if self.coalesced && event.data["reason"] == "requery" => {
+                    (None, "resync") if self.rules.coalesced && event.data["reason"] == "requery" => {
                         self.positioned = false;
                         Ok(())
                     }
@@ -165,7 +177,7 @@ impl Checker {
     fn commit(&mut self, event: &Event) -> Result<(), String> {
         self.ids += 1;
         let rows = normal(&self.fold.rows);
-        if self.coalesced {
+        if self.rules.coalesced {
             return self.commits(event, rows);
         }
         if !self.positioned {
@@ -212,7 +224,7 @@ impl Checker {
     /// A sign of life: every commit up to its seq has passed. Only the one that ends a snapshot may bring something.
     fn up_to_date(&mut self, event: &Event) -> Result<(), String> {
         let seq = event.data["seq"].as_u64().ok_or_else(|| format!("no seq in {event:?}"))?;
-        if self.coalesced
+        if self.rules.coalesced
             && let Some(state) = self.answer_at(seq)
         {
             // There and back again is no change.
@@ -258,8 +270,8 @@ fn normal(state: &State) -> State {
 }
 
 /// Runs a recorded history through a fresh checker. All that is due has to have arrived at its end.
-pub fn replay(history: &[Item], coalesced: bool) -> Result<(), String> {
-    let mut checker = Checker { coalesced, ..Checker::default() };
+pub fn replay(history: &[Item], rules: Rules) -> Result<(), String> {
+    let mut checker = Checker { rules, ..Checker::default() };
     for item in history {
         checker.apply(item)?;
     }
@@ -279,8 +291,9 @@ pub struct Follower {
 
 impl Follower {
     pub fn new(query: Query, db: Client, table: &Table) -> Self {
+        let rules = Rules { coalesced: query.key.is_some(), expiring: table.stream };
         Follower {
-            checker: Checker { coalesced: query.key.is_some(), ..Checker::default() },
+            checker: Checker { rules, ..Checker::default() },
             query,
             db,
             table: table.clone(),
@@ -294,8 +307,8 @@ impl Follower {
         &self.history
     }
 
-    pub fn coalesced(&self) -> bool {
-        self.checker.coalesced
+    pub fn rules(&self) -> Rules {
+        self.checker.rules
     }
 
     pub fn summary(&self) -> String {
@@ -411,6 +424,8 @@ mod checker {
 
     use super::*;
 
+    const COALESCED: Rules = Rules { coalesced: true, expiring: false };
+
     fn event(name: &str, id: Option<&str>, key: i64) -> Item {
         // For an `uptodate`, `key` is the seq.
         let data = json!({"key": {"k": key}, "row": {"k": key}, "reason": "moved_out", "from": "snapshot", "seq": key});
@@ -443,22 +458,22 @@ mod checker {
 
     #[test]
     fn the_checker_takes_what_is_right_and_nothing_else() {
-        replay(&right(), false).unwrap();
+        replay(&right(), Rules::default()).unwrap();
         for leave_out in [3, 6, 8, 9, 13] {
             let mut wrong = right();
             wrong.remove(leave_out);
             // Left out before the loss it does not matter: it came again.
-            assert_eq!(replay(&wrong, false).is_err(), leave_out != 6, "without {leave_out}");
+            assert_eq!(replay(&wrong, Rules::default()).is_err(), leave_out != 6, "without {leave_out}");
         }
         let mut early = right();
         early.swap(12, 13);
-        assert!(replay(&early, false).is_err());
+        assert!(replay(&early, Rules::default()).is_err());
         let mut doubled = right();
         doubled.push(doubled[13].clone());
-        assert!(replay(&doubled, false).is_err());
+        assert!(replay(&doubled, Rules::default()).is_err());
         let mut passed = right();
         passed[13] = event("uptodate", Some("e"), 4);
-        assert!(replay(&passed, false).is_err());
+        assert!(replay(&passed, Rules::default()).is_err());
     }
 
     /// One result for several commits; a fresh start in between.
@@ -487,12 +502,12 @@ mod checker {
 
     #[test]
     fn coalesced_results_have_to_be_those_of_their_place() {
-        replay(&coalesced(), true).unwrap();
-        assert!(replay(&coalesced(), false).is_err());
+        replay(&coalesced(), COALESCED).unwrap();
+        assert!(replay(&coalesced(), Rules::default()).is_err());
         for leave_out in [3, 7, 8, 16] {
             let mut wrong = coalesced();
             wrong.remove(leave_out);
-            assert!(replay(&wrong, true).is_err(), "without {leave_out}");
+            assert!(replay(&wrong, COALESCED).is_err(), "without {leave_out}");
         }
         for (at, instead) in [
             // The place says that the second commit is not in it.
@@ -502,7 +517,7 @@ mod checker {
         ] {
             let mut wrong = coalesced();
             wrong[at] = instead;
-            assert!(replay(&wrong, true).is_err(), "another {at}");
+            assert!(replay(&wrong, COALESCED).is_err(), "another {at}");
         }
     }
 }

@@ -53,7 +53,7 @@ pub struct Table {
     columns: Vec<Column>,
     pub user_table: bool,
     /// Its rows outlive the run, so that it is as a shared table, but for the times in its events.
-    stream: bool,
+    pub stream: bool,
 }
 
 impl Table {
