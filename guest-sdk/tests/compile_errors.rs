@@ -21,7 +21,8 @@ fn mistakes_are_marked_where_they_are() {
         let path = entry.unwrap().path();
         let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
         let source = fs::read_to_string(&path).unwrap();
-        let marked = source.lines().enumerate().find_map(|(at, line)| Some((at, line.split_once("//~ ")?.1.to_owned())));
+        let marked =
+            source.lines().enumerate().find_map(|(at, line)| Some((at, line.split_once("//~ ")?.1.to_owned())));
         let (at, words) = marked.unwrap_or_else(|| panic!("{name} marks no line"));
         fs::write(bins.join(format!("{name}.rs")), format!("{source}\nfn main() {{}}\n")).unwrap();
         cases.push((name, at as u64 + 1, words));

@@ -42,7 +42,7 @@ use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
-pub use crate::store::NoteWrite;
+pub use crate::store::{Note, NoteWrite};
 pub use bulk::{BulkFailure, BulkInsert, BulkOptions, BulkReport, BulkRows};
 pub use errors::{PluginErrorEntry, Replay};
 pub use idempotency::Idempotency;
@@ -335,7 +335,7 @@ impl Db {
     }
 
     /// What the layers above keep over restarts, by kind: keys and values in order. Blocks.
-    pub fn notes(&self, kind: &str) -> Result<Vec<(Vec<u8>, Vec<u8>)>, DbError> {
+    pub fn notes(&self, kind: &str) -> Result<Vec<Note>, DbError> {
         Ok(self.inner.store.notes(kind)?)
     }
 

@@ -37,7 +37,7 @@ use wire::Scope;
 use crate::catalog::{Catalog, NamespaceId, Plugin, Table, TableId, TableKind};
 pub use crate::catalog::{Epoch, Seq};
 pub use crate::config::{Durability, StoreOptions};
-pub use notes::NoteWrite;
+pub use notes::{Note, NoteWrite};
 pub use receipts::{KeptReceipt, Receipt};
 use retention::{Retention, Signal};
 

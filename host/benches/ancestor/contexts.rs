@@ -27,13 +27,15 @@ const QUERY: &str = "SELECT id, note FROM t WHERE id > 300 AND note <> 'row 7' L
 /// What it has to answer.
 const ANSWERS: usize = 20;
 
+type Query<'a> = dyn Fn(&Runtime, usize) -> usize + Sync + 'a;
+
 /// One way to have contexts.
 struct Way<'a> {
     name: &'static str,
     contexts: String,
     held: usize,
     /// Runs the query once, on the thread of this number; how many rows there were.
-    query: Box<dyn Fn(&Runtime, usize) -> usize + Sync + 'a>,
+    query: Box<Query<'a>>,
 }
 
 /// What queries cost.

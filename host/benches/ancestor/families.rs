@@ -49,7 +49,8 @@ pub fn run() {
     let head = ["one per table, defaults", "one per table, tuned", "ours: all in four"];
     let mut table = Table::new(title, &head);
     let mut row = |name: &str, cell: &dyn Fn(&Costs) -> String| table.row(name, costs.each_ref().map(cell));
-    let moments: [(&str, fn(&Costs) -> Figures); 3] = [
+    type Moment = (&'static str, fn(&Costs) -> Figures);
+    let moments: [Moment; 3] = [
         ("tables filled", |costs| costs.filled),
         ("opened, a row of each read", |costs| costs.opened),
         ("a row more in each", |costs| costs.written),

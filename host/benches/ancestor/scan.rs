@@ -39,7 +39,8 @@ pub fn run() {
     assert_eq!(streamed(&world), ROWS as usize);
     let title = format!("scan: all of a table of {ROWS} rows of {TEXT} B of text; the most held at a time");
     let mut table = Table::new(title, &["most held", "time"]);
-    let ways: [(&str, fn(&World) -> usize); 3] = [
+    type Way = (&'static str, fn(&World) -> usize);
+    let ways: [Way; 3] = [
         ("collected rows (maps of JSON values)", collected_rows),
         ("collected batches", collected_batches),
         ("streamed", streamed),

@@ -17,7 +17,7 @@ use host::live::{
 };
 use host::sql::live::{Live as Compiled, LivePlan};
 use host::sql::session::Sql;
-use host::sql::{RequestEnv, StatementKind};
+use host::sql::{RequestEnv, RowConflict, StatementKind};
 use host::store::{Store, Transaction};
 use host::telemetry::Metrics;
 use tokio::runtime::Runtime;
@@ -80,7 +80,7 @@ impl World {
         let env = self.env("admin");
         let base = env.snapshot.seq();
         let namespace = env.catalog.namespace("main").unwrap().id;
-        let rows = self.sql.insert_rows(&env, table, &[batch(ids, note)]).unwrap().writes;
+        let rows = self.sql.insert_rows(&env, table, RowConflict::Error, &[batch(ids, note)]).unwrap().writes;
         self.commit(Transaction { namespace, base, rows, catalog: Vec::new(), receipt: None });
     }
 

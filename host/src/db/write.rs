@@ -262,7 +262,8 @@ async fn plan(db: &Db, who: &Identity, statements: &[Statement], env: RequestEnv
     let mut merge = Merge::new(env);
     for statement in statements {
         // Before anything is read: whether rows match must make no difference to who may not write them.
-        may_write(who, &db.inner.sql.written_table(statement, merge.env())?)?;
+        let written = db.inner.sql.written_table(statement, merge.env())?;
+        may_write(who, &written)?;
         let changes = db.inner.sql.change_set(statement, merge.env().clone()).await?;
         merge.add(changes);
     }

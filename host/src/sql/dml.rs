@@ -153,12 +153,11 @@ fn not_dml(statement: &ast::Statement) -> SqlError {
     SqlError::Internal(format!("not DML: {statement}"))
 }
 
+/// A table, and which of its columns get which values.
+type Assigned = (Arc<Table>, Vec<Column>, Vec<Expr>);
+
 /// The table, and what is set to what.
-fn update_target(
-    update: &Update,
-    env: &RequestEnv,
-    text: &str,
-) -> Result<(Arc<Table>, Vec<Column>, Vec<Expr>), SqlError> {
+fn update_target(update: &Update, env: &RequestEnv, text: &str) -> Result<Assigned, SqlError> {
     refuse(&[
         (update.from.is_some(), "UPDATE … FROM"),
         (update.output.is_some(), "OUTPUT"),

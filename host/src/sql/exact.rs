@@ -131,10 +131,11 @@ fn in_three_values(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
     }
     let schema = filter.input.schema().clone();
     plan.map_expressions(|predicate| {
-        let conjuncts = split_conjunction(&predicate).into_iter().map(|conjunct| match has_inner_membership(conjunct) {
-            false => Ok(conjunct.clone()),
-            true => conjunct.clone().transform_up(|expr| with_unknown(expr, &schema)).map(|done| done.data),
-        });
+        let conjuncts =
+            split_conjunction(&predicate).into_iter().map(|conjunct| match has_inner_membership(conjunct) {
+                false => Ok(conjunct.clone()),
+                true => conjunct.clone().transform_up(|expr| with_unknown(expr, &schema)).map(|done| done.data),
+            });
         let together = conjuncts.reduce(|all, next| Ok(all?.and(next?)));
         Ok(Transformed::yes(together.unwrap_or(Ok(predicate))?))
     })

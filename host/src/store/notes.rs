@@ -5,12 +5,15 @@ use rocksdb::{Direction, IteratorMode, WriteBatch, WriteOptions};
 
 use super::{Store, StoreError, meta, read_error, synced};
 
+/// Key and value of a note.
+pub type Note = (Vec<u8>, Vec<u8>);
+
 /// A note to be put, or removed where there is no value.
 pub type NoteWrite = (Vec<u8>, Option<Vec<u8>>);
 
 impl Store {
     /// All notes of a kind, key and value, in the order of their keys.
-    pub fn notes(&self, kind: &str) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+    pub fn notes(&self, kind: &str) -> Result<Vec<Note>, StoreError> {
         let prefix = meta::note_key(kind, b"");
         let mut found = Vec::new();
         for entry in self.inner.db.iterator(IteratorMode::From(&prefix, Direction::Forward)) {
