@@ -404,19 +404,25 @@ impl World {
 
     /// What a feed gives after a position, up to a commit.
     async fn fed(&self, least: i64, after: Seq, until: Seq) -> Vec<String> {
-        let mut subscription = self.live.subscribe(self.feed(least), From::After(after)).await.unwrap();
-        let mut lines = Vec::new();
+        // The worker may not have come by `until` yet, and of a commit without events it tells at the heartbeat only:
+        // then asked anew.
         loop {
-            match subscription.next().await {
-                Delivery::Events { bytes, .. } => {
-                    lines.extend(std::str::from_utf8(&bytes).unwrap().lines().map(|line| {
-                        // Without the seq, and without the old side, which a feed has not.
-                        line.split(' ').skip(1).take(3).collect::<Vec<_>>().join(" ")
-                    }));
+            let mut subscription = self.live.subscribe(self.feed(least), From::After(after)).await.unwrap();
+            let mut lines = Vec::new();
+            let reached = loop {
+                match subscription.next().await {
+                    Delivery::Events { bytes, .. } => {
+                        lines.extend(std::str::from_utf8(&bytes).unwrap().lines().map(|line| {
+                            // Without the seq, and without the old side, which a feed has not.
+                            line.split(' ').skip(1).take(3).collect::<Vec<_>>().join(" ")
+                        }));
+                    }
+                    Delivery::UpToDate(seq) => break seq,
+                    other => panic!("{other:?}"),
                 }
-                Delivery::UpToDate(seq) if seq >= until => return lines,
-                Delivery::UpToDate(_) => {}
-                other => panic!("{other:?}"),
+            };
+            if reached >= until {
+                return lines;
             }
         }
     }

@@ -100,14 +100,28 @@ pub(crate) fn from_datafusion(error: DataFusionError, text: &str) -> SqlError {
 
 /// An error that several consumers of one plan hold at once (both sides of a join wait for the same scan).
 fn from_shared(error: &DataFusionError) -> SqlError {
-    let root = error.find_root();
-    match root {
+    match error.find_root() {
         DataFusionError::ResourcesExhausted(message) => SqlError::Limit(exhausted(message)),
         DataFusionError::Execution(message) | DataFusionError::Plan(message) => {
             SqlError::invalid("evaluation", message.clone())
         }
+        DataFusionError::ArrowError(cause, _) => from_shared_arrow(cause),
         other => SqlError::Internal(other.to_string()),
     }
+}
+
+/// What a row does, whoever else is told of it; [`from_arrow`] for an error that is not ours to take apart.
+fn from_shared_arrow(error: &::arrow::error::ArrowError) -> SqlError {
+    use ::arrow::error::ArrowError;
+    from_arrow(match error {
+        ArrowError::DivideByZero => ArrowError::DivideByZero,
+        ArrowError::ArithmeticOverflow(message) => ArrowError::ArithmeticOverflow(message.clone()),
+        ArrowError::CastError(message) => ArrowError::CastError(message.clone()),
+        ArrowError::ParseError(message) => ArrowError::ParseError(message.clone()),
+        ArrowError::ComputeError(message) => ArrowError::ComputeError(message.clone()),
+        ArrowError::InvalidArgumentError(message) => ArrowError::InvalidArgumentError(message.clone()),
+        other => return SqlError::Internal(other.to_string()),
+    })
 }
 
 fn from_plan(message: String) -> SqlError {

@@ -1,6 +1,8 @@
 //! Where DataFusion answers something else than SQL says, the plan is changed before it is optimized.
 //!
 //! - `+ - *` of integers wrap around there; here leaving the range of their type is an error.
+//! - `x IN (a, b)` and `x NOT IN (c, NULL)` are joined there as sets of constants, though a column is among them, or
+//!   NULL; such a list becomes comparisons.
 //! - `x [NOT] IN (sub-query)` inside another expression is true or false there, never NULL: it becomes a mark join.
 
 use std::sync::{Arc, LazyLock};
@@ -11,12 +13,12 @@ use ::arrow::datatypes::{DataType, Field, FieldRef};
 use ::arrow::error::ArrowError;
 use datafusion::common::tree_node::{Transformed, TreeNode};
 use datafusion::common::{Column, DFSchema, Result, ScalarValue, exec_err, internal_err};
-use datafusion::logical_expr::expr::InSubquery;
+use datafusion::logical_expr::expr::{InList, InSubquery};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{
     BinaryExpr, ColumnarValue, Expr, ExprSchemable, LogicalPlan, LogicalPlanBuilder, Operator, ReturnFieldArgs,
-    ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, exists, lit, when,
+    ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, binary_expr, exists, lit, when,
 };
 use datafusion::physical_expr_common::datum::apply;
 
@@ -26,21 +28,48 @@ use super::context::schema_of_expressions;
 pub(crate) fn exact(plan: LogicalPlan) -> Result<LogicalPlan> {
     let plan = plan.transform_up_with_subqueries(|plan| {
         let plan = in_three_values(plan)?;
-        plan.transform_data(checked)
+        plan.transform_data(expressions)
     })?;
     Ok(plan.data)
 }
 
-// ---- arithmetic that stays in its range ----
-
-fn checked(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
+fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
     let schema = schema_of_expressions(&plan)?;
     let names = NamePreserver::new(&plan);
     plan.map_expressions(|expr| {
         let name = names.save(&expr);
-        Ok(expr.transform_up(|expr| Ok(checked_operation(expr, &schema)))?.update_data(|expr| name.restore(expr)))
+        let exact = expr.transform_up(|expr| match expr {
+            Expr::BinaryExpr(_) => Ok(checked_operation(expr, &schema)),
+            Expr::InList(list) => listed(list),
+            expr => Ok(Transformed::no(expr)),
+        })?;
+        Ok(exact.update_data(|expr| name.restore(expr)))
     })
 }
+
+// ---- IN lists ----
+
+fn listed(list: InList) -> Result<Transformed<Expr>> {
+    let is_constant = |expr: &Expr| matches!(expr, Expr::Literal(value, _) if !value.is_null());
+    if list.list.iter().all(is_constant) || list.expr.is_volatile() {
+        return Ok(Transformed::no(Expr::InList(list)));
+    }
+    let InList { expr, list, negated } = list;
+    let (compare, join) = if negated { (Operator::NotEq, Operator::And) } else { (Operator::Eq, Operator::Or) };
+    let mut parts: Vec<Expr> = list.into_iter().map(|member| binary_expr(*expr.clone(), compare, member)).collect();
+    // Joined in pairs, so that a long list is no deep expression.
+    while parts.len() > 1 {
+        let mut pairs = parts.into_iter();
+        parts = std::iter::from_fn(|| match (pairs.next(), pairs.next()) {
+            (Some(one), Some(other)) => Some(binary_expr(one, join, other)),
+            (one, _) => one,
+        })
+        .collect();
+    }
+    parts.pop().map_or_else(|| internal_err!("an IN list without members"), |expr| Ok(Transformed::yes(expr)))
+}
+
+// ---- arithmetic that stays in its range ----
 
 fn checked_operation(expr: Expr, schema: &DFSchema) -> Transformed<Expr> {
     let Expr::BinaryExpr(BinaryExpr { left, op, right }) = &expr else { return Transformed::no(expr) };

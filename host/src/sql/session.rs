@@ -20,6 +20,8 @@ use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::execution::session_state::SessionStateBuilder;
 use datafusion::execution::{SendableRecordBatchStream, SessionState, TaskContext};
 use datafusion::logical_expr::{Explain, LogicalPlan};
+use datafusion::physical_optimizer::PhysicalOptimizerRule;
+use datafusion::physical_optimizer::optimizer::PhysicalOptimizer;
 use datafusion::physical_plan::{ExecutionPlan, execute_stream};
 use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::sqlparser::ast;
@@ -340,7 +342,10 @@ impl Engine {
             .with_disk_manager_builder(disk)
             .build_arc()
             .map_err(failed)?;
-        let builder = SessionStateBuilder::new().with_config(session_config(&options)).with_runtime_env(runtime);
+        let builder = SessionStateBuilder::new()
+            .with_config(session_config(&options))
+            .with_physical_optimizer_rules(physical_rules())
+            .with_runtime_env(runtime);
         let mut state = functions::install(builder).build();
         json::install(&mut state).map_err(failed)?;
         let context = SessionContext::new_with_state(state);
@@ -560,6 +565,13 @@ fn panicked(cause: &Box<dyn Any + Send>) -> SqlError {
         ),
         text => SqlError::Internal(format!("the query panicked: {}", text.unwrap_or_default())),
     }
+}
+
+/// DataFusion's, without the two that push filters down in physical plans: through a join whose sides have columns of
+/// one name they took `l.id <> r.id` for `id <> id`. Filters are pushed down before, in the logical plan.
+fn physical_rules() -> Vec<Arc<dyn PhysicalOptimizerRule + Send + Sync>> {
+    let rules = PhysicalOptimizer::new().rules;
+    rules.into_iter().filter(|rule| !rule.name().starts_with("FilterPushdown")).collect()
 }
 
 fn session_config(options: &SqlOptions) -> SessionConfig {
