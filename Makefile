@@ -25,4 +25,4 @@ fmt:
 	cargo fmt --all
 
 lint:
-	ROCKSDB_LIB_DIR=target cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets -- -D warnings

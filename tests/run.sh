@@ -33,11 +33,9 @@ if [ $# -eq 0 ]; then
     # A newer compiler knows lints that this tree has not met: it shows them, they fail nothing.
     deny=
     is_minor cargo "$RUST_MINOR" && deny="-D warnings"
-    # Checking links nothing, but cargo takes the native code of a check for another one: told that RocksDB is there
-    # already, its build only makes the bindings, instead of compiling 343 files of C++ a second time.
     # $deny is a list of words.
     # shellcheck disable=SC2086
-    ROCKSDB_LIB_DIR=$CARGO_TARGET_DIR cargo clippy -q --locked --workspace --all-targets -- $deny
+    cargo clippy -q --locked --workspace --all-targets -- $deny
 fi
 
 # Fixed unless asked otherwise: what passed here passes on the next machine, and a failure comes again when looked at.

@@ -116,6 +116,8 @@ find_cargo() {
     return 1
 }
 
+fetch_to() { curl --proto '=https' --tlsv1.2 -fsS --connect-timeout 10 --max-time 60 "$2" -o "$1"; }
+
 # No network here may take for ever: behind a proxy that swallows packets the fallback has to get its turn.
 rustup_toolchain() {
     have curl || return 1
@@ -124,8 +126,11 @@ rustup_toolchain() {
         timeout 300 rustup -q toolchain install stable --profile minimal -c rustfmt -c clippy >"$SETUP_LOG" 2>&1
     else
         script=$CARGO_TARGET_DIR/rustup.sh
-        curl --proto '=https' --tlsv1.2 -fsS --connect-timeout 10 --max-time 60 https://sh.rustup.rs -o "$script" \
-            2>"$SETUP_LOG" &&
+        # The same script at two places: some networks know only the second, from which the toolchain comes as well.
+        {
+            fetch_to "$script" https://sh.rustup.rs ||
+                fetch_to "$script" https://static.rust-lang.org/rustup/rustup-init.sh
+        } 2>"$SETUP_LOG" &&
             timeout 600 sh "$script" -y -q --profile minimal -c rustfmt -c clippy >>"$SETUP_LOG" 2>&1
     fi
     find_cargo && return 0
