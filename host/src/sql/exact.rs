@@ -1,6 +1,6 @@
 //! Where DataFusion answers something else than SQL says, the plan is changed before it is optimized.
 //!
-//! - `+ - *` of integers wrap around there; here leaving the range of their type is an error.
+//! - `+ - *` and `-x` of integers wrap around there; here leaving the range of their type is an error.
 //! - `x IN (a, b)` and `x NOT IN (c, NULL)` are joined there as sets of constants, though a column is among them, or
 //!   NULL; such a list becomes comparisons.
 //! - `x [NOT] IN (sub-query)` inside another expression is true or false there, never NULL: it becomes a mark join.
@@ -40,6 +40,7 @@ fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
         let name = names.save(&expr);
         let exact = expr.transform_up(|expr| match expr {
             Expr::BinaryExpr(_) => Ok(checked_operation(expr, &schema)),
+            Expr::Negative(inner) => negated(inner, &schema),
             Expr::InList(list) => listed(list),
             expr => Ok(Transformed::no(expr)),
         })?;
@@ -80,6 +81,16 @@ fn checked_operation(expr: Expr, schema: &DFSchema) -> Transformed<Expr> {
         return Transformed::no(expr);
     }
     Transformed::yes(function.call(vec![left.as_ref().clone(), right.as_ref().clone()]))
+}
+
+/// `-x` of an integer is `0 - x`; a constant keeps its sign, by which it is known as one.
+fn negated(inner: Box<Expr>, schema: &DFSchema) -> Result<Transformed<Expr>> {
+    let is_constant = matches!(*inner, Expr::Literal(..));
+    let ty = inner.get_type(schema).ok().filter(|ty| ty.is_integer() && !is_constant);
+    let Some((ty, minus)) = ty.zip(Checked::of(Operator::Minus)) else {
+        return Ok(Transformed::no(Expr::Negative(inner)));
+    };
+    Ok(Transformed::yes(minus.call(vec![lit(ScalarValue::new_zero(&ty)?), *inner])))
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
