@@ -38,6 +38,9 @@ const WAITING_BATCHES: usize = 2;
 /// A batch of wide rows ends before its number of rows is reached: batches on their way are not in the memory pool, and
 /// thousands of rows can be of a megabyte each.
 const BATCH_BYTES: usize = 2 << 20;
+/// Rows of the first batch of a scan; each further one has four times as many, up to the whole. Whoever wants a few rows,
+/// or the first ones soon, does not wait for thousands.
+const FIRST_ROWS: usize = 128;
 /// Table versions whose providers are kept. Beyond that all are made anew: they are cheap.
 const CACHED_TABLES: usize = 1_024;
 
@@ -251,6 +254,7 @@ impl ExecutionPlan for ScanExec {
             index: self.ranges.index.clone(),
             ranges: self.ranges.ranges.clone(),
             left: self.limit.unwrap_or(usize::MAX),
+            next_rows: FIRST_ROWS.min(config.batch_size()),
             batch_rows: config.batch_size(),
             env,
         };
@@ -272,6 +276,8 @@ struct Scan {
     index: Option<Arc<Index>>,
     ranges: Vec<KeyRange>,
     left: usize,
+    /// Rows of the next batch.
+    next_rows: usize,
     batch_rows: usize,
 }
 
@@ -285,7 +291,7 @@ enum Wanted {
 
 impl Scan {
     fn run(mut self, batches: &Batches) -> std::result::Result<(), SqlError> {
-        let capacity = self.batch_rows.min(self.left).min(1_024);
+        let capacity = self.next_rows.min(self.left);
         let mut builder = RowBatchBuilder::new(&self.columns, capacity).with_schema(self.schema.clone());
         let ranges = std::mem::take(&mut self.ranges);
         if let Some(index) = self.index.clone() {
@@ -382,9 +388,11 @@ impl Scan {
         let (image, ..) = ImageRef::parse(image).map_err(|error| StoreError::Corrupt(error.to_string()))?;
         builder.push(&image)?;
         self.left -= 1;
-        let full = builder.rows() >= self.batch_rows || builder.bytes() >= BATCH_BYTES;
-        if full && !send(builder, batches)? {
-            return Ok(Wanted::Enough);
+        if builder.rows() >= self.next_rows || builder.bytes() >= BATCH_BYTES {
+            if !send(builder, batches)? {
+                return Ok(Wanted::Enough);
+            }
+            self.next_rows = (self.next_rows * 4).min(self.batch_rows);
         }
         Ok(if self.left == 0 { Wanted::Enough } else { Wanted::More })
     }
