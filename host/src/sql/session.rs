@@ -433,17 +433,18 @@ impl Engine {
         } else {
             &template.plan
         };
-        self.execution_plan(plan, template.recursive, text).await
+        // What only filters and computes as it reads gains nothing from sharing its rows out between threads.
+        self.execution_plan(plan, template.recursive || !template.heavy, text).await
     }
 
     /// An optimized plan of constants only, for one execution.
     async fn execution_plan(
         &self,
         plan: &LogicalPlan,
-        recursive: bool,
+        unshared: bool,
         text: &str,
     ) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
-        let state = if recursive { &self.unshared } else { &self.state };
+        let state = if unshared { &self.unshared } else { &self.state };
         let planned = state.query_planner().create_physical_plan(plan, &**state).await;
         planned.map_err(|error| from_datafusion(error, text))
     }
