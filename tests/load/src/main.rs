@@ -113,9 +113,15 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
     let request = query.request(&db, None).build().expect("a request");
     let mut reader = Reader::default();
     reader.connect(subscribers, &request_bytes(&request)).await;
-    // Every subscriber is live when it has an event of its own; the first write also fills buffers that stay.
-    write(&db).await;
-    reader.until(subscribers as u64).await;
+    // A write may come before a subscription that was asked for earlier. The first ones also fill buffers that stay.
+    loop {
+        let before = reader.events();
+        write(&db).await;
+        let all = reader.until(before + subscribers as u64);
+        if tokio::time::timeout(Duration::from_millis(500), all).await.is_ok() {
+            break;
+        }
+    }
     let idle = Idle {
         bytes: memory_bytes(server.pid()).saturating_sub(before) as f64 / subscribers as f64,
         commit_ms: (alone, commit_ms(&db).await),
