@@ -86,7 +86,7 @@ impl Metrics {
     pub fn values(&self) -> Vec<(&'static str, &'static str, f64)> {
         let counters = self.counters().into_iter().map(|(name, help, counter)| (name, help, counter.get() as f64));
         let gauges = self.gauges().into_iter().map(|(name, help, gauge)| (name, help, gauge.get() as f64));
-        let seconds = ("plugin_cpu_seconds", PLUGIN_SECONDS, self.plugin_nanos.get() as f64 / 1e9);
+        let seconds = ("plugin_seconds", PLUGIN_SECONDS, self.plugin_nanos.get() as f64 / 1e9);
         counters.chain(gauges).chain([seconds]).collect()
     }
 
@@ -131,7 +131,7 @@ impl Metrics {
     }
 }
 
-const PLUGIN_SECONDS: &str = "CPU seconds spent in plugins";
+const PLUGIN_SECONDS: &str = "Seconds spent in calls of plugins";
 
 /// Counted in nanoseconds (an integer add on the hot path), shown in seconds.
 #[derive(Debug)]
@@ -140,7 +140,7 @@ struct PluginSeconds(Counter);
 impl Collector for PluginSeconds {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let seconds = ConstCounter::new(self.0.get() as f64 / 1e9);
-        let metric = encoder.encode_descriptor("plugin_cpu_seconds", PLUGIN_SECONDS, None, seconds.metric_type())?;
+        let metric = encoder.encode_descriptor("plugin_seconds", PLUGIN_SECONDS, None, seconds.metric_type())?;
         seconds.encode(metric)
     }
 }
@@ -184,7 +184,7 @@ mod tests {
             "tidegate_events_total 0",
             "tidegate_plugin_calls_total 0",
             "tidegate_plugin_rows_total 0",
-            "tidegate_plugin_cpu_seconds_total 1.5",
+            "tidegate_plugin_seconds_total 1.5",
             "tidegate_plugin_failures_total 0",
             "tidegate_plugin_instances 0",
             "tidegate_subscriptions 0",

@@ -41,7 +41,7 @@ async fn health_and_metrics() {
     assert_eq!(db.metric("tidegate_session_contexts_total").await, 1.0, "one context for the server's life");
     for name in [
         "tidegate_plugin_calls_total",
-        "tidegate_plugin_cpu_seconds_total",
+        "tidegate_plugin_seconds_total",
         "tidegate_plugin_failures_total",
         "tidegate_ring_bytes",
         "tidegate_guest_bytes_copied_total",

@@ -48,7 +48,8 @@ pub struct Guest {
     memory_limit: usize,
     table_limit: usize,
     budget: Duration,
-    cpu_end: Duration,
+    /// Set at the first tick that finds the call running: a call that is over before never asks for the CPU's time.
+    cpu_end: Option<Duration>,
     wall_end: Instant,
     log_limit: usize,
     log_left: usize,
@@ -70,7 +71,7 @@ impl Guest {
             memory_limit,
             table_limit: options.table_elements,
             budget: Duration::ZERO,
-            cpu_end: Duration::ZERO,
+            cpu_end: None,
             wall_end: Instant::now(),
             log_limit: options.log_bytes,
             log_left: 0,
@@ -83,13 +84,13 @@ impl Guest {
     }
 
     /// Starts the clock of one call.
-    pub fn begin(&mut self, plugin: &Arc<str>, budget: Duration, rows: usize, cpu_now: Duration) {
+    pub fn begin(&mut self, plugin: &Arc<str>, budget: Duration, rows: usize, now: Instant) {
         if !Arc::ptr_eq(&self.plugin, plugin) {
             self.plugin = plugin.clone();
         }
         self.budget = budget;
-        self.cpu_end = cpu_now + budget;
-        self.wall_end = Instant::now() + budget * WALL_FACTOR;
+        self.cpu_end = None;
+        self.wall_end = now + budget * WALL_FACTOR;
         self.log_left = self.log_limit;
         self.rows = rows;
         self.memory_refused = false;
@@ -153,18 +154,20 @@ impl Guest {
     }
 }
 
-/// CPU time of the calling thread so far.
+/// CPU time of the calling thread so far. A system call: too dear for every call of a guest.
 pub fn thread_cpu() -> Duration {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
 
-/// Called at every tick while the guest runs: wall ticks only ask the thread's CPU clock.
+/// Called at every tick while the guest runs: wall ticks only ask the thread's CPU clock. The first one starts it, so a
+/// call may have up to a tick more than its budget.
 pub fn watch_deadline(store: &mut Store<Guest>) {
-    store.epoch_deadline_callback(|context| {
-        let guest = context.data();
-        if thread_cpu() >= guest.cpu_end || Instant::now() >= guest.wall_end {
-            return Err(wasmtime::Error::new(OutOfTime { cpu: guest.budget }));
+    store.epoch_deadline_callback(|mut context| {
+        let guest = context.data_mut();
+        let (cpu, budget) = (thread_cpu(), guest.budget);
+        if cpu >= *guest.cpu_end.get_or_insert(cpu + budget) || Instant::now() >= guest.wall_end {
+            return Err(wasmtime::Error::new(OutOfTime { cpu: budget }));
         }
         Ok(UpdateDeadline::Continue(1))
     });

@@ -95,11 +95,13 @@ impl Health {
         self.sets.store(inner.breakers.len(), Ordering::Release);
     }
 
+    /// Only then can a parameter set rest: everybody else is spared the lock and the clock.
+    pub fn has_lost_instances(&self) -> bool {
+        self.sets.load(Ordering::Acquire) > 0
+    }
+
     /// How much longer the parameter set is not to be called.
     pub fn rests(&self, set: &SetKey, now: Instant) -> Option<Duration> {
-        if self.sets.load(Ordering::Acquire) == 0 {
-            return None;
-        }
         self.inner().breakers.get(set)?.rests(now)
     }
 

@@ -3,7 +3,9 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use foldhash::fast::RandomState;
 
 use wasmtime::{Instance as WasmInstance, Memory, Store, Trap, TypedFunc, WasmBacktrace, WasmParams, WasmResults};
 use wire::Schema;
@@ -20,6 +22,9 @@ use crate::catalog::NamespaceId;
 
 /// What a guest's allocator may need around the window to align it.
 const WINDOW_SLACK: usize = 2 * WINDOW_ALIGN as usize;
+
+/// Looked into for every call: the standard library's hash would cost as much as the call itself.
+pub type Map<K, V> = HashMap<K, V, RandomState>;
 
 /// Why a call failed.
 #[derive(Clone, Debug)]
@@ -112,6 +117,17 @@ impl Space {
     }
 }
 
+/// What one call is made with.
+pub struct Batch<'a> {
+    pub setup: &'a Setup,
+    /// What [`Instances::get`] gave for the setup.
+    pub handle: u32,
+    /// How many descriptors stand at the front of the worker part.
+    pub rows: usize,
+    /// Bytes of the worker part in use.
+    pub used: usize,
+}
+
 /// A configured handle of a guest.
 struct Handle {
     number: u32,
@@ -119,15 +135,20 @@ struct Handle {
 }
 
 pub struct Instance {
-    shared: Arc<Shared>,
-    store: Store<Guest>,
-    memory: Memory,
-    window: GuestWindow,
+    body: Body,
     configure: TypedFunc<u32, u64>,
     release: Option<TypedFunc<u32, ()>>,
     /// `tg_filter` or `tg_transform`.
     run: TypedFunc<(u32, u32, u32), u64>,
-    handles: HashMap<[u8; 32], Handle>,
+    handles: Map<[u8; 32], Handle>,
+}
+
+/// An instance without its functions, which are borrowed beside it when they are called.
+struct Body {
+    shared: Arc<Shared>,
+    store: Store<Guest>,
+    memory: Memory,
+    window: GuestWindow,
 }
 
 impl Instance {
@@ -167,19 +188,19 @@ impl Instance {
         let release = release.then(|| func(&instance, &mut store, export::RELEASE)).transpose()?;
         shared.metrics.plugin_instances.inc();
         let shared = shared.clone();
-        Ok(Instance { shared, store, memory, window, configure, release, run, handles: HashMap::new() })
+        let body = Body { shared, store, memory, window };
+        Ok(Instance { body, configure, release, run, handles: Map::default() })
     }
 
-    /// Makes sure that the setup has a handle; its output schema, for a transform.
-    pub fn configure(&mut self, setup: &Setup, part: &mut WorkerPart) -> Result<Option<Schema>, CallFault> {
+    /// The setup's handle, made where there is none.
+    fn configure(&mut self, setup: &Setup, part: &mut WorkerPart) -> Result<u32, CallFault> {
         if let Some(handle) = self.handles.get(&setup.key) {
-            return Ok(handle.output.clone());
+            return Ok(handle.number);
         }
         let used = self.write_configure(setup, part)?;
-        let at = self.window.part_at() + PART_ROWS_AT as u32;
-        let configure = self.configure.clone();
-        let packed =
-            self.call(&setup.plugin, self.shared.options.init_time, 0, part, used, |store| configure.call(store, at))?;
+        let at = self.part_at() + PART_ROWS_AT as u32;
+        let (configure, time) = (&self.configure, self.body.shared.options.init_time);
+        let packed = self.body.call(&setup.plugin, time, 0, part, used, |store| configure.call(store, at))?;
         let Some(Configured { handle: number, schema }) = Configured::unpack(packed) else {
             return Err(CallFault::new(
                 FaultCause::Failed,
@@ -187,13 +208,18 @@ impl Instance {
             ));
         };
         let output = (!setup.module.kind.is_filter()).then(|| self.read_schema(schema)).transpose()?;
-        self.handles.insert(setup.key, Handle { number, output: output.clone() });
-        Ok(output)
+        self.handles.insert(setup.key, Handle { number, output });
+        Ok(number)
+    }
+
+    /// Of a transform that is configured: what its rows look like.
+    pub fn output_schema(&self, setup: &Setup) -> Option<&Schema> {
+        self.handles.get(&setup.key)?.output.as_ref()
     }
 
     /// The configure message and what it points to, behind one another; the bytes of the part that are used.
     fn write_configure(&self, setup: &Setup, part: &mut WorkerPart) -> Result<usize, CallFault> {
-        let base = self.window.part_at() as usize;
+        let base = self.part_at() as usize;
         let params = PART_ROWS_AT + CONFIGURE_BYTES;
         let reads = (params + setup.params.len()).next_multiple_of(4);
         let input = reads + setup.reads.len();
@@ -235,67 +261,57 @@ impl Instance {
 
     /// Where the worker part begins, from the window's first byte.
     pub fn part_at(&self) -> u32 {
-        self.window.part_at()
+        self.body.window.part_at()
     }
 
     /// Bytes of linear memory beside the window.
     pub fn own_memory(&self) -> usize {
-        self.memory.data_size(&self.store).saturating_sub(self.window.len as usize)
+        let Body { memory, store, window, .. } = &self.body;
+        memory.data_size(store).saturating_sub(window.len as usize)
     }
 
     /// Bytes of the guest's memory, outside the window.
     fn take(&self, addr: u32, len: u32) -> Result<Vec<u8>, String> {
-        if self.window.overlaps(addr, len) {
+        let Body { memory, store, window, .. } = &self.body;
+        if window.overlaps(addr, len) {
             return Err(format!("{len} bytes at {addr} lie in the window"));
         }
-        window::copy_out(&self.store, self.memory, addr, len)
+        window::copy_out(store, *memory, addr, len)
             .ok_or_else(|| format!("{len} bytes at {addr} do not lie in the memory"))
     }
 
     /// `tg_filter` over the descriptors at the front of the worker part: bit i set = row i is kept.
-    pub fn filter(&mut self, setup: &Setup, rows: usize, part: &mut WorkerPart, used: usize) -> Result<u64, CallFault> {
-        let kept = self.run(setup, rows, part, used)?;
-        if rows < 64 && kept >> rows != 0 {
+    pub fn filter(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<u64, CallFault> {
+        let kept = self.run(batch, part)?;
+        if batch.rows < 64 && kept >> batch.rows != 0 {
             return Err(CallFault::new(
                 FaultCause::Abi,
-                format!("tg_filter set bits beyond the {rows} rows of its batch ({kept:#x})"),
+                format!("tg_filter set bits beyond the {} rows of its batch ({kept:#x})", batch.rows),
             ));
         }
         Ok(kept)
     }
 
     /// `tg_transform` of a row transform: one image per row.
-    pub fn transform(
-        &mut self,
-        setup: &Setup,
-        rows: usize,
-        part: &mut WorkerPart,
-        used: usize,
-    ) -> Result<Vec<Vec<u8>>, CallFault> {
-        let output = self.output(setup, rows, part, used)?;
-        let schema = self.output_schema(setup)?;
-        abi::output_images(&output, rows, schema).map_err(|message| CallFault::new(FaultCause::Output, message))
+    pub fn transform(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<Vec<Vec<u8>>, CallFault> {
+        let output = self.output(batch, part)?;
+        let schema = self.transformed(batch.setup)?;
+        abi::output_images(&output, batch.rows, schema).map_err(|message| CallFault::new(FaultCause::Output, message))
     }
 
     /// `tg_transform` of a change transform: for each change the images it was made into.
-    pub fn expand(
-        &mut self,
-        setup: &Setup,
-        changes: usize,
-        part: &mut WorkerPart,
-        used: usize,
-    ) -> Result<Vec<Vec<Vec<u8>>>, CallFault> {
-        let output = self.output(setup, changes, part, used)?;
-        let (schema, most) = (self.output_schema(setup)?, self.shared.options.output_bytes);
-        abi::output_changes(&output, changes, schema, most)
+    pub fn expand(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<Vec<Vec<Vec<u8>>>, CallFault> {
+        let output = self.output(batch, part)?;
+        let (schema, most) = (self.transformed(batch.setup)?, self.body.shared.options.output_bytes);
+        abi::output_changes(&output, batch.rows, schema, most)
             .map_err(|message| CallFault::new(FaultCause::Output, message))
     }
 
     /// The bytes that `tg_transform` answers, copied once.
-    fn output(&mut self, setup: &Setup, rows: usize, part: &mut WorkerPart, used: usize) -> Result<Vec<u8>, CallFault> {
-        let packed = self.run(setup, rows, part, used)?;
+    fn output(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<Vec<u8>, CallFault> {
+        let packed = self.run(batch, part)?;
         let (addr, len) = (packed as u32, (packed >> 32) as u32);
-        let most = self.shared.options.output_bytes;
+        let most = self.body.shared.options.output_bytes;
         if len as usize > most {
             let message =
                 format!("tg_transform answered {len} bytes; at most {most} are allowed (plugins.output_bytes)");
@@ -304,30 +320,31 @@ impl Instance {
         self.take(addr, len).map_err(|message| CallFault::new(FaultCause::Output, format!("the output: {message}")))
     }
 
-    fn output_schema(&self, setup: &Setup) -> Result<&Schema, CallFault> {
-        let schema = self.handles.get(&setup.key).and_then(|handle| handle.output.as_ref());
+    fn transformed(&self, setup: &Setup) -> Result<&Schema, CallFault> {
+        let schema = self.output_schema(setup);
         schema.ok_or_else(|| CallFault::new(FaultCause::Abi, "a transform without an output schema"))
     }
 
-    fn run(&mut self, setup: &Setup, rows: usize, part: &mut WorkerPart, used: usize) -> Result<u64, CallFault> {
-        let handle = self.handles.get(&setup.key).map(|handle| handle.number);
-        let handle = handle.ok_or_else(|| CallFault::new(FaultCause::Abi, "the call has no handle"))?;
-        let arguments = (handle, self.window.part_at(), rows as u32);
-        let run = self.run.clone();
-        let budget = self.shared.options.batch_time;
-        let answer = self.call(&setup.plugin, budget, rows, part, used, |store| run.call(store, arguments))?;
-        self.shared.metrics.plugin_calls.inc();
-        self.shared.metrics.plugin_rows.inc_by(rows as u64);
+    fn run(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<u64, CallFault> {
+        let arguments = (batch.handle, self.part_at(), batch.rows as u32);
+        let (run, time) = (&self.run, self.body.shared.options.batch_time);
+        let (plugin, rows) = (&batch.setup.plugin, batch.rows);
+        let answer = self.body.call(plugin, time, rows, part, batch.used, |store| run.call(store, arguments))?;
+        self.body.shared.metrics.plugin_calls.inc();
+        self.body.shared.metrics.plugin_rows.inc_by(rows as u64);
         Ok(answer)
     }
 
     /// Gives a handle back. A guest that fails here is no good any more.
     pub fn release(&mut self, setup: &Setup, part: &WorkerPart) -> Result<(), CallFault> {
         let Some(handle) = self.handles.remove(&setup.key) else { return Ok(()) };
-        let Some(release) = self.release.clone() else { return Ok(()) };
-        self.call(&setup.plugin, self.shared.options.init_time, 0, part, 0, |store| release.call(store, handle.number))
+        let Some(release) = &self.release else { return Ok(()) };
+        let time = self.body.shared.options.init_time;
+        self.body.call(&setup.plugin, time, 0, part, 0, |store| release.call(store, handle.number))
     }
+}
 
+impl Body {
     fn call<R>(
         &mut self,
         plugin: &Arc<str>,
@@ -341,8 +358,7 @@ impl Instance {
             self.window.copy_part(&mut self.store, self.memory, part, used);
             self.shared.metrics.guest_bytes_copied.inc_by(used as u64);
         }
-        let shared = self.shared.clone();
-        let answer = Call { shared: &shared, plugin, budget, rows }.run(&mut self.store, call);
+        let answer = Call { shared: &self.shared, plugin, budget, rows }.run(&mut self.store, call);
         if self.window.was_written() {
             return Err(CallFault::new(FaultCause::WindowWrite, "it wrote into its window, which is for reading only"));
         }
@@ -358,7 +374,7 @@ impl Instance {
     }
 }
 
-impl Drop for Instance {
+impl Drop for Body {
     fn drop(&mut self) {
         self.shared.metrics.plugin_instances.dec();
     }
@@ -411,14 +427,13 @@ impl Call<'_> {
         store: &mut Store<Guest>,
         call: impl FnOnce(&mut Store<Guest>) -> wasmtime::Result<R>,
     ) -> Result<R, CallFault> {
-        let before = guest::thread_cpu();
-        store.data_mut().begin(self.plugin, self.budget, self.rows, before);
+        let started = Instant::now();
+        store.data_mut().begin(self.plugin, self.budget, self.rows, started);
         store.set_epoch_deadline(1);
         let running = self.shared.engine.ticker.running();
         let answer = call(store);
         drop(running);
-        let cpu = guest::thread_cpu().saturating_sub(before);
-        self.shared.metrics.plugin_nanos.inc_by(u64::try_from(cpu.as_nanos()).unwrap_or(u64::MAX));
+        self.shared.metrics.plugin_nanos.inc_by(started.elapsed().as_nanos() as u64);
         answer.map_err(|error| fault(&error, store.data()))
     }
 }
@@ -450,8 +465,8 @@ fn fault(error: &wasmtime::Error, guest: &Guest) -> CallFault {
     CallFault::new(FaultCause::Trap, message)
 }
 
-/// Which instance: of what module, for whose rows.
-type Key = (Arc<str>, NamespaceId, Option<Arc<str>>);
+/// Which instance: of what compiled module, for whose rows.
+type Key = (u64, NamespaceId, Option<Arc<str>>);
 
 /// The instances of one worker: at most so many, the longest unused goes first.
 pub struct Instances {
@@ -459,17 +474,17 @@ pub struct Instances {
     limit: usize,
     clock: u64,
     random: u64,
-    map: HashMap<Key, (u64, Instance)>,
+    map: Map<Key, (u64, Instance)>,
 }
 
 impl Instances {
     pub fn new(shared: Arc<Shared>, limit: usize) -> Instances {
-        Instances { shared, limit: limit.max(1), clock: 0, random: 0, map: HashMap::new() }
+        Instances { shared, limit: limit.max(1), clock: 0, random: 0, map: Map::default() }
     }
 
     /// The instance of a setup's module for whoever the space is entered for, made where there is none, with the setup
-    /// configured.
-    pub fn get(&mut self, setup: &Setup, space: &mut Space) -> Result<(&mut Instance, Option<Schema>), CallFault> {
+    /// configured, and its handle.
+    pub fn get(&mut self, setup: &Setup, space: &mut Space) -> Result<(&mut Instance, u32), CallFault> {
         let key = key(setup, space);
         self.drop_at_random(&key);
         self.clock += 1;
@@ -481,8 +496,8 @@ impl Instances {
         }
         let (used, instance) = self.map.get_mut(&key).expect("it was there or has just been put there");
         *used = self.clock;
-        let output = instance.configure(setup, &mut space.part).map_err(CallFault::whole)?;
-        Ok((instance, output))
+        let handle = instance.configure(setup, &mut space.part).map_err(CallFault::whole)?;
+        Ok((instance, handle))
     }
 
     /// Bytes of memory of the instance of a setup's module, if there is one.
@@ -545,5 +560,5 @@ impl Instances {
 }
 
 fn key(setup: &Setup, space: &Space) -> Key {
-    (setup.module.sha256.clone(), space.namespace, space.owner.clone())
+    (setup.module.id, space.namespace, space.owner.clone())
 }

@@ -16,7 +16,7 @@ use wire::image::ImageAt;
 use wire::{ChangeAt, ImageError, ImageRef, Kind, Op};
 
 use super::health::UnitKey;
-use super::instance::{CallFault, Instances, Setup, Space};
+use super::instance::{Batch, CallFault, Instances, Setup, Space};
 use super::registry::Shared;
 use super::window::{Lease, PART_ROWS_AT, WorkerPart};
 use super::{FaultCause, PluginError, UnitFault};
@@ -36,24 +36,25 @@ pub struct OpenStage {
 /// What goes through the stages.
 pub enum Unit {
     Row(Row),
-    Change(Change),
+    /// Boxed: units are moved from stage to stage, and nearly all of them are rows.
+    Change(Box<Change>),
 }
 
 pub struct Row {
     /// Its place (its change's place) among what went into the run.
-    pub index: usize,
-    /// Of the change it was made of.
-    pub op: Op,
+    index: u32,
     /// While the row is one image of a change: which, to put them together again.
-    side: usize,
+    side: u32,
     /// Its place among what went into the stage.
-    turn: usize,
+    turn: u32,
+    /// Of the change it was made of.
+    op: Op,
     source: Source,
 }
 
 pub struct Change {
-    pub index: usize,
-    turn: usize,
+    index: u32,
+    turn: u32,
     old: Option<Source>,
     new: Option<Source>,
     changed: Changed,
@@ -64,9 +65,9 @@ enum Source {
     /// In the ring, from the window's first byte.
     Ring(Descriptor),
     /// Bytes of the run's base, and where the image's parts lie in them.
-    Base(Range<usize>, ImageAt),
+    Base(Range<u32>, ImageAt),
     /// Made by a transform.
-    Made(Vec<u8>, ImageAt),
+    Made(Box<(Vec<u8>, ImageAt)>),
 }
 
 /// The bitmap of changed columns of an update. With one image alone, that image's own bitmap says the same: a missing
@@ -79,15 +80,15 @@ enum Changed {
 impl Unit {
     pub fn index(&self) -> usize {
         match self {
-            Unit::Row(row) => row.index,
-            Unit::Change(change) => change.index,
+            Unit::Row(row) => row.index as usize,
+            Unit::Change(change) => change.index as usize,
         }
     }
 
     /// What happened, and the image, where a transform made it.
     pub fn into_made(self) -> Option<(Op, Option<Vec<u8>>)> {
         let made = |source: Source| match source {
-            Source::Made(image, _) => Some(image),
+            Source::Made(made) => Some(made.0),
             Source::Ring(_) | Source::Base(..) => None,
         };
         match self {
@@ -140,26 +141,90 @@ pub struct Runner<'a> {
 
 impl Runner<'_> {
     pub fn rows(&mut self, stages: &[OpenStage], places: &[ImageAt]) -> Result<Vec<Unit>, PluginError> {
-        let mut units = Vec::with_capacity(places.len());
-        for (index, at) in places.iter().enumerate() {
-            let source = self.source(*at).map_err(|error| damaged("row", index, error))?;
-            units.push(Unit::Row(Row { index, op: Op::Insert, side: 0, turn: 0, source }));
+        if let Some((first, rest)) = stages.split_first()
+            && first.setup.module.kind == PluginKind::RowFilter
+            && !first.setup.module.health.remembers()
+            && let Some(lease) = &self.lease
+        {
+            let (offset, len) = (lease.offset, lease.len);
+            let units = self.first_filter(&first.setup, places, offset, len)?;
+            return self.run(rest, 1, units);
         }
-        self.run(stages, units)
+        let units = places.iter().enumerate().map(|(index, at)| self.row(index, *at)).collect::<Result<_, _>>()?;
+        self.run(stages, 0, units)
+    }
+
+    /// Rows of the ring through a filter that comes first. Most fall out here, so only what is kept becomes a unit.
+    fn first_filter(
+        &mut self,
+        setup: &Setup,
+        places: &[ImageAt],
+        offset: u32,
+        len: u32,
+    ) -> Result<Vec<Unit>, PluginError> {
+        let mut out = Vec::new();
+        for (number, batch) in places.chunks(MAX_BATCH).enumerate() {
+            self.rests(setup)?;
+            let first = number * MAX_BATCH;
+            if let Some(i) = batch.iter().position(|at| !inside(at, len)) {
+                return Err(damaged("row", first + i, ImageError::Truncated));
+            }
+            match self.judge(setup, batch, offset) {
+                Ok(mut kept) => {
+                    out.reserve(kept.count_ones() as usize);
+                    while kept != 0 {
+                        let i = kept.trailing_zeros() as usize;
+                        kept &= kept - 1;
+                        let source = Source::Ring(Descriptor::new(batch[i], offset));
+                        out.push(Unit::Row(Row {
+                            index: (first + i) as u32,
+                            side: 0,
+                            turn: 0,
+                            op: Op::Insert,
+                            source,
+                        }));
+                    }
+                }
+                Err(fault) => {
+                    let units = batch.iter().enumerate().map(|(i, at)| self.row(first + i, *at));
+                    let units = units.collect::<Result<_, _>>()?;
+                    self.singly(setup, units, fault, &mut out)?;
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// One call with rows of the ring, which takes nothing but descriptors.
+    fn judge(&mut self, setup: &Setup, batch: &[ImageAt], offset: u32) -> Result<u64, CallFault> {
+        // First the instance: configuring it goes through the worker part too.
+        let (instance, handle) = self.instances.get(setup, self.space)?;
+        let mut descriptors = [[0; DESCRIPTOR_BYTES]; MAX_BATCH];
+        for (i, at) in batch.iter().enumerate() {
+            descriptors[i] = Descriptor::new(*at, offset).to_bytes();
+        }
+        self.space.part.write(0, descriptors[..batch.len()].as_flattened());
+        instance.filter(&Batch { setup, handle, rows: batch.len(), used: PART_ROWS_AT }, &self.space.part)
+    }
+
+    fn row(&self, index: usize, at: ImageAt) -> Result<Unit, PluginError> {
+        let source = self.source(at).map_err(|error| damaged("row", index, error))?;
+        Ok(Unit::Row(Row { index: index as u32, op: Op::Insert, side: 0, turn: 0, source }))
     }
 
     pub fn changes(&mut self, stages: &[OpenStage], places: &[ChangeAt]) -> Result<Vec<Unit>, PluginError> {
         let mut units = Vec::with_capacity(places.len());
         for (index, at) in places.iter().enumerate() {
             let change = self.change(index, at).map_err(|error| damaged("change", index, error))?;
-            units.push(Unit::Change(change));
+            units.push(Unit::Change(Box::new(change)));
         }
-        self.run(stages, units)
+        self.run(stages, 0, units)
     }
 
-    fn run(&mut self, stages: &[OpenStage], mut units: Vec<Unit>) -> Result<Vec<Unit>, PluginError> {
+    /// Through the stages, the first of which is the pipeline's `first`.
+    fn run(&mut self, stages: &[OpenStage], first: usize, mut units: Vec<Unit>) -> Result<Vec<Unit>, PluginError> {
         for (number, stage) in stages.iter().enumerate() {
-            self.stage = number;
+            self.stage = first + number;
             let changes = matches!(units.first(), Some(Unit::Change(_)));
             units = match stage.setup.module.kind.sees_changes() {
                 false if changes => self.both_images(stage, units)?,
@@ -174,12 +239,14 @@ impl Runner<'_> {
 
     fn source(&self, at: ImageAt) -> Result<Source, ImageError> {
         let Some(lease) = &self.lease else {
-            let range = image_range(self.base, at)?;
-            let (_, inner, _) = ImageRef::parse(&self.base[range.clone()])?;
-            return Ok(Source::Base(range, inner));
+            let (range, inner) = image_range(self.base, at)?;
+            return Ok(Source::Base(range.start as u32..range.end as u32, inner));
         };
-        let inside = [at.present, at.slots, at.heap].iter().all(|offset| *offset <= lease.len);
-        if inside { Ok(Source::Ring(Descriptor::new(at, lease.offset))) } else { Err(ImageError::Truncated) }
+        if inside(&at, lease.len) {
+            Ok(Source::Ring(Descriptor::new(at, lease.offset)))
+        } else {
+            Err(ImageError::Truncated)
+        }
     }
 
     fn change(&self, index: usize, at: &ChangeAt) -> Result<Change, ImageError> {
@@ -194,15 +261,17 @@ impl Runner<'_> {
                 Changed::Bytes(bytes.to_vec(), at.columns)
             }
         };
-        Ok(Change { index, turn: 0, old, new, changed })
+        Ok(Change { index: index as u32, turn: 0, old, new, changed })
     }
 
     /// A stage for rows over changes: its images one by one, then put together again.
     fn both_images(&mut self, stage: &OpenStage, units: Vec<Unit>) -> Result<Vec<Unit>, PluginError> {
         let (mut rows, mut rest) = (Vec::with_capacity(units.len() * 2), Vec::with_capacity(units.len()));
         for unit in units {
-            let Unit::Change(Change { index, old, new, changed, .. }) = unit else { continue };
-            for (side, source) in [(rest.len() * 2, old), (rest.len() * 2 + 1, new)] {
+            let Unit::Change(change) = unit else { continue };
+            let Change { index, old, new, changed, .. } = *change;
+            let side = rest.len() as u32 * 2;
+            for (side, source) in [(side, old), (side + 1, new)] {
                 let row = source.map(|source| Unit::Row(Row { index, op: Op::Update, side, turn: 0, source }));
                 rows.extend(row);
             }
@@ -211,20 +280,21 @@ impl Runner<'_> {
         let transforms = !stage.setup.module.kind.is_filter();
         let mut rows = self.stage(&stage.setup, rows)?.into_iter().peekable();
         let mut changes = Vec::with_capacity(rest.len());
-        for (at, (index, mut changed)) in rest.into_iter().enumerate() {
-            let mut image =
-                |wanted: usize| match rows.next_if(|row| matches!(row, Unit::Row(row) if row.side == wanted)) {
-                    Some(Unit::Row(row)) => Some(row.source),
-                    _ => None,
-                };
-            let (old, new) = (image(at * 2), image(at * 2 + 1));
+        for ((index, mut changed), side) in rest.into_iter().zip((0..).step_by(2)) {
+            let mut image = |wanted: u32| match rows.next_if(|row| matches!(row, Unit::Row(row) if row.side == wanted))
+            {
+                Some(Unit::Row(row)) => Some(row.source),
+                _ => None,
+            };
+            let (old, new) = (image(side), image(side + 1));
             if old.is_none() && new.is_none() {
                 continue;
             }
-            if transforms && let (Some(Source::Made(old, _)), Some(Source::Made(new, _))) = (&old, &new) {
-                changed = compared(&stage.kinds, old, new).map_err(|error| damaged("output", index, error))?;
+            if transforms && let (Some(Source::Made(old)), Some(Source::Made(new))) = (&old, &new) {
+                let compared = compared(&stage.kinds, &old.0, &new.0);
+                changed = compared.map_err(|error| damaged("output", index as usize, error))?;
             }
-            changes.push(Unit::Change(Change { index, turn: 0, old, new, changed }));
+            changes.push(Unit::Change(Box::new(Change { index, turn: 0, old, new, changed })));
         }
         Ok(changes)
     }
@@ -237,11 +307,7 @@ impl Runner<'_> {
         let mut rest = units.into_iter();
         let mut batch: Vec<Unit> = rest.by_ref().take(MAX_BATCH).collect();
         while !batch.is_empty() {
-            if self.counts
-                && let Some(rest) = setup.module.health.rests(&setup.key, Instant::now())
-            {
-                return Err(PluginError::Resting { plugin: setup.plugin.to_string(), stage: self.stage, rest });
-            }
+            self.rests(setup)?;
             let (called, answer) = self.call(setup, &batch);
             // What did not fit the worker part waits for the next call.
             let mut next = batch.split_off(called);
@@ -261,6 +327,18 @@ impl Runner<'_> {
         Ok(out)
     }
 
+    /// An error while the plugin rests with these parameters.
+    fn rests(&self, setup: &Setup) -> Result<(), PluginError> {
+        let health = &setup.module.health;
+        if self.counts
+            && health.has_lost_instances()
+            && let Some(rest) = health.rests(&setup.key, Instant::now())
+        {
+            return Err(PluginError::Resting { plugin: setup.plugin.to_string(), stage: self.stage, rest });
+        }
+        Ok(())
+    }
+
     /// Takes out what is known to fail, so that it costs no call again.
     fn without_known(
         &mut self,
@@ -273,7 +351,7 @@ impl Runner<'_> {
             return Ok(units);
         }
         let mut left = Vec::with_capacity(units.len());
-        for (turn, mut unit) in units.into_iter().enumerate() {
+        for (turn, mut unit) in (0..).zip(units) {
             match &mut unit {
                 Unit::Row(row) => row.turn = turn,
                 Unit::Change(change) => change.turn = turn,
@@ -399,8 +477,8 @@ impl Runner<'_> {
     /// One call with as many units as the worker part takes; how many those were.
     fn call(&mut self, setup: &Setup, units: &[Unit]) -> (usize, Result<Answer, CallFault>) {
         // First the instance: configuring it goes through the worker part too.
-        let instance = match self.instances.get(setup, self.space) {
-            Ok((instance, _)) => instance,
+        let (instance, handle) = match self.instances.get(setup, self.space) {
+            Ok(found) => found,
             Err(fault) => return (units.len(), Err(fault)),
         };
         let part = &mut self.space.part;
@@ -411,13 +489,11 @@ impl Runner<'_> {
         };
         let Place { used, row_bytes, .. } = place;
         self.shared.metrics.worker_part_bytes.inc_by(row_bytes as u64);
-        let part = &mut self.space.part;
+        let (part, batch) = (&self.space.part, Batch { setup, handle, rows: placed, used });
         let answer = match setup.module.kind {
-            PluginKind::RowFilter | PluginKind::ChangeFilter => {
-                instance.filter(setup, placed, part, used).map(Answer::Kept)
-            }
-            PluginKind::RowTransform => instance.transform(setup, placed, part, used).map(Answer::Images),
-            PluginKind::ChangeTransform => instance.expand(setup, placed, part, used).map(Answer::Expanded),
+            PluginKind::RowFilter | PluginKind::ChangeFilter => instance.filter(&batch, part).map(Answer::Kept),
+            PluginKind::RowTransform => instance.transform(&batch, part).map(Answer::Images),
+            PluginKind::ChangeTransform => instance.expand(&batch, part).map(Answer::Expanded),
         };
         (placed, answer)
     }
@@ -430,7 +506,7 @@ impl Runner<'_> {
         out: &mut Vec<Unit>,
     ) -> Result<(), PluginError> {
         let made = |image: Vec<u8>| match ImageRef::parse(&image) {
-            Ok((_, at, _)) => Ok(Source::Made(image, at)),
+            Ok((_, at, _)) => Ok(Source::Made(Box::new((image, at)))),
             Err(error) => Err(PluginError::Host(format!("an output was encoded wrongly: {error}"))),
         };
         match answer {
@@ -488,8 +564,8 @@ impl Runner<'_> {
         let mut add = |source: Option<&Source>| -> Option<()> {
             let bytes = match source {
                 None => &[][..],
-                Some(Source::Made(image, _)) => image,
-                Some(Source::Base(range, _)) => &self.base[range.clone()],
+                Some(Source::Made(made)) => &made.0,
+                Some(Source::Base(range, _)) => bytes_of(self.base, range),
                 Some(Source::Ring(at)) => {
                     let shift = self.lease.as_ref()?.offset;
                     let at = ImageAt {
@@ -498,7 +574,7 @@ impl Runner<'_> {
                         heap: at.heap - shift,
                         columns: at.columns as u16,
                     };
-                    &self.base[image_range(self.base, at).ok()?]
+                    &self.base[image_range(self.base, at).ok()?.0]
                 }
             };
             hash.update((bytes.len() as u64).to_le_bytes());
@@ -514,6 +590,11 @@ impl Runner<'_> {
         }
         Some(hash.finalize().into())
     }
+}
+
+/// Whether the parts of an image begin within a section of so many bytes.
+fn inside(at: &ImageAt, len: u32) -> bool {
+    at.present <= len && at.slots <= len && at.heap <= len
 }
 
 fn damaged(what: &str, index: usize, error: ImageError) -> PluginError {
@@ -568,8 +649,8 @@ impl Place<'_> {
     fn image(&mut self, source: &Source) -> Descriptor {
         match source {
             Source::Ring(descriptor) => *descriptor,
-            Source::Base(range, at) => Descriptor::new(*at, self.put(&self.base[range.clone()])),
-            Source::Made(image, at) => Descriptor::new(*at, self.put(image)),
+            Source::Base(range, at) => Descriptor::new(*at, self.put(bytes_of(self.base, range))),
+            Source::Made(made) => Descriptor::new(made.1, self.put(&made.0)),
         }
     }
 
@@ -603,7 +684,7 @@ fn need(unit: &Unit) -> usize {
     let image = |source: &Source| match source {
         Source::Ring(_) => 0,
         Source::Base(range, _) => range.len(),
-        Source::Made(image, _) => image.len(),
+        Source::Made(made) => made.0.len(),
     };
     match unit {
         Unit::Row(row) => image(&row.source),
@@ -617,12 +698,16 @@ fn need(unit: &Unit) -> usize {
     }
 }
 
-/// The whole image that has its parts at `at`, found from the length in front of its bitmap.
-fn image_range(base: &[u8], at: ImageAt) -> Result<Range<usize>, ImageError> {
+fn bytes_of<'b>(base: &'b [u8], range: &Range<u32>) -> &'b [u8] {
+    &base[range.start as usize..range.end as usize]
+}
+
+/// The whole image that has its parts at `at`, found from the length in front of its bitmap; and where they lie in it.
+fn image_range(base: &[u8], at: ImageAt) -> Result<(Range<usize>, ImageAt), ImageError> {
     let bitmap = usize::from(at.columns).div_ceil(8);
     let start = (at.present as usize).checked_sub(if bitmap < 0x80 { 1 } else { 2 }).ok_or(ImageError::Malformed)?;
     let (_, found, used) = ImageRef::parse(base.get(start..).ok_or(ImageError::Truncated)?)?;
     let shift = start as u32;
     let same = (found.present + shift, found.slots + shift, found.heap + shift) == (at.present, at.slots, at.heap);
-    if same && found.columns == at.columns { Ok(start..start + used) } else { Err(ImageError::Malformed) }
+    if same && found.columns == at.columns { Ok((start..start + used, found)) } else { Err(ImageError::Malformed) }
 }

@@ -10,7 +10,7 @@ use wire::abi::{ManifestLine, WINDOW_ALIGN};
 use wire::{Schema, abi};
 
 use super::engine::{Compiled, Engine};
-use super::instance::{CallFault, Instances, Setup, Space, SpaceKind};
+use super::instance::{CallFault, Instances, Map, Setup, Space, SpaceKind};
 use super::logs::Logs;
 use super::pipeline::{OpenStage, Runner, Unit};
 use super::window::{Lease, Mapping, Ring, WorkerPart};
@@ -286,9 +286,9 @@ impl Owner {
 pub struct PluginWorker {
     shared: Arc<Shared>,
     with_ring: bool,
-    spaces: HashMap<(NamespaceId, SpaceKind), Space>,
+    spaces: Map<(NamespaceId, SpaceKind), Space>,
     instances: Instances,
-    pipelines: HashMap<PipelineId, Pipeline>,
+    pipelines: Map<PipelineId, Pipeline>,
     next: u64,
 }
 
@@ -304,7 +304,7 @@ struct Pipeline {
 impl PluginWorker {
     fn new(shared: Arc<Shared>, with_ring: bool) -> PluginWorker {
         let instances = Instances::new(shared.clone(), shared.options.instances_per_worker);
-        PluginWorker { shared, with_ring, spaces: HashMap::new(), instances, pipelines: HashMap::new(), next: 1 }
+        PluginWorker { shared, with_ring, spaces: Map::default(), instances, pipelines: Map::default(), next: 1 }
     }
 
     pub fn open(
@@ -442,7 +442,7 @@ impl PluginWorker {
     /// The outer error is ours, the inner one the guest's.
     fn configure(&mut self, owner: &Owner, setup: &Setup) -> Result<Result<Option<Schema>, CallFault>, PluginError> {
         let space = space(&self.shared, &mut self.spaces, self.with_ring, owner)?;
-        let configured = self.instances.get(setup, space).map(|(_, output)| output);
+        let configured = self.instances.get(setup, space).map(|(instance, _)| instance.output_schema(setup).cloned());
         if let Err(fault) = &configured {
             // A guest that says no to its parameters has not failed.
             if fault.cause != FaultCause::Failed {
@@ -474,7 +474,7 @@ impl Drop for PluginWorker {
 /// The owner's space, made where there is none, and entered.
 fn space<'a>(
     shared: &Shared,
-    spaces: &'a mut HashMap<(NamespaceId, SpaceKind), Space>,
+    spaces: &'a mut Map<(NamespaceId, SpaceKind), Space>,
     with_ring: bool,
     owner: &Owner,
 ) -> Result<&'a mut Space, PluginError> {
