@@ -65,7 +65,7 @@ use crate::store::{Commit, Epoch, Seq, Store, StoreError};
 use event::CommitEvents;
 use group::Registry;
 pub use index::admits;
-pub use requery::{Answer, Requery, RequeryError, Rerun};
+pub use requery::{Answer, Images, Requery, RequeryError, Rerun};
 pub use subscription::{Delivery, EndReason, Subscription};
 use tail::{CommitTail, lock};
 use worker::{Joined, Mailbox, Shared};
@@ -113,7 +113,7 @@ pub enum Pass {
     Live,
     /// A commit out of the change log.
     Replay,
-    /// Present rows.
+    /// Present rows, or those of a result.
     Snapshot,
 }
 
@@ -180,7 +180,8 @@ pub struct GroupSpec {
     /// The table that is read; of several the first.
     pub table: Arc<Table>,
     pub scope: Scope,
-    /// How a query that is no filter of one table is run again; its program is not asked.
+    /// How a query that is no filter of one table is run again; its program is asked for what a transform makes of its
+    /// rows, and for nothing else.
     pub requery: Option<Rerun>,
     pub range: KeyRange,
     /// Which rows can match, and that in words.
@@ -206,6 +207,20 @@ impl GroupSpec {
         let one = self.requery.is_none().then_some((&self.table, &self.scope));
         let several = self.requery.iter().flat_map(|rerun| &rerun.sources);
         one.into_iter().chain(several.map(|(table, scope)| (table, scope)))
+    }
+
+    /// The columns of the rows that go into the pipeline: the table's, or the result's.
+    pub fn input(&self) -> Schema {
+        match &self.requery {
+            None => self.table.schema(),
+            Some(rerun) => rerun.runner.columns().clone(),
+        }
+    }
+
+    /// Whose rows go into the pipeline. What is made of one user's rows, be it together with shared ones, is theirs.
+    pub fn whose(&self) -> &Scope {
+        let mut scopes = self.sources().map(|(_, scope)| scope);
+        scopes.find(|scope| matches!(scope, Scope::User(_))).unwrap_or(&self.scope)
     }
 
     fn admits(&self, row: &ImageRef<'_>) -> bool {

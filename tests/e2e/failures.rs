@@ -15,7 +15,7 @@ async fn table(server: &TestServer) -> Client {
 }
 
 /// A row filter in WebAssembly text that keeps every row but fails by `fault` on those whose `v` is below 0.
-fn sour(fault: &str, pass: bool) -> Vec<u8> {
+pub fn sour(fault: &str, pass: bool) -> Vec<u8> {
     format!(
         r#"(module
   (import "tidegate" "fail" (func $fail (param i32 i32 i32)))
@@ -40,9 +40,9 @@ fn sour(fault: &str, pass: bool) -> Vec<u8> {
     .into_bytes()
 }
 
-const TELL: &str = "(call $fail (local.get $i) (i32.const 0) (i32.const 10))";
+pub const TELL: &str = "(call $fail (local.get $i) (i32.const 0) (i32.const 10))";
 
-async fn errors(db: &Client, plugin: &str) -> Vec<Value> {
+pub async fn errors(db: &Client, plugin: &str) -> Vec<Value> {
     let response = db.get(&format!("/v1/plugins/main/{plugin}/errors")).send().await.unwrap();
     assert_eq!(response.status(), 200);
     response.json::<Value>().await.unwrap()["errors"].as_array().unwrap().clone()
@@ -102,7 +102,7 @@ async fn a_filter_may_let_through_what_it_fails_on_unless_it_forbids_that() {
     db.expect_no_live(without, 400, "bad_request").await;
 }
 
-async fn replay(db: &Client, plugin: &str, number: u64) -> Value {
+pub async fn replay(db: &Client, plugin: &str, number: u64) -> Value {
     let request = db.request(Method::POST, &format!("/v1/plugins/main/{plugin}/replay"));
     let response = request.json(&json!({"number": number})).send().await.unwrap();
     let status = response.status();

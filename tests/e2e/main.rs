@@ -19,6 +19,7 @@ mod plugin_logs;
 mod plugin_users;
 mod plugins;
 mod requery;
+mod requery_plugins;
 mod schema;
 mod session_sharing_isolation;
 mod slt;

@@ -77,22 +77,36 @@ fn piped_plan(random: &mut StdRng) -> Plan {
     let keep = Box::new(move |row: &Value| delay(row).is_some_and(|delay| delay >= f64::from(minutes)));
     let all = "SELECT * FROM t".to_owned();
     let some = format!("SELECT * FROM t WHERE {}", table.predicate(random));
-    let queries = vec![
+    let mut queries = vec![
         Query::plain(all.clone()).filtered(&late, keep.clone()),
         Query::plain(some).transformed(&units, Box::new(local_units)),
-        Query::plain(all).filtered(&late, keep).transformed(&units, Box::new(local_units)),
+        Query::plain(all).filtered(&late, keep.clone()).transformed(&units, Box::new(local_units)),
     ];
+    // Results that are run again go through plugins as well. Over a stream table they are refused.
+    if !table.stream {
+        let (limit, few) = (random.random_range(1..8), random.random_range(1..4));
+        let first = format!("SELECT * FROM t WHERE {} ORDER BY id LIMIT {limit}", table.predicate(random));
+        let first = Query::whole(first, vec!["id".to_owned()]);
+        queries.push(first.filtered(&late, keep).transformed(&units, Box::new(local_units)));
+        let carrier = || vec!["carrier".to_owned()];
+        let counts = "SELECT carrier, count(*) AS dep_delay FROM t GROUP BY carrier".to_owned();
+        let many = Box::new(move |row: &Value| delay(row).is_some_and(|count| count >= f64::from(few)));
+        queries.push(Query::whole(counts, carrier()).filtered(&format!("late:{{\"minutes\":{few}}}"), many));
+        let sums = "SELECT carrier, count(*) AS flight, min(origin) AS origin, max(dest) AS dest, \
+                    sum(distance) AS distance, count(dep_delay) AS dep_delay FROM t GROUP BY carrier";
+        queries.push(Query::whole(sums.to_owned(), carrier()).transformed(&units, Box::new(local_units)));
+    }
     Plan { table, queries, user: "admin" }
 }
 
 /// A DECIMAL is a string.
-fn delay(row: &Value) -> Option<f64> {
+pub fn delay(row: &Value) -> Option<f64> {
     let delay = &row["dep_delay"];
     delay.as_f64().or_else(|| delay.as_str()?.parse().ok())
 }
 
-/// The transform, natively.
-fn local_units(row: &Value) -> Value {
+/// The transform, natively, with its parameters as they are here.
+pub fn local_units(row: &Value) -> Value {
     let delay = delay(row);
     let class = match delay {
         None => "unknown",

@@ -20,11 +20,11 @@ async fn flights(server: &TestServer) -> Client {
 }
 
 /// A filter in WebAssembly text with this body of `tg_filter`; `$n` is the number of rows, `$window` a global.
-fn guest(body: &str) -> Vec<u8> {
+pub fn guest(body: &str) -> Vec<u8> {
     guest_with(1, body, "(i64.const 1)", "")
 }
 
-const KEEP_ALL: &str = "(i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))";
+pub const KEEP_ALL: &str = "(i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))";
 
 fn guest_with(abi: u32, filter: &str, configure: &str, more: &str) -> Vec<u8> {
     format!(

@@ -259,7 +259,6 @@ async fn what_does_not_fit_is_refused_by_name() {
     for (query, named) in [
         (LiveQuery::new("SELECT count(*) AS n FROM ticks"), "the stream table ticks"),
         (LiveQuery::new("SELECT count(*) AS n FROM orders").option("last_rows", "3"), "last_rows"),
-        (LiveQuery::new("SELECT count(*) AS n FROM orders").plugin("late"), "a pipeline"),
         (LiveQuery::new("SELECT count(*) AS n FROM orders WHERE total > random()"), "random()"),
         (LiveQuery::new("SELECT count(*) AS n FROM information_schema.tables"), "information_schema.tables"),
         (LiveQuery::new("SELECT 1 AS one"), "without a table"),

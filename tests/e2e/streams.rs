@@ -395,7 +395,7 @@ async fn explain_live_says_how_a_query_is_kept() {
         ),
         (
             "EXPLAIN LIVE SELECT x, count(*) AS c FROM b JOIN a ON a.id = b.id GROUP BY x",
-            json!({"mode": "requery", "key": "x", "scope": "main.b (shared), main.a (shared)", "interval_ms": "250"}),
+            json!({"mode": "requery", "key": "x", "scope": "main.b (shared), main.a (shared)", "interval_ms": "250", "plugins_see": "rows of the result"}),
         ),
     ] {
         let rows = alice.objects(sql).await;

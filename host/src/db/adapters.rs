@@ -65,8 +65,11 @@ pub(super) struct WorkerPipelines {
 /// What is known of an open pipeline's group, to name the stage that failed and to note what it failed on.
 struct OpenGroup {
     stages: Vec<Stage>,
+    /// Of a query over several the first.
     table: Arc<Table>,
     scope: Scope,
+    /// The columns of its rows, where they are rows of a result; else they are the table's.
+    result: Option<Schema>,
     live_id: String,
 }
 
@@ -88,7 +91,8 @@ impl OpenGroup {
     }
 
     /// Notes what failed while the pipeline went on: each unit when it is new, and once more if a replay is the first to
-    /// meet it (the server may have been restarted since).
+    /// meet it (the server may have been restarted since). A row of a result comes again with every run, and is noted
+    /// when it is new alone.
     fn note<At>(
         &self,
         errors: &PluginErrors,
@@ -97,12 +101,17 @@ impl OpenGroup {
         images: impl Fn(&At) -> (Option<ImageAt>, Option<ImageAt>),
         places: &[At],
     ) {
+        if faults.is_empty() {
+            return;
+        }
+        let schema = self.result.clone().unwrap_or_else(|| self.table.schema());
         let new = |fault: &&UnitFault| !fault.known || batch.pass == Pass::Live;
         let entries = faults.iter().filter(new).filter_map(|fault| {
             let (before, stage) = (self.stages.get(..fault.stage)?, self.stages.get(fault.stage)?);
             let (old, row) = images(places.get(fault.index)?);
             Some(errors::Entry {
                 table: &self.table,
+                schema: &schema,
                 scope: &self.scope,
                 live_id: &self.live_id,
                 stage,
@@ -118,8 +127,8 @@ impl OpenGroup {
 
 impl Pipelines for WorkerPipelines {
     fn open(&mut self, group: &GroupSpec) -> Result<u64, PipelineFault> {
-        let input = group.table.schema();
-        let owner = match &group.scope {
+        let input = group.input();
+        let owner = match group.whose() {
             Scope::Shared => Owner::shared(group.table.namespace),
             Scope::User(user) => Owner::user(group.table.namespace, user),
         };
@@ -128,7 +137,8 @@ impl Pipelines for WorkerPipelines {
         let open = OpenGroup {
             stages: group.stages.clone(),
             table: group.table.clone(),
-            scope: group.scope.clone(),
+            scope: group.whose().clone(),
+            result: group.requery.is_some().then_some(input),
             live_id: group.live_id.clone(),
         };
         self.open.insert(id, open);

@@ -40,7 +40,10 @@ pub(super) struct PluginErrors(pub(super) Store);
 
 /// One failure, as a worker knows it.
 pub(super) struct Entry<'a> {
+    /// Of a query over several the first.
     pub table: &'a Table,
+    /// The columns of the images: the table's, or a result's.
+    pub schema: &'a Schema,
     pub scope: &'a Scope,
     pub live_id: &'a str,
     pub stage: &'a Stage,
@@ -106,7 +109,7 @@ impl PluginErrors {
 fn record(seq: Seq, base: &[u8], entry: &Entry<'_>) -> Record {
     let image = |at: Option<ImageAt>| at.and_then(|at| whole_image(base, at)).filter(|image| image.len() <= ROW_BYTES);
     let (old, row) = (image(entry.old), image(entry.row));
-    let columns = if old.is_some() || row.is_some() { entry.table.schema().columns } else { Vec::new() };
+    let columns = if old.is_some() || row.is_some() { entry.schema.columns.clone() } else { Vec::new() };
     Record {
         namespace: entry.table.namespace.0,
         user: match entry.scope {
@@ -179,7 +182,7 @@ pub struct PluginErrorEntry {
     pub seq: Seq,
     /// Microseconds since 1970.
     pub at: i64,
-    /// One row each, with the columns of the table.
+    /// One row each, with the columns of the table, or of the result of a live query that is run again.
     pub old: Option<RecordBatch>,
     pub row: Option<RecordBatch>,
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use wire::Scope;
 
-use super::LiveRequest;
+use super::{LiveRequest, StageRequest};
 use crate::catalog::{Semantics, Table};
 use crate::plugins::Stage;
 
@@ -16,6 +16,8 @@ pub(super) struct Fingerprint {
     table: u32,
     schema_version: u32,
     pipeline: [u8; 32],
+    /// Of the group alone, not in positions.
+    asked: Vec<u8>,
 }
 
 impl Fingerprint {
@@ -59,7 +61,18 @@ impl Fingerprint {
             table,
             schema_version,
             pipeline: pipeline.finalize().into(),
+            asked: Vec::new(),
         }
+    }
+
+    /// Groups apart what asked for the same versions in other words: a group that looks its plugins up again, as it is
+    /// pinned or not, can only do so for all of its streams alike.
+    pub(super) fn as_asked(mut self, pipeline: &[StageRequest]) -> Self {
+        for StageRequest { plugin, .. } in pipeline {
+            self.asked.extend((plugin.len() as u64).to_le_bytes());
+            self.asked.extend(plugin.bytes());
+        }
+        self
     }
 
     pub(super) fn text(&self) -> String {
@@ -84,7 +97,7 @@ impl Fingerprint {
 
     /// Equal only for equal groups: all bits of all parts.
     pub(super) fn key(&self) -> Vec<u8> {
-        [self.plan, self.schema, self.pipeline].concat()
+        [&self.plan[..], &self.schema[..], &self.pipeline[..], &self.asked[..]].concat()
     }
 
     pub(super) fn live_id(&self) -> String {

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 
 use super::kills::{KIND, Kills};
 use super::{Db, DbError, Identity, blocking};
+use crate::catalog::Stage;
 use crate::config::Role;
 use crate::live::{GroupSpec, Live};
 use crate::store::{Seq, Store, StoreError};
@@ -37,6 +38,8 @@ pub(super) struct LiveQueryInfo {
     pub sql: String,
     pub mode: &'static str,
     pub index: String,
+    /// Plugins with their versions and parameters, in order; empty without.
+    pub pipeline: String,
     /// Of the user who asks; of an administrator everybody's.
     pub subscribers: u64,
     pub events: u64,
@@ -93,6 +96,7 @@ impl Streams {
                     sql: open.sql.to_string(),
                     mode: mode(&open.spec),
                     index: open.spec.index.clone(),
+                    pipeline: pipeline(&open.spec),
                     users,
                     subscribers: counts.iter().sum::<usize>() as u64,
                     events: counters.events,
@@ -164,6 +168,12 @@ impl Db {
 
 pub(super) fn mode(spec: &GroupSpec) -> &'static str {
     if spec.requery.is_some() { "requery" } else { "incremental" }
+}
+
+/// As a request says it, with the versions that run.
+fn pipeline(spec: &GroupSpec) -> String {
+    let stage = |stage: &Stage| format!("{}@{}:{}", stage.name, stage.version, stage.params);
+    spec.stages.iter().map(stage).collect::<Vec<_>>().join(" ")
 }
 
 /// One stream's entry; dropping it takes it out.

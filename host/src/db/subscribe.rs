@@ -11,12 +11,12 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use wire::Scope;
+use wire::{Schema, Scope};
 
 use super::adapters::PlanProgram;
 use super::fingerprint::{Fingerprint, Same};
 use super::install::stored_version;
-use super::rerun::{NoProgram, QueryRunner};
+use super::rerun::{QueryRunner, WholeProgram};
 use super::streams::{Listed, mode};
 use super::{
     Db, DbError, Identity, LiveOutput, LiveRequest, ResyncReason, SqlAnswer, SqlRequest, StageRequest, StatementResult,
@@ -132,7 +132,8 @@ impl Db {
 
     fn incremental(&self, plan: LivePlan, request: &LiveRequest, env: &RequestEnv) -> Result<Compiled, DbError> {
         let table = plan.table.clone();
-        let stages = resolve_stages(&env.catalog, &env.namespace, &table.namespace_name, &request.pipeline)?;
+        may_read(&env.namespace, &table, &request.pipeline)?;
+        let stages = resolve_stages(&env.catalog, &env.namespace, &request.pipeline)?;
         let (output, semantics) = match stages.is_empty() {
             true if request.on_error != OnError::Stop => return Err(no_plugin()),
             true => (None, Semantics::Map),
@@ -141,10 +142,7 @@ impl Db {
                 (checked.output, checked.semantics)
             }
         };
-        let columns = match &output {
-            Some(schema) => schema.columns.iter().map(|c| OutputColumn { name: c.name.clone(), ty: c.ty }).collect(),
-            None => plan.columns.clone(),
-        };
+        let columns = shown(&plan.columns, output.as_ref());
         let sources = [(&plan.table, &plan.scope)].into_iter();
         let fingerprint = Fingerprint::new(plan.fingerprint, sources, &stages, request, semantics);
         let key = table.key_schema().columns.into_iter().map(|column| column.name).collect();
@@ -177,14 +175,6 @@ impl Db {
         env: &RequestEnv,
         runtime: Handle,
     ) -> Result<Compiled, DbError> {
-        if !request.pipeline.is_empty() {
-            let hint =
-                "plugins see the rows of one table: leave out joins, aggregates, DISTINCT, LIMIT and sub-queries";
-            return Err(unsupported("a pipeline on a query that is run again as a whole", hint));
-        }
-        if request.on_error != OnError::Stop {
-            return Err(no_plugin());
-        }
         if request.last_rows.is_some() {
             let hint = "its rows are in no table's key order; say ORDER BY … LIMIT in the query";
             return Err(unsupported("last_rows on a query that is run again as a whole", hint));
@@ -192,13 +182,26 @@ impl Db {
         let Some((table, scope)) = plan.tables.first().cloned() else {
             return Err(DbError::Internal("a live query without a table".into()));
         };
+        for (table, _) in &plan.tables {
+            may_read(&env.namespace, table, &request.pipeline)?;
+        }
+        let stages = resolve_stages(&env.catalog, &env.namespace, &request.pipeline)?;
+        let (input, output) = match stages.is_empty() {
+            true if request.on_error != OnError::Stop => return Err(no_plugin()),
+            true => (Schema::default(), None),
+            false => self.over_results(&plan, &table, &stages, request, env)?,
+        };
         let sources = plan.tables.iter().map(|(table, scope)| (table, scope));
-        let fingerprint = Fingerprint::new(plan.fingerprint, sources, &[], request, Semantics::Map);
-        let (columns, key, plan) = (plan.columns.clone(), plan.key.clone(), Arc::new(plan));
+        let fingerprint = Fingerprint::new(plan.fingerprint, sources, &stages, request, Semantics::Map);
+        let fingerprint = fingerprint.as_asked(&request.pipeline);
+        let (columns, key, plan) = (shown(&plan.columns, output.as_ref()), plan.key.clone(), Arc::new(plan));
         let runner = QueryRunner {
             store: self.inner.store.clone(),
             sql: self.inner.sql.clone(),
             plan: plan.clone(),
+            columns: input,
+            pipeline: request.pipeline.clone(),
+            stages: stages.clone(),
             namespace: env.namespace.clone(),
             user: env.user.clone(),
             role: env.role,
@@ -217,14 +220,40 @@ impl Db {
             range: KeyRange::all(),
             index: "changes of its tables".to_owned(),
             anchors: Anchors::Any,
-            program: Arc::new(NoProgram),
-            stages: Vec::new(),
+            program: Arc::new(WholeProgram),
+            stages,
             semantics: Semantics::Map,
-            on_error: OnError::Stop,
-            output: None,
+            on_error: request.on_error,
+            output,
             old: request.old,
         };
         Ok(Compiled { spec: Arc::new(spec), columns, key, catalog_version: env.catalog.version })
+    }
+
+    /// Checks a pipeline over the rows of results: what goes into it, and what a transform makes of that.
+    ///
+    /// Rows only. What differs between two results depends on which commits fell between two runs, so a feed of that
+    /// would be another one after each reconnect.
+    fn over_results(
+        &self,
+        plan: &RequeryPlan,
+        table: &Table,
+        stages: &[Stage],
+        request: &LiveRequest,
+        env: &RequestEnv,
+    ) -> Result<(Schema, Option<Schema>), DbError> {
+        for stage in &request.pipeline {
+            if stored_version(&env.catalog, &env.namespace, &stage.plugin)?.kind.sees_changes() {
+                let what =
+                    format!("plugin {}, which sees changes, on a query that is run again as a whole", stage.plugin);
+                let hint = "its results have rows and no changes of their own: take a plugin for rows, or filter and \
+                            project one table";
+                return Err(unsupported(&what, hint));
+            }
+        }
+        let input = plan.schema()?;
+        let checked = self.inner.plugins.check(table.namespace, stages, &input, request.on_error)?;
+        Ok((input, checked.output))
     }
 
     /// Where to start, and what to say first.
@@ -321,11 +350,16 @@ impl Db {
             };
             format!("{}.{} ({whose})", table.namespace_name, table.name)
         };
+        let plugins_see = match spec.requery {
+            None => "rows of the table, or their changes",
+            Some(_) => "rows of the result",
+        };
         let mut said = vec![
             ("mode", mode(spec).to_owned()),
             ("semantics", spec.semantics.as_str().to_owned()),
             ("key", compiled.key.join(", ")),
             ("index", spec.index.clone()),
+            ("plugins_see", plugins_see.to_owned()),
             ("group", spec.live_id.clone()),
             ("scope", spec.sources().map(source).collect::<Vec<_>>().join(", ")),
         ];
@@ -616,21 +650,33 @@ fn subscribe_error(error: SubscribeError) -> DbError {
     }
 }
 
+/// What a stream shows: the SELECT list, or what the last transform makes in its place.
+fn shown(selected: &[OutputColumn], output: Option<&Schema>) -> Vec<OutputColumn> {
+    match output {
+        Some(schema) => schema.columns.iter().map(|c| OutputColumn { name: c.name.clone(), ty: c.ty }).collect(),
+        None => selected.to_vec(),
+    }
+}
+
+/// The window carries one namespace, so it is that one's plugins that may read its tables.
+fn may_read(namespace: &str, table: &Table, pipeline: &[StageRequest]) -> Result<(), DbError> {
+    let home = &table.namespace_name;
+    if pipeline.is_empty() || namespace == home {
+        return Ok(());
+    }
+    Err(DbError::BadRequest(format!(
+        "plugins of namespace \"{namespace}\" cannot read tables of \"{home}\"; set namespace={home}"
+    )))
+}
+
 /// `name`, `name@3` or `name@sha256:…` → the version that runs.
-fn resolve_stages(
+pub(super) fn resolve_stages(
     catalog: &Catalog,
     namespace: &str,
-    table_namespace: &str,
     pipeline: &[StageRequest],
 ) -> Result<Vec<Stage>, DbError> {
     if pipeline.len() > MAX_STAGES {
         return Err(DbError::BadRequest(format!("a pipeline has at most {MAX_STAGES} plugins")));
-    }
-    // The ring carries the table's namespace, so that is whose plugins may read it.
-    if !pipeline.is_empty() && namespace != table_namespace {
-        return Err(DbError::BadRequest(format!(
-            "plugins of namespace \"{namespace}\" cannot read tables of \"{table_namespace}\"; set namespace={table_namespace}"
-        )));
     }
     pipeline.iter().map(|stage| resolve_stage(catalog, namespace, stage)).collect()
 }

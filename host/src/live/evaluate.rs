@@ -302,10 +302,10 @@ fn show(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result<Op
 }
 
 /// What a transform put in the place of the kept rows.
-type Transformed<'a> = Option<(&'a Schema, Vec<Vec<u8>>)>;
+pub(super) type Transformed<'a> = Option<(&'a Schema, Vec<Vec<u8>>)>;
 
 /// The images that a pipeline let through, and what it made of them.
-fn keep(spec: &GroupSpec, kept: Vec<usize>, piped: Piped) -> Result<(Vec<usize>, Transformed<'_>), Fault> {
+pub(super) fn keep(spec: &GroupSpec, kept: Vec<usize>, piped: Piped) -> Result<(Vec<usize>, Transformed<'_>), Fault> {
     if piped.keep.len() != kept.len() {
         return Err(ProgramError("the pipeline did not answer for every row".to_owned()).into());
     }
@@ -318,7 +318,7 @@ fn keep(spec: &GroupSpec, kept: Vec<usize>, piped: Piped) -> Result<(Vec<usize>,
     Ok((kept, Some((schema, output))))
 }
 
-fn parse_all(images: &[Vec<u8>]) -> Result<Vec<ImageRef<'_>>, ProgramError> {
+pub(super) fn parse_all(images: &[Vec<u8>]) -> Result<Vec<ImageRef<'_>>, ProgramError> {
     images
         .iter()
         .map(|bytes| ImageRef::parse(bytes).map(|(image, ..)| image))

@@ -18,8 +18,8 @@ use super::{Encoder, GroupSpec, Pass};
 use crate::store::snapshot::RowScan;
 use crate::store::{Seq, Store, StoreError};
 
-/// Rows of one piece of a snapshot: one evaluation, a millisecond or so.
-const PIECE_ROWS: usize = 1000;
+/// Rows of one piece of a snapshot, or of a result on its way through plugins: one evaluation, a millisecond or so.
+pub(super) const PIECE_ROWS: usize = 1000;
 
 pub(super) struct Job {
     pub group: u64,

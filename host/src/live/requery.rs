@@ -8,6 +8,10 @@
 //! got further than its last answer ([`GroupTail::settled`](super::tail::GroupTail::settled)).
 //!
 //! The change log knows no results, so a subscriber older than the group's tail starts afresh.
+//!
+//! Where the group has plugins, an answer goes through them before it is compared ([`pipe`]).
+
+mod pipe;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -17,7 +21,8 @@ use std::time::{Duration, Instant};
 use arrow::compute::concat_batches;
 use arrow::record_batch::RecordBatch;
 use arrow::row::{RowConverter, SortField};
-use wire::Scope;
+use wire::image::ImageAt;
+use wire::{Schema, Scope};
 
 use super::ProgramError;
 use super::evaluate::RowEquality;
@@ -26,10 +31,24 @@ use super::job::Job;
 use crate::catalog::Table;
 use crate::store::Seq;
 
+pub(super) use pipe::{Piping, Progress};
+
 /// Runs one query as a whole.
 pub trait Requery: Send + Sync {
     /// Starts a run at a snapshot of its own and returns at once; `done` is called once, from anywhere.
     fn run(&self, done: Done);
+
+    /// The columns of its results as plugins see them; none where there are no plugins.
+    fn columns(&self) -> &Schema;
+
+    /// Rows of a result as plugins read them: of `some` as many as make about `bytes`, but one at least.
+    fn images(&self, rows: &RecordBatch, some: Range<usize>, bytes: usize) -> Result<Images, ProgramError>;
+}
+
+/// Rows as bytes, and where in them each lies.
+pub struct Images {
+    pub base: Vec<u8>,
+    pub places: Vec<ImageAt>,
 }
 
 pub type Done = Box<dyn FnOnce(Result<Answer, RequeryError>) + Send>;
@@ -87,7 +106,10 @@ impl Held {
 /// What a worker knows of one such group.
 pub(super) struct Runs {
     pub held: Option<Arc<Held>>,
+    /// From its start until the group holds its answer, or there is none.
     pub running: bool,
+    /// The answer of that run, on its way through the pipeline.
+    pub piping: Option<Piping>,
     started: Option<Instant>,
     /// When the next run is due, once something changed.
     pub due: Option<Instant>,
@@ -97,7 +119,7 @@ pub(super) struct Runs {
 
 impl Runs {
     pub(super) fn new() -> Self {
-        Runs { held: None, running: false, started: None, due: None, waiting: Vec::new() }
+        Runs { held: None, running: false, piping: None, started: None, due: None, waiting: Vec::new() }
     }
 
     pub(super) fn last(&self) -> Seq {

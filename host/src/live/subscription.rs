@@ -59,6 +59,15 @@ impl EndReason {
             other => other,
         }
     }
+
+    /// The same, but no earlier than what was told already: a query that is run again fails after its last result, and
+    /// commits that left that result as it is may have passed since.
+    fn not_before(self, cursor: Seq) -> Self {
+        match self {
+            EndReason::Pipeline { seq, .. } | EndReason::Program { seq, .. } if seq < cursor => self.at(cursor),
+            other => other,
+        }
+    }
 }
 
 /// The next thing for the subscriber.
@@ -250,7 +259,7 @@ impl Subscription {
         let delivery = match end {
             GroupEnd::Expired => Delivery::Expired,
             GroupEnd::Reason(reason) if behind => Delivery::End(reason.at(self.cursor)),
-            GroupEnd::Reason(reason) => Delivery::End(reason),
+            GroupEnd::Reason(reason) => Delivery::End(reason.not_before(self.cursor)),
         };
         self.asked = None;
         self.state = State::Ended(Box::new(delivery.clone()));

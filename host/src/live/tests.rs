@@ -2,12 +2,13 @@
 //! whatever a subscriber folds must be the query's result at every position it was given.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use arrow::array::{ArrayRef, Int64Array, StringArray};
-use arrow::datatypes::{DataType, Field};
+use arrow::array::{ArrayRef, AsArray, Int64Array, StringArray};
+use arrow::datatypes::{DataType, Field, Int64Type};
 use arrow::record_batch::RecordBatch;
 use arrow::util::display::array_value_to_string;
 use rand::rngs::StdRng;
@@ -15,7 +16,9 @@ use rand::{Rng, SeedableRng};
 use wire::image::ImageAt;
 use wire::{ChangeAt, ColumnDecl, ImageBuilder, ImageRef, Kind, Schema, Scope, Type, Value};
 
+use super::evaluate::Fault;
 use super::event::{CommitEvents, EventOp};
+use super::requery::{Done, Piping, Progress};
 use super::*;
 use crate::catalog::Stage;
 use crate::catalog::{Column, NamespaceId, Plugin, PluginKind, Table, TableId, TableKind};
@@ -961,4 +964,92 @@ async fn those_who_come_back_together_share_one_replay() {
 #[test]
 fn a_subscription_is_small() {
     assert!(size_of::<Subscription>() <= 120, "{} bytes", size_of::<Subscription>());
+}
+
+// ---- results on their way through a pipeline ----
+
+/// A query whose results have the columns `id` and `a`.
+struct Results(Schema);
+
+impl Requery for Results {
+    fn run(&self, _: Done) {}
+
+    fn columns(&self) -> &Schema {
+        &self.0
+    }
+
+    fn images(&self, rows: &RecordBatch, some: Range<usize>, bytes: usize) -> Result<Images, ProgramError> {
+        let values = rows.column(1).as_primitive::<Int64Type>();
+        let mut images = Images { base: Vec::new(), places: Vec::new() };
+        for row in some {
+            if !images.places.is_empty() && images.base.len() >= bytes {
+                break;
+            }
+            let mut builder = ImageBuilder::new(2);
+            builder.set_int(1, values.value(row));
+            let start = images.base.len() as u32;
+            let ImageAt { present, slots, heap, columns } = builder.finish_into(&mut images.base);
+            let at = ImageAt { present: present + start, slots: slots + start, heap: heap + start, columns };
+            images.places.push(at);
+        }
+        Ok(images)
+    }
+}
+
+#[test]
+fn a_result_goes_through_its_pipeline_in_pieces_and_within_its_limit() {
+    let table = table(TableId(1), NamespaceId(1), "any");
+    let mut schema = table.schema();
+    schema.columns.truncate(2);
+    let runner = Arc::new(Results(schema));
+    let spec = GroupSpec {
+        key: Vec::new(),
+        live_id: "l".to_owned(),
+        table: table.clone(),
+        scope: Scope::Shared,
+        requery: Some(Rerun { runner, sources: vec![(table, Scope::Shared)] }),
+        range: KeyRange::all(),
+        anchors: Anchors::Any,
+        index: String::new(),
+        program: Arc::new(Least(0)),
+        stages: vec![stage()],
+        semantics: Semantics::Map,
+        on_error: OnError::Stop,
+        output: Some(doubled()),
+        old: OldMode::Changed,
+        fingerprint: "f".to_owned(),
+        epoch: Epoch(1),
+    };
+    assert_eq!((spec.whose(), spec.input().columns.len()), (&Scope::Shared, 2));
+    let piped = |values: Range<i64>, options: LiveOptions| -> Result<(RecordBatch, RecordBatch, usize), Fault> {
+        let ids: ArrayRef = Arc::new((0..values.end - values.start).collect::<Int64Array>());
+        let keys = RecordBatch::try_from_iter([("id", ids.clone())]).unwrap();
+        let values: ArrayRef = Arc::new(values.collect::<Int64Array>());
+        let rows = RecordBatch::try_from_iter([("id", ids), ("a", values)]).unwrap();
+        let (mut piping, mut steps) = (Piping::new(Answer { seq: Seq(9), rows, keys }), 0);
+        loop {
+            steps += 1;
+            match piping.step(&spec, &mut Doubler::default(), 7, &options)? {
+                Progress::More(more) => piping = more,
+                Progress::Done(answer) => return Ok((answer.rows, answer.keys, steps)),
+            }
+        }
+    };
+    let numbers = |batch: &RecordBatch| batch.column(0).as_primitive::<Int64Type>().values().to_vec();
+    let kept: Vec<i64> = (0..2_500).filter(|id| (10_000 + id) % 3 != 0).collect();
+    let twice: Vec<i64> = kept.iter().map(|id| (10_000 + id) * 2).collect();
+    for (chunk_bytes, expected) in [(1 << 20, 3), (1, 2_500)] {
+        let (rows, keys, steps) = piped(10_000..12_500, LiveOptions { chunk_bytes, ..options() }).unwrap();
+        assert_eq!((numbers(&rows), numbers(&keys), steps), (twice.clone(), kept.clone(), expected));
+    }
+    // Nothing is left: the columns are the transform's all the same.
+    let (rows, keys, steps) = piped(3..4, options()).unwrap();
+    assert_eq!((rows.num_rows(), rows.schema().field(0).name().as_str(), keys.num_rows(), steps), (0, "twice", 0, 1));
+    let (rows, ..) = piped(0..0, options()).unwrap();
+    assert_eq!((rows.num_rows(), rows.num_columns()), (0, 1));
+    // What a transform makes is bounded, and a plugin's fault is its own.
+    let small = LiveOptions { requery_bytes: 4_096, ..options() };
+    let Err(Fault::Program(error)) = piped(10_000..12_500, small) else { panic!("over the limit") };
+    assert!(error.to_string().contains("live.requery_bytes"), "{error}");
+    assert!(matches!(piped(665..668, options()), Err(Fault::Pipeline(_))));
 }

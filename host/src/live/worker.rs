@@ -1,8 +1,8 @@
 //! Worker threads: each owns some groups, takes commits in order, evaluates, runs pipelines, encodes.
 //!
 //! One loop over one closed set of events. In every turn the worker takes what its mailbox holds, then the commits that
-//! wait (at most [`TURN_COMMITS`]), then one piece of one job: live commits go before snapshots and replays, and a
-//! flood of either cannot starve the other.
+//! wait (at most [`TURN_COMMITS`]), then one piece of one job, and one of one result that goes through plugins: live
+//! commits go before snapshots and replays, and a flood of either cannot starve the other.
 //!
 //! The commit thread only ever pushes to the commit tail and wakes workers ([`Mailbox::wake`]): a short lock, and at
 //! most one message per worker and nap. A worker behind the commit tail reads the change log for the namespaces it has
@@ -26,7 +26,7 @@ use super::group::{Group, Registry};
 use super::index::Index;
 use super::job::{Job, JobError, Piece, Replayed, SnapshotScan, Work, replay_piece, snapshot_piece};
 use super::log::{LogError, LogPiece, read_piece};
-use super::requery::{Answer, RequeryError, Rerun, Runs};
+use super::requery::{Answer, Piping, Progress, RequeryError, Rerun, Runs};
 use super::subscription::EndReason;
 use super::tail::{CommitTail, CommitsAfter, GroupEnd};
 use super::{Encoder, GroupSpec, LiveOptions, Pass, PipelineFault, Pipelines};
@@ -169,6 +169,8 @@ pub(super) struct Worker {
     due: BTreeSet<(Instant, u64)>,
     /// Groups with jobs that wait for a newer answer.
     awaited: BTreeSet<u64>,
+    /// Groups whose answer is on its way through their pipeline; some may have ended.
+    piping: VecDeque<u64>,
     processed: Seq,
 }
 
@@ -187,6 +189,7 @@ pub(super) fn run(shared: Arc<Shared>, mailbox: Arc<Mailbox>, events: Receiver<E
         replaying: Vec::new(),
         due: BTreeSet::new(),
         awaited: BTreeSet::new(),
+        piping: VecDeque::new(),
     };
     worker.jump();
     worker.main_loop();
@@ -230,12 +233,15 @@ impl Worker {
             if let Some(job) = self.jobs.pop_front() {
                 self.work(job);
             }
+            if let Some(id) = self.piping.pop_front() {
+                self.pipe(id);
+            }
             self.run_due();
             if Instant::now() >= sweep {
                 self.members.values().for_each(|member| member.group.forget_older(heartbeat.max(LEAST_TAIL_AGE)));
                 sweep = Instant::now() + heartbeat;
             }
-            if more_commits || !self.jobs.is_empty() {
+            if more_commits || !self.jobs.is_empty() || !self.piping.is_empty() {
                 continue;
             }
             for id in self.replaying.drain(..) {
@@ -479,16 +485,46 @@ impl Worker {
     fn answered(&mut self, id: u64, answer: Result<Answer, RequeryError>) {
         let Some(member) = self.members.get_mut(&id) else { return };
         let Some(runs) = &mut member.runs else { return };
-        runs.running = false;
-        let answer = match answer {
-            Ok(answer) => answer,
-            // The commit that changed the table ends the group at its place.
-            Err(RequeryError::Changed) => return,
-            Err(RequeryError::Failed(message)) => {
-                let seq = runs.last();
-                return self.end(id, GroupEnd::Reason(EndReason::Program { message, seq }));
+        match (answer, member.pipeline) {
+            (Ok(answer), None) => self.take_in(id, answer),
+            (Ok(answer), Some(_)) => {
+                runs.piping = Some(Piping::new(answer));
+                self.piping.push_back(id);
             }
-        };
+            // The commit that changed the table, or the plugin, ends the group at its place.
+            (Err(RequeryError::Changed), _) => runs.running = false,
+            (Err(RequeryError::Failed(message)), _) => {
+                let seq = runs.last();
+                self.end(id, GroupEnd::Reason(EndReason::Program { message, seq }));
+            }
+        }
+    }
+
+    /// The next piece of an answer through its group's pipeline.
+    fn pipe(&mut self, id: u64) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        let Some(runs) = &mut member.runs else { return };
+        let (Some(piping), Some(pipeline)) = (runs.piping.take(), member.pipeline) else { return };
+        let (spec, options) = (&member.group.spec, &self.shared.options);
+        match piping.step(spec, &mut *self.pipelines, pipeline, options) {
+            Ok(Progress::More(piping)) => {
+                runs.piping = Some(piping);
+                self.piping.push_back(id);
+            }
+            Ok(Progress::Done(answer)) => self.take_in(id, answer),
+            // The answer before stands; nothing of this one was told.
+            Err(fault) => {
+                let seq = runs.last();
+                self.end(id, GroupEnd::Reason(reason(fault, seq)));
+            }
+        }
+    }
+
+    /// An answer as subscribers get to see it: the group holds it from now on.
+    fn take_in(&mut self, id: u64, answer: Answer) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        let Some(runs) = &mut member.runs else { return };
+        runs.running = false;
         let (seq, first) = (answer.seq, runs.held.is_none());
         match runs.answered(answer) {
             Ok(events) => {

@@ -4,6 +4,7 @@
 //! type alone. What queries compute in Arrow types of no SQL type is cast to one that has ([`output_type`]).
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use ::arrow::array::{
@@ -19,7 +20,8 @@ use ::arrow::datatypes::{
 use ::arrow::record_batch::{RecordBatch, RecordBatchOptions};
 use ::arrow::util::display::{ArrayFormatter, FormatOptions};
 use uuid::Uuid;
-use wire::{ColumnDecl, ImageRef, Schema, Type, Value};
+use wire::image::ImageAt;
+use wire::{ColumnDecl, ImageBuilder, ImageRef, Schema, Type, Value};
 
 use super::error::from_arrow;
 use super::{OutputColumn, SqlError};
@@ -186,6 +188,55 @@ pub fn to_batch(schema: &Schema, images: &[ImageRef<'_>]) -> Result<RecordBatch,
         builder.push(image)?;
     }
     builder.finish()
+}
+
+/// Rows of a batch as images, one behind the other, and where each lies: those of `rows`, until they make about `bytes`,
+/// but one at least. The batch has the columns of `schema`, in its order.
+pub fn to_images(
+    schema: &Schema,
+    batch: &RecordBatch,
+    rows: Range<usize>,
+    bytes: usize,
+) -> Result<(Vec<u8>, Vec<ImageAt>), SqlError> {
+    for (column, array) in schema.columns.iter().zip(batch.columns()) {
+        if *array.data_type() != arrow_type(column.ty) {
+            let message = format!("column {:?} is {}, and comes as {}", column.name, column.ty, array.data_type());
+            return Err(SqlError::Internal(message));
+        }
+    }
+    let (mut base, mut places) = (Vec::new(), Vec::new());
+    let mut image = ImageBuilder::new(schema.slots());
+    for row in rows {
+        if !places.is_empty() && base.len() >= bytes {
+            break;
+        }
+        image.clear();
+        for (column, array) in schema.columns.iter().zip(batch.columns()) {
+            set_cell(&mut image, column, array, row)?;
+        }
+        // Whoever asks for less than 4 GiB gets no more than that.
+        let start = base.len() as u32;
+        let ImageAt { present, slots, heap, columns } = image.finish_into(&mut base);
+        places.push(ImageAt { present: present + start, slots: slots + start, heap: heap + start, columns });
+    }
+    Ok((base, places))
+}
+
+fn set_cell(image: &mut ImageBuilder, column: &ColumnDecl, array: &ArrayRef, row: usize) -> Result<(), SqlError> {
+    if array.is_null(row) {
+        return Ok(());
+    }
+    match column.ty {
+        // These without a copy of their own.
+        Type::Text | Type::Json => image.set_bytes(column.id, array.as_string::<i32>().value(row).as_bytes()),
+        Type::Bytea => image.set_bytes(column.id, array.as_binary::<i32>().value(row)),
+        ty => match value_at(array, row, ty) {
+            // A text that is called a UUID and is none: rather no row than one that says NULL.
+            Value::Null => return Err(SqlError::Internal(format!("column {:?} holds no {ty}", column.name))),
+            value => image.set(column.id, &value),
+        },
+    }
+    Ok(())
 }
 
 /// Gathers row images into a batch of some of their columns.
@@ -539,7 +590,6 @@ pub fn unhex(hex: &str) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use wire::ImageBuilder;
 
     use super::*;
 
@@ -594,6 +644,22 @@ mod tests {
                 let same_nan = matches!((&back, value), (Value::Float(a), Value::Float(b)) if a.is_nan() && b.is_nan());
                 prop_assert!(same_nan || back == *value, "{:?} became {:?}", value, back);
             }
+
+            let schema = schema_of(&row);
+            let (base, places) = to_images(&schema, &batch, 0..2, usize::MAX).unwrap();
+            let (one, first, used) = ImageRef::parse(&base).unwrap();
+            let (two, at, rest) = ImageRef::parse(&base[used..]).unwrap();
+            let shift = used as u32;
+            let second = ImageAt {
+                present: at.present + shift,
+                slots: at.slots + shift,
+                heap: at.heap + shift,
+                columns: at.columns,
+            };
+            prop_assert_eq!((places, used + rest), (vec![first, second], base.len()));
+            prop_assert_eq!(to_batch(&schema, &[one, two]).unwrap(), batch.clone());
+            let (part, places) = to_images(&schema, &batch, 1..2, 0).unwrap();
+            prop_assert_eq!((&part[..], places), (&base[used..], vec![at]));
         }
     }
 
@@ -606,5 +672,15 @@ mod tests {
         let (image, ..) = ImageRef::parse(&bytes).unwrap();
         let error = to_batch(&schema_of(&row), &[image]).unwrap_err();
         assert!(matches!(error, SqlError::Store(StoreError::Corrupt(_))), "{error}");
+    }
+
+    #[test]
+    fn a_result_that_is_not_what_it_says_makes_no_images() {
+        let batch = |array: ArrayRef| RecordBatch::try_from_iter_with_nullable([("c0", array, true)]).unwrap();
+        let texts = batch(Arc::new(StringArray::from(vec!["00000000-0000-4000-8000-000000000001", "none"])));
+        let uuids = schema_of(&[(Type::Uuid, Value::Null)]);
+        assert_eq!(to_images(&uuids, &texts, 0..2, 0).unwrap().1.len(), 1, "one however little is asked for");
+        assert!(to_images(&uuids, &texts, 0..2, usize::MAX).is_err());
+        assert!(to_images(&schema_of(&[(Type::Int, Value::Null)]), &texts, 0..1, 0).is_err());
     }
 }

@@ -71,7 +71,8 @@ impl Query {
             let count = rows.len();
             let state: State = rows.into_iter().map(by_key).collect();
             assert_eq!(state.len(), count, "two rows with one key");
-            return state;
+            // The key is that of the query's own row.
+            return state.into_iter().filter_map(|(key, row)| Some((key, self.piped(row)?))).collect();
         }
         // The key is read beside the query's own columns, under names that no table has.
         let keys: Vec<String> = table.key().enumerate().map(|(i, name)| format!("{name} AS key_{i}")).collect();
@@ -83,12 +84,19 @@ impl Query {
             let values: Vec<Value> =
                 (0..keys.len()).map(|i| object.shift_remove(&format!("key_{i}")).expect("its key")).collect();
             let key = canonical(table.key().zip(&values));
-            if self.filter.as_ref().is_none_or(|filter| filter(&row)) {
-                let row = self.transform.as_ref().map_or_else(|| row.clone(), |transform| transform(&row));
+            if let Some(row) = self.piped(row) {
                 assert!(state.insert(key, row).is_none(), "two rows with one key");
             }
         }
         state
+    }
+
+    /// What the pipeline makes of a row, natively.
+    fn piped(&self, row: Value) -> Option<Value> {
+        if self.filter.as_ref().is_some_and(|filter| !filter(&row)) {
+            return None;
+        }
+        Some(self.transform.as_ref().map_or_else(|| row.clone(), |transform| transform(&row)))
     }
 }
 

@@ -14,7 +14,8 @@ use datafusion::logical_expr::{Expr, LogicalPlan, Projection};
 use futures::StreamExt;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use wire::{Scope, Type};
+use wire::image::MAX_COLUMNS;
+use wire::{ColumnDecl, Schema, Scope, Type};
 
 use super::key::{KeyColumn, Keys};
 use crate::catalog::{Table, TableKind};
@@ -165,6 +166,24 @@ fn fingerprint(plan: &LogicalPlan, tables: &[(Arc<Table>, Scope)]) -> Result<u64
 }
 
 impl RequeryPlan {
+    /// The columns of the result as plugins see them. Every one has a SQL type (`output_type` finds it), so there is none
+    /// that an image cannot hold; only their number has a limit.
+    pub fn schema(&self) -> Result<Schema, SqlError> {
+        if self.columns.len() > usize::from(MAX_COLUMNS) {
+            let what = format!("a pipeline over a result of more than {MAX_COLUMNS} columns");
+            return Err(SqlError::unsupported(what, Some("select fewer")));
+        }
+        let key_at = self.key_at.as_deref().unwrap_or_default();
+        let column = |(at, column): (usize, &OutputColumn)| ColumnDecl {
+            id: at as u16,
+            name: column.name.clone(),
+            ty: column.ty,
+            nullable: true,
+            key: key_at.contains(&at),
+        };
+        Ok(Schema { columns: self.columns.iter().enumerate().map(column).collect() })
+    }
+
     /// Takes a whole result in, up to `limit` bytes.
     pub(crate) async fn collect(&self, mut stream: RowStream, limit: usize) -> Result<Rows, SqlError> {
         let schema = output_schema(&stream.columns);
@@ -215,11 +234,11 @@ fn row_keys(rows: &RecordBatch) -> Result<RecordBatch, SqlError> {
         *number += 1;
         hashes.push(hash);
     }
-    let schema: SchemaRef = arrow_schema(&wire::Schema {
+    let schema: SchemaRef = arrow_schema(&Schema {
         columns: ROW_KEY
             .iter()
             .zip([Type::Text, Type::BigInt])
-            .map(|(name, ty)| wire::ColumnDecl { id: 0, name: (*name).to_owned(), ty, nullable: false, key: true })
+            .map(|(name, ty)| ColumnDecl { id: 0, name: (*name).to_owned(), ty, nullable: false, key: true })
             .collect(),
     });
     let arrays: Vec<ArrayRef> = vec![Arc::new(StringArray::from(hashes)), Arc::new(Int64Array::from(numbers))];
