@@ -6,7 +6,6 @@
 
 mod options;
 mod raw;
-mod show;
 
 pub use options::{Durability, LiveOptions, PluginOptions, SqlOptions, StoreOptions};
 
@@ -128,6 +127,12 @@ impl Config {
     /// The defaults, over a data directory.
     pub fn new(data_dir: &Path) -> Config {
         raw::Raw::default().check(Some(data_dir)).expect("the defaults are within their limits")
+    }
+
+    /// Every setting by its full name, as it is in effect, for `system.settings`. Secrets are shown as being there, no
+    /// more.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        raw::settings(self)
     }
 
     fn check_exposure(&self) -> Result<(), ConfigError> {
