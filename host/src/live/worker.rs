@@ -25,13 +25,13 @@ use super::event::CommitEvents;
 use super::group::{Group, Registry};
 use super::index::Index;
 use super::job::{Job, JobError, Piece, Replayed, SnapshotScan, Work, replay_piece, snapshot_piece};
-use super::log::{LogError, LogPiece, read_piece};
+use super::log::{LogPiece, read_piece};
 use super::requery::{Answer, RequeryError, Rerun, Runs};
 use super::subscription::EndReason;
 use super::tail::{CommitTail, CommitsAfter, GroupEnd};
 use super::{Encoder, GroupSpec, LiveOptions, Pass, PipelineFault, Pipelines};
 use crate::catalog::{Catalog, NamespaceId, TableId};
-use crate::store::{Seq, Store};
+use crate::store::{Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
 /// Commits taken before a job gets its turn.
@@ -360,11 +360,11 @@ impl Worker {
                 }
                 self.advance(end);
             }
-            Err(LogError::Expired) => {
+            Err(StoreError::Expired { .. }) => {
                 tracing::warn!(seq = self.processed.0, "a live worker fell behind the change log; its streams resync");
                 self.end_where(&GroupEnd::Expired, |_| true);
             }
-            Err(LogError::Store(error)) => {
+            Err(error) => {
                 tracing::error!(%error, "a live worker cannot read the change log; its streams end");
                 self.end_where(&GroupEnd::Reason(unreadable()), |_| true);
             }
@@ -644,7 +644,7 @@ impl Worker {
             }
         };
         let piece = piece.unwrap_or_else(|error| match error {
-            JobError::Expired => Piece::Expired,
+            JobError::Store(StoreError::Expired { .. }) => Piece::Expired,
             JobError::Fault(fault) => Piece::Failed(reason(fault, Seq::default())),
             JobError::Outdated(reason) => Piece::Failed(reason),
             JobError::Store(error) => {
