@@ -20,6 +20,7 @@ pub mod provider;
 pub mod range;
 mod row_exprs;
 pub mod session;
+mod show;
 pub mod statement;
 pub mod system;
 #[cfg(test)]
