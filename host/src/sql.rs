@@ -12,6 +12,7 @@ pub mod gate;
 pub mod information;
 pub mod json;
 pub mod json_row;
+mod leaf;
 pub mod live;
 pub mod lookup;
 pub mod planner;
