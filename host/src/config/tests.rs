@@ -1,5 +1,6 @@
 use std::ffi::OsString;
 use std::io::Write;
+use std::time::Duration;
 
 use super::*;
 
