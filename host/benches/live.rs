@@ -10,27 +10,21 @@
 //! A commit has ten rows, each of which one query matches. Measured is the time from handing the commit to the live side
 //! until those ten subscribers have their events: matching, evaluating, encoding and waking up.
 
+#[path = "common/world.rs"]
+mod world;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use arrow::record_batch::RecordBatch;
-use host::catalog::{OnError, Semantics, Table};
-use host::config::{Config, Role};
-use host::live::{
-    Batch, ChangeOutput, Delivery, From, GroupSpec, Live, OldMode, Piped, PipelineFault, Pipelines, Program,
-    ProgramError, Subscription,
-};
-use host::sql::live::{Live as Compiled, LivePlan};
-use host::sql::session::Sql;
-use host::sql::{RequestEnv, StatementKind};
-use host::store::{Commit, Seq, Store, Transaction};
-use host::telemetry::Metrics;
-use tokio::runtime::Runtime;
+use host::catalog::Table;
+use host::live::{From, Subscription};
+use host::store::{Commit, Seq};
 use wire::frame::ChangeMeta;
-use wire::image::ImageAt;
-use wire::{ChangeAt, FrameBuilder, ImageBuilder, ImageRef, Schema, Scope, Value};
+use wire::{FrameBuilder, ImageBuilder, Scope, Value};
+
+use world::World;
 
 /// Counts the bytes that are allocated now.
 struct Counting;
@@ -61,126 +55,6 @@ const MATCHES: usize = 10;
 const COMMITS: u64 = 200;
 /// What 100,000 may cost, of what 100 cost.
 const LIMIT: f64 = 1.5;
-
-struct Query(LivePlan);
-
-fn failed(error: impl std::fmt::Display) -> ProgramError {
-    ProgramError(error.to_string())
-}
-
-impl Program for Query {
-    fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, ProgramError> {
-        self.0.matches(rows).map_err(failed)
-    }
-
-    fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
-        self.0.project(rows).map_err(failed)
-    }
-
-    fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
-        host::sql::arrow::to_batch(schema, rows).map_err(failed)
-    }
-}
-
-struct NoPlugins;
-
-impl Pipelines for NoPlugins {
-    fn open(&mut self, _: &GroupSpec) -> Result<u64, PipelineFault> {
-        unreachable!("no query here has a pipeline")
-    }
-
-    fn run(&mut self, _: u64, _: Batch<'_>, _: &[ImageAt]) -> Result<Piped, PipelineFault> {
-        unreachable!("no query here has a pipeline")
-    }
-
-    fn run_changes(&mut self, _: u64, _: Batch<'_>, _: &[ChangeAt]) -> Result<Vec<ChangeOutput>, PipelineFault> {
-        unreachable!("no query here has a pipeline")
-    }
-
-    fn close(&mut self, _: u64) {}
-}
-
-struct World {
-    runtime: Runtime,
-    sql: Sql,
-    store: Store,
-    config: Config,
-    _dir: tempfile::TempDir,
-}
-
-impl World {
-    fn new() -> World {
-        let dir = tempfile::tempdir().unwrap();
-        let config = Config::new(dir.path());
-        let store = Store::open(&config.store).unwrap();
-        store.start(Box::new(|_| {}));
-        let sql = Sql::new(config.sql.clone(), Vec::new()).unwrap();
-        let world = World { runtime: Runtime::new().unwrap(), sql, store, config, _dir: dir };
-        world.ddl("CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE)");
-        world.ddl("CREATE TABLE u (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE) WITH (type = 'user')");
-        world
-    }
-
-    fn ddl(&self, text: &str) {
-        for statement in self.sql.parse(text).unwrap().iter() {
-            assert_eq!(statement.kind, StatementKind::Ddl);
-            let env = self.env("admin");
-            let plan = self.sql.ddl(statement, &env).unwrap();
-            let (namespace, base) = (plan.namespace.unwrap(), env.snapshot.seq());
-            let write = Transaction { namespace, base, rows: Vec::new(), catalog: plan.writes, receipt: None };
-            self.runtime.block_on(self.store.commit(write)).unwrap();
-        }
-    }
-
-    fn env(&self, user: &str) -> RequestEnv {
-        let snapshot = self.store.snapshot();
-        RequestEnv {
-            catalog: snapshot.catalog().clone(),
-            snapshot,
-            namespace: "main".to_owned(),
-            user: user.into(),
-            role: Role::User,
-            params: Arc::default(),
-            overlay: Arc::default(),
-            now: 0,
-        }
-    }
-
-    fn live(&self) -> Live {
-        let encoder = Arc::new(host::http::sse::Events);
-        let pipelines: Vec<Box<dyn Pipelines>> = vec![Box::new(NoPlugins)];
-        let mut options = self.config.live.clone();
-        options.workers = 1;
-        options.max_subscriptions = 1_000_000;
-        options.heartbeat = Duration::from_secs(60);
-        Live::start(self.store.clone(), pipelines, encoder, options, Arc::new(Metrics::default()))
-    }
-
-    fn spec(&self, text: &str, user: &str) -> Arc<GroupSpec> {
-        let plan = match self.sql.live(text, &self.env(user)).unwrap() {
-            Compiled::Incremental(plan) => plan,
-            Compiled::Requery(_) => panic!("{text}"),
-        };
-        Arc::new(GroupSpec {
-            key: format!("{text} {user}").into_bytes(),
-            live_id: String::new(),
-            table: plan.table.clone(),
-            scope: plan.scope.clone(),
-            requery: None,
-            range: plan.range.clone(),
-            anchors: plan.anchors.clone(),
-            index: String::new(),
-            program: Arc::new(Query(plan)),
-            stages: Vec::new(),
-            semantics: Semantics::Map,
-            on_error: OnError::Stop,
-            output: None,
-            old: OldMode::Changed,
-            fingerprint: "f".to_owned(),
-            epoch: self.store.epoch(),
-        })
-    }
-}
 
 /// One kind of live query: the text and the user of number `n`, and the row that it matches.
 struct Kind {
@@ -272,13 +146,7 @@ fn matching(world: &World, kind: &Kind, count: usize) -> (f64, usize) {
         let started = Instant::now();
         live.published(&commit);
         for subscription in &mut open[..MATCHES] {
-            loop {
-                match world.runtime.block_on(subscription.next()) {
-                    Delivery::Events { .. } => break,
-                    Delivery::UpToDate(_) => {}
-                    other => panic!("{other:?}"),
-                }
-            }
+            world.next_events(subscription);
         }
         if number > COMMITS {
             times.push(started.elapsed().as_nanos() as f64 / 1e3);
@@ -309,7 +177,10 @@ fn subscription_bytes(world: &World, count: usize) -> f64 {
 fn main() {
     let most = std::env::var("MOST").ok().map_or(SIZES[3], |most| most.parse().expect("MOST is a number"));
     let sizes: Vec<usize> = SIZES.into_iter().filter(|size| *size <= most).collect();
-    let world = World::new();
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::new(dir.path());
+    world.write("CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE)");
+    world.write("CREATE TABLE u (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE) WITH (type = 'user')");
     println!("a commit of {MATCHES} rows with {MATCHES} matches, microseconds (median of {COMMITS}); bytes a group");
     let mut over = 0;
     for kind in &KINDS {

@@ -47,12 +47,6 @@ fn main() {
     let wasm = module();
     let sides = [Mapping::InPlace, Mapping::Copy].map(|mapping| Side::new(&wasm, mapping));
     let [mut in_place, mut copying] = sides;
-        let rows = Section::new(1024, std::env::var("HOT").unwrap().parse().unwrap());
-        for _ in 0..10 {
-            println!("{}", in_place.nanos(&rows));
-        }
-        return;
-    }
     println!(
         "{:>8} {:>6} {:>14} {:>14} {:>14} {:>10} {:>10}",
         "bytes", "batch", "in place", "copying", "native", "in/native", "copy/in"

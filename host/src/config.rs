@@ -6,14 +6,12 @@
 
 mod options;
 mod raw;
-mod show;
 
-pub use options::{Durability, LiveOptions, PluginOptions, SqlOptions, StoreOptions};
+pub use options::{Durability, HttpOptions, LiveOptions, PluginOptions, SqlOptions, StoreOptions};
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 /// From the least to the most that one may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,21 +37,6 @@ pub struct Token {
     pub token: String,
     pub user: String,
     pub role: Role,
-}
-
-#[derive(Clone)]
-pub struct HttpOptions {
-    pub bind: SocketAddr,
-    pub body_bytes: usize,
-    pub plugin_body_bytes: usize,
-    /// Bytes of request bodies held in memory at the same time, over all connections.
-    pub body_total_bytes: usize,
-    pub max_connections: usize,
-    pub header_timeout: Duration,
-    /// A subscriber that takes nothing for this long is disconnected.
-    pub stall_limit: Duration,
-    pub insecure_http: bool,
-    pub ticket_ttl: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +111,12 @@ impl Config {
     /// The defaults, over a data directory.
     pub fn new(data_dir: &Path) -> Config {
         raw::Raw::default().check(Some(data_dir)).expect("the defaults are within their limits")
+    }
+
+    /// Every setting by its full name, as it is in effect, for `system.settings`. Secrets are shown as being there, no
+    /// more.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        raw::settings(self)
     }
 
     fn check_exposure(&self) -> Result<(), ConfigError> {

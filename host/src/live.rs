@@ -53,7 +53,6 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arrow::record_batch::RecordBatch;
-use bytes::Bytes;
 use wire::image::ImageAt;
 use wire::{ChangeAt, ImageRef, Op, Schema, Scope};
 
@@ -392,6 +391,3 @@ impl Drop for Workers {
         self.close();
     }
 }
-
-/// Alias kept short in signatures.
-pub type Encoded = Bytes;

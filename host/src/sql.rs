@@ -12,6 +12,7 @@ pub mod gate;
 pub mod information;
 pub mod json;
 pub mod json_row;
+mod leaf;
 pub mod live;
 pub mod lookup;
 pub mod planner;
@@ -20,6 +21,7 @@ pub mod provider;
 pub mod range;
 mod row_exprs;
 pub mod session;
+mod show;
 pub mod statement;
 pub mod system;
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod notes;
 mod open;
 pub mod receipts;
 mod recent;
+mod records;
 mod retention;
 pub mod rows;
 pub mod snapshot;

@@ -73,6 +73,23 @@ impl fmt::Display for Type {
 }
 
 impl Type {
+    /// Every type that has no parameters: all but DECIMAL.
+    pub const PLAIN: [Type; 13] = [
+        Type::Boolean,
+        Type::SmallInt,
+        Type::Int,
+        Type::BigInt,
+        Type::Real,
+        Type::Double,
+        Type::Text,
+        Type::Bytea,
+        Type::Date,
+        Type::Time,
+        Type::Timestamp,
+        Type::Uuid,
+        Type::Json,
+    ];
+
     /// The physical kind of values of this type.
     pub const fn kind(self) -> Kind {
         match self {

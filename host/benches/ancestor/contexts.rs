@@ -14,7 +14,8 @@ use host::sql::session::Sql;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::measure::{Table, bytes, cores, cpu_seconds, ever_allocated, held_by, median};
-use crate::world::{World, batch};
+use crate::ours::batch;
+use crate::world::World;
 
 const ROWS: i64 = 1_000;
 /// Contexts that are kept, to see what they hold: one second of the load that the ancestor's text speaks of.

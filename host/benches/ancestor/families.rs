@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use host::config::Config;
+use host::store::Store;
 use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, Options, WriteBatch};
 
 use crate::measure::{Resident, Table, bytes, resident, this_program};
@@ -133,8 +135,11 @@ fn ours_fill(dir: &Path) -> Vec<f64> {
 /// The memory is that of the SQL engine and its threads as well, which the other ways have not.
 fn ours_open(dir: &Path) -> Vec<f64> {
     let before = resident();
-    let world = World::new(dir);
-    let opening = world.opening.as_secs_f64();
+    let config = Config::new(dir);
+    let began = Instant::now();
+    let store = Store::open(&config.store).unwrap();
+    let opening = began.elapsed().as_secs_f64();
+    let world = World::over(store, config);
     for table in 0..TABLES {
         let mut found = 0;
         world.each_batch(&format!("SELECT note FROM t{table} WHERE id = 7"), |batch| found += batch.num_rows());

@@ -22,10 +22,12 @@
 mod contexts;
 mod families;
 mod measure;
+mod ours;
 mod rows;
 mod scan;
 mod soak;
 mod subscriptions;
+#[path = "../common/world.rs"]
 mod world;
 
 use std::process::{Command, ExitCode};

@@ -52,7 +52,7 @@ fn cloned(subscribers: usize, size: usize) -> usize {
 /// Through the live side as it is: committed, matched, encoded, taken by each.
 fn shared(world: &World, subscribers: usize, size: usize) -> usize {
     let side = world.live();
-    let spec = world.spec("SELECT id, note FROM t");
+    let spec = world.spec("SELECT id, note FROM t", "admin");
     let mut open: Vec<Subscription> = Vec::with_capacity(subscribers);
     for _ in 0..subscribers {
         open.push(world.runtime.block_on(side.subscribe(spec.clone(), live::From::Now)).unwrap());

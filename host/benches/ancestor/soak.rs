@@ -14,11 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use host::catalog::OnError;
 use host::config::{Config, Role};
-use host::db::{Db, DbError, Identity, LiveOutput, LiveRequest, LiveStream, SqlRequest, StatementResult};
+use host::db::{Db, DbError, Identity, LiveOutput, LiveStream, SqlRequest, StatementResult};
 use host::http::sse::Events;
-use host::live::OldMode;
 use host::sql::Param;
 use host::telemetry::Metrics;
 use tokio::runtime::Runtime;
@@ -26,6 +24,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
 use crate::measure::{Table, bytes, cores, cpu_seconds, held, resident};
+use crate::ours::{live_request, sql_request};
 
 const USERS: u64 = 1_000;
 /// Ten queries a second of each user.
@@ -120,10 +119,6 @@ fn user_name(number: u64) -> String {
     format!("user {number}")
 }
 
-fn request(sql: impl Into<String>, params: Vec<Param>) -> SqlRequest {
-    SqlRequest { sql: sql.into(), params, namespace: None, read_only: false, idempotency: None, one_result: false }
-}
-
 /// Runs one request and takes all of its rows.
 async fn execute(db: &Db, who: &Identity, request: SqlRequest) -> Result<(), DbError> {
     for result in db.execute(who, request).await?.results {
@@ -145,16 +140,17 @@ async fn fill(db: &Db) {
         "CREATE TABLE readings (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE)",
         "CREATE TABLE notes (id BIGINT PRIMARY KEY, note TEXT) WITH (type = 'user')",
     ] {
-        execute(db, &admin, request(sql, Vec::new())).await.unwrap();
+        execute(db, &admin, sql_request(sql, Vec::new())).await.unwrap();
     }
     let rows: Vec<String> = (0..READINGS).map(|id| format!("({id}, 'room {}', 20.5)", id % ROOMS)).collect();
-    execute(db, &admin, request(format!("INSERT INTO readings VALUES {}", rows.join(", ")), Vec::new())).await.unwrap();
+    let readings = format!("INSERT INTO readings VALUES {}", rows.join(", "));
+    execute(db, &admin, sql_request(readings, Vec::new())).await.unwrap();
     let rows: Vec<String> = (0..NOTES).map(|id| format!("({id}, 'a note of some length, as notes are')")).collect();
     let notes = format!("INSERT INTO notes VALUES {}", rows.join(", "));
     let mut tasks = JoinSet::new();
     for number in 0..USERS {
         let (db, who, notes) = (db.clone(), identity(user_name(number), Role::User), notes.clone());
-        tasks.spawn(async move { execute(&db, &who, request(notes, Vec::new())).await.unwrap() });
+        tasks.spawn(async move { execute(&db, &who, sql_request(notes, Vec::new())).await.unwrap() });
     }
     tasks.join_all().await;
 }
@@ -170,26 +166,12 @@ async fn open_streams(db: &Db) -> Vec<LiveStream> {
             let mut streams = Vec::new();
             for which in 0..SUBSCRIPTIONS {
                 let sql = if which % 2 == 0 { "SELECT id, note FROM notes".to_owned() } else { room.clone() };
-                streams.push(db.subscribe(&who, live_request(sql)).await.unwrap());
+                streams.push(db.subscribe(&who, live_request(sql, None)).await.unwrap());
             }
             streams
         });
     }
     tasks.join_all().await.into_iter().flatten().collect()
-}
-
-fn live_request(sql: String) -> LiveRequest {
-    LiveRequest {
-        sql,
-        params: Vec::new(),
-        namespace: None,
-        pipeline: Vec::new(),
-        on_error: OnError::Stop,
-        snapshot: None,
-        last_rows: None,
-        old: OldMode::Changed,
-        position: None,
-    }
 }
 
 /// A subscriber that takes what comes.
@@ -237,9 +219,9 @@ async fn user(db: Db, number: u64, counts: Arc<Counts>) {
 fn query(number: u64, turn: u64) -> SqlRequest {
     let int = |value: u64| vec![Param::Int(value as i64)];
     match turn % 10 {
-        9 => request("SELECT id, note FROM notes WHERE id >= $1 LIMIT 5", int(turn % NOTES)),
-        6..9 => request("SELECT room, heat FROM readings WHERE id = $1", int((number + turn) % READINGS)),
-        _ => request("SELECT note FROM notes WHERE id = $1", int(turn % NOTES)),
+        9 => sql_request("SELECT id, note FROM notes WHERE id >= $1 LIMIT 5", int(turn % NOTES)),
+        6..9 => sql_request("SELECT room, heat FROM readings WHERE id = $1", int((number + turn) % READINGS)),
+        _ => sql_request("SELECT note FROM notes WHERE id = $1", int(turn % NOTES)),
     }
 }
 
@@ -250,11 +232,11 @@ async fn write(db: &Db, who: &Identity, number: u64, turn: u64) -> Result<(), Db
     if writes.is_multiple_of(2) {
         let note = format!("a note of turn {turn}, some longer");
         let params = vec![Param::Text(note), Param::Int((writes % NOTES) as i64)];
-        execute(db, who, request("UPDATE notes SET note = $1 WHERE id = $2", params)).await
+        execute(db, who, sql_request("UPDATE notes SET note = $1 WHERE id = $2", params)).await
     } else {
         let params = vec![Param::Float(turn as f64), Param::Int((number % READINGS) as i64)];
         let service = identity("service", Role::Service);
-        execute(db, &service, request("UPDATE readings SET heat = $1 WHERE id = $2", params)).await
+        execute(db, &service, sql_request("UPDATE readings SET heat = $1 WHERE id = $2", params)).await
     }
 }
 

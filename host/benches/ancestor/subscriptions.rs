@@ -7,17 +7,17 @@ use std::sync::Arc;
 
 use datafusion::logical_expr::Expr;
 use datafusion::prelude::{col, lit};
-use host::catalog::OnError;
 use host::config::{Config, Role};
-use host::db::{Db, Identity, LiveRequest, LiveStream, SqlRequest};
+use host::db::{Db, Identity, LiveStream};
 use host::http::sse::Events;
-use host::live::{self, OldMode, Subscription};
+use host::live::{self, Subscription};
 use host::telemetry::Metrics;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
 use crate::measure::{Table, held_by};
+use crate::ours::{live_request, sql_request};
 use crate::world::World;
 
 const COUNTS: [usize; 2] = [10_000, 100_000];
@@ -90,7 +90,7 @@ fn ancestors(text: Option<&str>, count: usize) -> usize {
 
 fn of_one_query(world: &World, count: usize) -> usize {
     let side = world.live();
-    let spec = world.spec(&query(7));
+    let spec = world.spec(&query(7), "admin");
     let subscribe = || world.runtime.block_on(side.subscribe(spec.clone(), live::From::Now)).unwrap();
     let first = subscribe();
     let (open, bytes) = held_by(|| (0..count).map(|_| subscribe()).collect::<Vec<Subscription>>());
@@ -102,7 +102,7 @@ fn of_one_query(world: &World, count: usize) -> usize {
 fn of_own_queries(world: &World) -> usize {
     let side = world.live();
     let subscribe = |number: usize| {
-        let spec = world.spec(&query(number));
+        let spec = world.spec(&query(number), "admin");
         world.runtime.block_on(side.subscribe(spec, live::From::Now)).unwrap()
     };
     let first = subscribe(COMPILED);
@@ -120,36 +120,15 @@ fn streams() -> usize {
     let _entered = runtime.enter();
     let db = Db::open(&config, Arc::new(Events), Arc::new(Metrics::default())).unwrap();
     let admin = Identity { user: "admin".into(), role: Role::Admin };
-    let create = SqlRequest {
-        sql: CREATE.to_owned(),
-        params: Vec::new(),
-        namespace: None,
-        read_only: false,
-        idempotency: None,
-        one_result: false,
-    };
-    runtime.block_on(db.execute(&admin, create)).unwrap();
+    runtime.block_on(db.execute(&admin, sql_request(CREATE, Vec::new()))).unwrap();
     let users: Vec<Identity> =
         (0..USERS).map(|number| Identity { user: format!("user {number}").into(), role: Role::User }).collect();
-    let open = |number: usize| runtime.block_on(db.subscribe(&users[number % USERS], request(query(7)))).unwrap();
+    // Changes from now on, and no present rows.
+    let request = || live_request(query(7), Some(false));
+    let open = |number: usize| runtime.block_on(db.subscribe(&users[number % USERS], request())).unwrap();
     let first = open(0);
     let (streams, bytes) = held_by(|| (0..COMPILED).map(open).collect::<Vec<LiveStream>>());
     drop((streams, first));
     db.close();
     bytes
-}
-
-/// Changes from now on, and no present rows.
-fn request(sql: String) -> LiveRequest {
-    LiveRequest {
-        sql,
-        params: Vec::new(),
-        namespace: None,
-        pipeline: Vec::new(),
-        on_error: OnError::Stop,
-        snapshot: Some(false),
-        last_rows: None,
-        old: OldMode::Changed,
-        position: None,
-    }
 }

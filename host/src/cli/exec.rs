@@ -124,23 +124,8 @@ fn schema(columns: &[Column]) -> Result<Schema, Problem> {
 
 /// The type that prints as this.
 fn sql_type(text: &str) -> Option<Type> {
-    let plain = [
-        Type::Boolean,
-        Type::SmallInt,
-        Type::Int,
-        Type::BigInt,
-        Type::Real,
-        Type::Double,
-        Type::Text,
-        Type::Bytea,
-        Type::Date,
-        Type::Time,
-        Type::Timestamp,
-        Type::Uuid,
-        Type::Json,
-    ];
     let text = text.trim().to_ascii_uppercase();
-    if let Some(found) = plain.into_iter().find(|ty| ty.to_string() == text) {
+    if let Some(found) = Type::PLAIN.into_iter().find(|ty| ty.to_string() == text) {
         return Some(found);
     }
     let (precision, scale) = text.strip_prefix("DECIMAL(")?.strip_suffix(')')?.split_once(',')?;

@@ -1,5 +1,6 @@
 //! Checked settings of each module, made by [`super::Config`] and handed down by value.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -122,4 +123,19 @@ pub struct PluginOptions {
     pub compiler: Option<PathBuf>,
     /// Where compiled modules are kept over restarts.
     pub cache_dir: Option<PathBuf>,
+}
+
+#[derive(Clone)]
+pub struct HttpOptions {
+    pub bind: SocketAddr,
+    pub body_bytes: usize,
+    pub plugin_body_bytes: usize,
+    /// Bytes of request bodies held in memory at the same time, over all connections.
+    pub body_total_bytes: usize,
+    pub max_connections: usize,
+    pub header_timeout: Duration,
+    /// A subscriber that takes nothing for this long is disconnected.
+    pub stall_limit: Duration,
+    pub insecure_http: bool,
+    pub ticket_ttl: Duration,
 }

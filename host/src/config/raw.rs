@@ -1,4 +1,5 @@
-//! Settings as written: every key optional, every section known by name. [`Raw::check`] makes the checked `Config`.
+//! Settings as written: every key optional, every section known by name. [`Raw::check`] makes the checked `Config`, and
+//! [`settings`] shows that by the same names.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -16,9 +17,13 @@ use super::{
     StoreOptions, Token, check_tokens, invalid,
 };
 
-/// Declares a section: all keys optional, and their names as a list, so that an unknown key is answered by full name.
+/// Declares a section: all keys optional; their names as a list, so that an unknown key is answered by full name; and
+/// what each shows of the checked settings, so that no key is left out of `system.settings`.
 macro_rules! section {
-    ($name:ident { $($key:ident : $ty:ty),* $(,)? } $(sections { $($sub:ident : $subty:ident),* $(,)? })?) => {
+    (
+        $name:ident of $config:ident { $($key:ident : $ty:ty => $shown:expr),* $(,)? }
+        $(sections { $($sub:ident : $subty:ident),* $(,)? })?
+    ) => {
         #[derive(Debug, Default, Deserialize)]
         #[serde(default, deny_unknown_fields)]
         pub struct $name {
@@ -31,80 +36,97 @@ macro_rules! section {
                 $(out.push(format!("{prefix}{}", stringify!($key)));)*
                 $($($subty::keys(&format!("{prefix}{}.", stringify!($sub)), out);)*)?
             }
+
+            fn show($config: &Config, prefix: &str, out: &mut Vec<(String, String)>) {
+                $(out.push(shown(prefix, stringify!($key), $shown));)*
+                $($($subty::show($config, &format!("{prefix}{}.", stringify!($sub)), out);)*)?
+            }
         }
     };
 }
 
-section!(Raw { data_dir: PathBuf, admin_token: String, tokens: Vec<RawToken> } sections {
+fn shown(prefix: &str, key: &str, value: impl Display) -> (String, String) {
+    (format!("{prefix}{key}"), value.to_string())
+}
+
+section!(Raw of config {
+    data_dir: PathBuf => config.data_dir.display(),
+    // Secrets are shown as being there, no more.
+    admin_token: String => if config.admin_token.is_some() { "(set)" } else { "(in the data directory)" },
+    tokens: Vec<RawToken> => format!("({} of them)", config.tokens.len()),
+} sections {
     server: RawServer, storage: RawStorage, sql: RawSql, live: RawLive, plugins: RawPlugins, log: RawLog,
 });
-section!(RawServer {
-    bind: SocketAddr,
-    insecure_http: bool,
-    max_connections: usize,
-    header_timeout_ms: u64,
-    body_bytes: Size,
-    plugin_body_bytes: Size,
-    body_total_bytes: Size,
-    ticket_ttl_ms: u64,
+section!(RawServer of config {
+    bind: SocketAddr => config.http.bind,
+    insecure_http: bool => config.http.insecure_http,
+    max_connections: usize => config.http.max_connections,
+    header_timeout_ms: u64 => config.http.header_timeout.as_millis(),
+    body_bytes: Size => config.http.body_bytes,
+    plugin_body_bytes: Size => config.http.plugin_body_bytes,
+    body_total_bytes: Size => config.http.body_total_bytes,
+    ticket_ttl_ms: u64 => config.http.ticket_ttl.as_millis(),
 });
-section!(RawStorage {
-    durability: String,
-    sync_interval_ms: u64,
-    max_commit_bytes: Size,
-    write_queue: usize,
-    log_commits: u64,
-    log_bytes: Size,
-    log_age_ms: u64,
-    idempotency_age_ms: u64,
+section!(RawStorage of config {
+    durability: String => config.store.durability.as_str(),
+    sync_interval_ms: u64 => config.store.sync_interval.as_millis(),
+    max_commit_bytes: Size => config.store.max_commit_bytes,
+    write_queue: usize => config.store.write_queue,
+    log_commits: u64 => config.store.log_commits,
+    log_bytes: Size => config.store.log_bytes,
+    log_age_ms: u64 => config.store.log_age.as_millis(),
+    idempotency_age_ms: u64 => config.store.idempotency_age.as_millis(),
 } sections { rocksdb: RawRocksdb });
-section!(RawRocksdb {
-    write_buffer_size: Size,
-    max_write_buffers: i32,
-    block_cache_size: Size,
-    max_background_jobs: i32,
-    max_open_files: i32,
+section!(RawRocksdb of config {
+    write_buffer_size: Size => config.store.write_buffer_size,
+    max_write_buffers: i32 => config.store.max_write_buffers,
+    block_cache_size: Size => config.store.block_cache_size,
+    max_background_jobs: i32 => config.store.max_background_jobs,
+    max_open_files: i32 => config.store.max_open_files,
 });
-section!(RawSql {
-    memory_bytes: Size,
-    spill_bytes: Size,
-    deadline_ms: u64,
-    batch_rows: usize,
-    target_partitions: usize,
-    plan_cache_bytes: Size,
-    heavy_queries: usize,
-    heavy_queue: usize
+section!(RawSql of config {
+    memory_bytes: Size => config.sql.memory_bytes,
+    spill_bytes: Size => config.sql.spill_bytes,
+    deadline_ms: u64 => config.sql.deadline.as_millis(),
+    batch_rows: usize => config.sql.batch_rows,
+    target_partitions: usize => config.sql.target_partitions,
+    plan_cache_bytes: Size => config.sql.plan_cache_bytes,
+    heavy_queries: usize => config.sql.heavy_queries,
+    heavy_queue: usize => config.sql.heavy_queue,
 });
-section!(RawLive {
-    heartbeat_ms: u64,
-    stall_limit_ms: u64,
-    commit_tail_bytes: Size,
-    group_tail_bytes: Size,
-    chunk_bytes: Size,
-    max_subscriptions: usize,
-    max_per_user: usize,
-    max_per_address: usize,
-    requery_interval_ms: u64,
-    requery_bytes: Size,
-    requery_runs: usize,
+section!(RawLive of config {
+    heartbeat_ms: u64 => config.live.heartbeat.as_millis(),
+    stall_limit_ms: u64 => config.http.stall_limit.as_millis(),
+    commit_tail_bytes: Size => config.live.commit_tail_bytes,
+    group_tail_bytes: Size => config.live.group_tail_bytes,
+    chunk_bytes: Size => config.live.chunk_bytes,
+    max_subscriptions: usize => config.live.max_subscriptions,
+    max_per_user: usize => config.live.max_per_user,
+    max_per_address: usize => config.live.max_per_address,
+    requery_interval_ms: u64 => config.live.requery_interval.as_millis(),
+    requery_bytes: Size => config.live.requery_bytes,
+    requery_runs: usize => config.live.requery_runs,
 });
-section!(RawPlugins {
-    ring_bytes: Size,
-    worker_bytes: Size,
-    workers: usize,
-    instances_per_worker: usize,
-    module_bytes: Size,
-    memory_bytes: Size,
-    stack_bytes: Size,
-    table_elements: usize,
-    batch_ms: u64,
-    init_ms: u64,
-    compile_ms: u64,
-    output_bytes: Size,
-    log_bytes: Size,
-    drop_instances_seed: u64,
+section!(RawPlugins of config {
+    ring_bytes: Size => config.plugins.ring_bytes,
+    worker_bytes: Size => config.plugins.worker_bytes,
+    workers: usize => config.plugins.workers,
+    instances_per_worker: usize => config.plugins.instances_per_worker,
+    module_bytes: Size => config.plugins.module_bytes,
+    memory_bytes: Size => config.plugins.memory_bytes,
+    stack_bytes: Size => config.plugins.stack_bytes,
+    table_elements: usize => config.plugins.table_elements,
+    batch_ms: u64 => config.plugins.batch_time.as_millis(),
+    init_ms: u64 => config.plugins.init_time.as_millis(),
+    compile_ms: u64 => config.plugins.compile_time.as_millis(),
+    output_bytes: Size => config.plugins.output_bytes,
+    log_bytes: Size => config.plugins.log_bytes,
+    drop_instances_seed: u64 => config.plugins.drop_instances_seed,
 });
-section!(RawLog { format: String, filter: String });
+section!(RawLog of config {
+    format: String => if config.log_format == LogFormat::Json { "json" } else { "text" },
+    filter: String => &config.log_filter,
+});
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -222,6 +244,13 @@ pub fn all_keys() -> Vec<String> {
     let mut keys = Vec::new();
     Raw::keys("", &mut keys);
     keys
+}
+
+/// Every setting by its full name, as it is in effect.
+pub fn settings(config: &Config) -> Vec<(String, String)> {
+    let mut settings = Vec::new();
+    Raw::show(config, "", &mut settings);
+    settings
 }
 
 /// Refuses the first unknown key, by its full name, with the closest known one.

@@ -1,5 +1,6 @@
 use std::ffi::OsString;
 use std::io::Write;
+use std::time::Duration;
 
 use super::*;
 
@@ -111,10 +112,7 @@ fn every_setting_is_shown_and_no_secret_is() {
     let secret = "a-secret-that-nobody-may-see-0123456789";
     let toml = format!("admin_token = '{secret}-admin'\n[[tokens]]\ntoken = '{secret}'\nuser = 'a'\nrole = 'user'");
     let settings = load(&toml, &[], Flags::default()).unwrap().settings();
-    let shown: Vec<&String> = settings.iter().map(|(name, _)| name).collect();
-    for key in raw::all_keys() {
-        assert!(shown.contains(&&key), "{key} is missing in config/show.rs");
-    }
-    assert_eq!(shown.len(), raw::all_keys().len());
+    let shown: Vec<String> = settings.iter().map(|(name, _)| name.clone()).collect();
+    assert_eq!(shown, raw::all_keys());
     assert!(!format!("{settings:?}").contains(secret));
 }

@@ -10,7 +10,7 @@ use wire::{FrameView, ImageRef};
 
 use super::evaluate::{Fault, Query, Rows, Source, evaluate};
 use super::event::CommitEvents;
-use super::log::{LogError, read_piece};
+use super::log::read_piece;
 use super::requery::Held;
 use super::subscription::EndReason;
 use super::worker::{Shared, outdated};
@@ -51,22 +51,11 @@ pub(super) enum Piece {
 pub(super) enum JobError {
     #[error(transparent)]
     Fault(#[from] Fault),
-    #[error("the position is no longer in the change log")]
-    Expired,
     /// The table is another one by now, and the group will hear of it.
     #[error("the table was altered or dropped")]
     Outdated(EndReason),
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-impl From<LogError> for JobError {
-    fn from(error: LogError) -> Self {
-        match error {
-            LogError::Expired => JobError::Expired,
-            LogError::Store(error) => JobError::Store(error),
-        }
-    }
 }
 
 /// Where a row starts in the buffer of its piece, and when it expires.

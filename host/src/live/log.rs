@@ -24,34 +24,26 @@ pub(super) struct LogPiece {
     pub end: Seq,
 }
 
-#[derive(Debug, thiserror::Error)]
-pub(super) enum LogError {
-    /// The log no longer has what follows the position.
-    #[error("the position is no longer in the change log")]
-    Expired,
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
 /// The next commits of `namespaces` after `after` and up to `until`, in seq order: at least one if there is one, then
-/// until about `bytes` are read.
+/// until about `bytes` are read. [`StoreError::Expired`] where the log no longer has all that follows `after`.
 pub(super) fn read_piece(
     store: &Store,
     namespaces: impl IntoIterator<Item = NamespaceId>,
     after: Seq,
     until: Option<Seq>,
     bytes: usize,
-) -> Result<LogPiece, LogError> {
+) -> Result<LogPiece, StoreError> {
     // Read before the snapshot is taken, so that the snapshot has all of it; what is later waits for its sync.
     let durable = store.durable();
     let until = until.map_or(durable, |until| until.min(durable));
     let piece = read(&store.snapshot(), namespaces, after, until, bytes);
     // Asked after reading, and the store raises its floor before it trims: what went meanwhile cannot have made a
     // silent hole in the piece.
-    if after < store.log_floor() {
-        return Err(LogError::Expired);
+    let floor = store.log_floor();
+    if after < floor {
+        return Err(StoreError::Expired { position: after, floor });
     }
-    Ok(piece?)
+    piece
 }
 
 fn read(

@@ -11,7 +11,7 @@ use ::arrow::array::{ArrayRef, Datum};
 use ::arrow::compute::kernels::numeric::{add, mul, sub};
 use ::arrow::datatypes::{DataType, Field, FieldRef};
 use ::arrow::error::ArrowError;
-use datafusion::common::tree_node::{Transformed, TreeNode};
+use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::common::{Column, DFSchema, Result, ScalarValue, exec_err, internal_err};
 use datafusion::logical_expr::expr::{InList, InSubquery};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
@@ -34,6 +34,10 @@ pub(crate) fn exact(plan: LogicalPlan) -> Result<LogicalPlan> {
 }
 
 fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
+    // Most nodes have nothing of the kind, and need no look at the types of their columns.
+    if !may_differ(&plan)? {
+        return Ok(Transformed::no(plan));
+    }
     let schema = schema_of_expressions(&plan)?;
     let names = NamePreserver::new(&plan);
     plan.map_expressions(|expr| {
@@ -46,6 +50,22 @@ fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
         })?;
         Ok(exact.update_data(|expr| name.restore(expr)))
     })
+}
+
+fn may_differ(plan: &LogicalPlan) -> Result<bool> {
+    let one = |expr: &Expr| {
+        Ok(match expr {
+            Expr::BinaryExpr(BinaryExpr { op, .. }) => Checked::of(*op).is_some(),
+            Expr::Negative(_) | Expr::InList(_) => true,
+            _ => false,
+        })
+    };
+    let mut found = false;
+    plan.apply_expressions(|expr| {
+        found |= expr.exists(one)?;
+        Ok(if found { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
+    })?;
+    Ok(found)
 }
 
 // ---- IN lists ----

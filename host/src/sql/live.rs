@@ -5,6 +5,7 @@
 
 mod anchors;
 mod command;
+mod digest;
 mod key;
 pub mod requery;
 mod shape;
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use ::arrow::array::{Array, ArrayRef, AsArray};
 use ::arrow::datatypes::{Field, Schema, SchemaRef};
 use ::arrow::record_batch::RecordBatch;
-use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
+use datafusion::common::tree_node::{Transformed, TreeNode};
 use datafusion::common::{Column, DFSchema, DataFusionError, ScalarValue};
 use datafusion::execution::context::ExecutionProps;
 use datafusion::logical_expr::simplify::SimplifyContext;
@@ -28,7 +29,6 @@ use datafusion::logical_expr::{Expr, LogicalPlan, physical_planning_context::Phy
 use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::physical_expr::{PhysicalExpr, create_physical_expr};
 use datafusion::sql::sqlparser::ast::{self, Query, SelectItem, SetExpr};
-use sha2::{Digest, Sha256};
 use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema, batch_of, output_array, output_schema, output_type};
@@ -43,6 +43,7 @@ use super::statement::parse;
 use super::{OutputColumn, RequestEnv, SqlError};
 use crate::catalog::{Anchors, Table, TableKind};
 use crate::store::keys::KeyRange;
+use digest::Digest;
 use requery::RequeryPlan;
 use shape::{Bound, constant_name};
 
@@ -306,30 +307,16 @@ fn fingerprint(
     projection: &[Expr],
     columns: &[OutputColumn],
 ) -> Result<u64, DataFusionError> {
-    let mut hash = Sha256::new();
-    let mut part = |text: &str| {
-        hash.update((text.len() as u64).to_le_bytes());
-        hash.update(text.as_bytes());
-    };
+    let mut digest = Digest::new();
     let scope = if table.kind == TableKind::User { "user" } else { "shared" };
-    part(&format!("live 1, table {}, version {}, {scope}", table.id.0, table.schema_version));
-    part(if predicate.is_some() { "where" } else { "all" });
+    digest.text(&format!("live 1, table {}, version {}, {scope}", table.id.0, table.schema_version));
+    digest.text(if predicate.is_some() { "where" } else { "all" });
     for expr in predicate.into_iter().chain(projection) {
-        part(&expr.to_string());
-        // Expressions print text literals without escapes: a literal that holds a quote could pass for two. Their
-        // own lengths tell them apart.
-        expr.apply(|expr| {
-            if let Expr::Literal(value, _) = expr {
-                part(&format!("{} {value}", value.data_type()));
-            }
-            Ok(TreeNodeRecursion::Continue)
-        })?;
+        digest.expr(expr)?;
     }
     for column in columns {
-        part(&format!("{:?}", column.ty));
-        part(&column.name);
+        digest.text(&format!("{:?}", column.ty));
+        digest.text(&column.name);
     }
-    let digest = hash.finalize();
-    let first: [u8; 8] = digest[..8].try_into().unwrap_or_default();
-    Ok(u64::from_le_bytes(first))
+    Ok(digest.fingerprint())
 }

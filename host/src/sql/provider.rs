@@ -11,21 +11,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ::arrow::datatypes::SchemaRef;
 use ::arrow::record_batch::RecordBatch;
 use datafusion::catalog::{Session, TableProvider};
-use datafusion::common::tree_node::TreeNodeRecursion;
-use datafusion::common::{Result, internal_datafusion_err, internal_err};
+use datafusion::common::Result;
 use datafusion::datasource::provider_as_source;
-use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::execution::SendableRecordBatchStream;
 use datafusion::logical_expr::{Expr, TableProviderFilterPushDown, TableSource, TableType};
 use datafusion::physical_expr::expressions::Column as PhysicalColumn;
 use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr, PhysicalSortExpr};
-use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
+use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_plan::stream::RecordBatchReceiverStreamBuilder;
-use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
 use futures::future::BoxFuture;
 use tokio::sync::mpsc::Sender;
 use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema};
+use super::leaf::{Leaf, Reader};
 use super::range::{KeyRanges, best_ranges, is_useful};
 use super::system::SystemTables;
 use super::{RequestEnv, SqlError};
@@ -101,7 +100,12 @@ impl Rows {
         Rows { schema: arrow_schema(&schema), columns: schema.columns, table }
     }
 
-    fn plan(&self, projection: Option<&Vec<usize>>, filters: &[Expr], limit: Option<usize>) -> Result<ScanExec> {
+    fn plan(
+        &self,
+        projection: Option<&Vec<usize>>,
+        filters: &[Expr],
+        limit: Option<usize>,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
         let (columns, schema) = match projection {
             None => (self.columns.clone(), self.schema.clone()),
             Some(picked) => {
@@ -110,10 +114,10 @@ impl Rows {
             }
         };
         let ranges = best_ranges(&self.table, filters);
-        let properties = Arc::new(properties(&self.table, &columns, &schema, ranges.index.is_none())?);
+        let equivalences = equivalences(&self.table, &columns, &schema, ranges.index.is_none());
         // Rows that a filter above drops would count against a limit here.
         let limit = limit.filter(|_| filters.is_empty());
-        Ok(ScanExec { table: self.table.clone(), columns, schema, ranges, limit, properties })
+        Ok(Leaf::plan(TableReader { table: self.table.clone(), columns, ranges, limit }, schema, equivalences))
     }
 }
 
@@ -140,8 +144,7 @@ impl TableProvider for Rows {
         'd: 'r,
         Self: 'r,
     {
-        let plan = self.plan(projection, filters, limit).map(|plan| Arc::new(plan) as Arc<dyn ExecutionPlan>);
-        Box::pin(std::future::ready(plan))
+        Box::pin(std::future::ready(self.plan(projection, filters, limit)))
     }
 
     fn supports_filters_pushdown(&self, filters: &[&Expr]) -> Result<Vec<TableProviderFilterPushDown>> {
@@ -153,8 +156,13 @@ impl TableProvider for Rows {
     }
 }
 
-/// One partition; rows in key order, unless they are found through an index.
-fn properties(table: &Table, columns: &[ColumnDecl], schema: &SchemaRef, in_key_order: bool) -> Result<PlanProperties> {
+/// Rows are in key order, unless they are found through an index.
+fn equivalences(
+    table: &Table,
+    columns: &[ColumnDecl],
+    schema: &SchemaRef,
+    in_key_order: bool,
+) -> EquivalenceProperties {
     let mut order = Vec::new();
     for id in table.key.iter().filter(|_| in_key_order) {
         // The order holds for leading key columns, as far as they are read.
@@ -162,32 +170,26 @@ fn properties(table: &Table, columns: &[ColumnDecl], schema: &SchemaRef, in_key_
         let column: Arc<dyn PhysicalExpr> = Arc::new(PhysicalColumn::new(&columns[at].name, at));
         order.push(PhysicalSortExpr::new_default(column));
     }
-    let equivalences = if order.is_empty() {
+    if order.is_empty() {
         EquivalenceProperties::new(schema.clone())
     } else {
         EquivalenceProperties::new_with_orderings(schema.clone(), [order])
-    };
-    Ok(PlanProperties::new(
-        equivalences,
-        Partitioning::UnknownPartitioning(1),
-        EmissionType::Incremental,
-        Boundedness::Bounded,
-    ))
+    }
 }
 
-/// Reads the key ranges of one table, for whoever runs it.
+/// Reads the key ranges of one table.
 #[derive(Debug)]
-struct ScanExec {
+struct TableReader {
     table: Arc<Table>,
     columns: Vec<ColumnDecl>,
-    schema: SchemaRef,
     ranges: KeyRanges,
     limit: Option<usize>,
-    properties: Arc<PlanProperties>,
 }
 
-impl DisplayAs for ScanExec {
-    fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter) -> fmt::Result {
+impl Reader for TableReader {
+    const NAME: &'static str = "TableScan";
+
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let columns: Vec<&str> = self.columns.iter().map(|column| column.name.as_str()).collect();
         let Table { namespace_name, name, .. } = &*self.table;
         write!(f, "TableScan: {namespace_name}.{name}")?;
@@ -200,65 +202,21 @@ impl DisplayAs for ScanExec {
             None => Ok(()),
         }
     }
-}
 
-impl ExecutionPlan for ScanExec {
-    fn name(&self) -> &str {
-        "TableScan"
-    }
-
-    fn schema(&self) -> SchemaRef {
-        self.schema.clone()
-    }
-
-    fn properties(&self) -> &Arc<PlanProperties> {
-        &self.properties
-    }
-
-    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
-        Vec::new()
-    }
-
-    fn apply_expressions(
-        &self,
-        _f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
-    ) -> Result<TreeNodeRecursion> {
-        Ok(TreeNodeRecursion::Continue)
-    }
-
-    fn replace_children(
-        self: Arc<Self>,
-        children: Vec<Arc<dyn ExecutionPlan>>,
-        _options: ReplaceChildrenOptions,
-    ) -> Result<Arc<dyn ExecutionPlan>> {
-        if children.is_empty() { Ok(self) } else { internal_err!("a table scan has no children") }
-    }
-
-    fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
-        if children.is_empty() { Ok(self) } else { internal_err!("a table scan has no children") }
-    }
-
-    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
-        if partition != 0 {
-            return internal_err!("a table scan has one partition, not {partition}");
-        }
-        let config = context.session_config();
-        let env = config
-            .get_extension::<RequestEnv>()
-            .ok_or_else(|| internal_datafusion_err!("a scan was started outside of a request"))?;
+    fn read(&self, env: Arc<RequestEnv>, schema: &SchemaRef, batch_rows: usize) -> Result<SendableRecordBatchStream> {
         let scan = Scan {
             scope: scope_of(&self.table, &env.user),
             table: self.table.clone(),
             columns: self.columns.clone(),
-            schema: self.schema.clone(),
+            schema: schema.clone(),
             index: self.ranges.index.clone(),
             ranges: self.ranges.ranges.clone(),
             left: self.limit.unwrap_or(usize::MAX),
-            next_rows: FIRST_ROWS.min(config.batch_size()),
-            batch_rows: config.batch_size(),
+            next_rows: FIRST_ROWS.min(batch_rows),
+            batch_rows,
             env,
         };
-        let mut stream = RecordBatchReceiverStreamBuilder::new(self.schema.clone(), WAITING_BATCHES);
+        let mut stream = RecordBatchReceiverStreamBuilder::new(schema.clone(), WAITING_BATCHES);
         let batches = stream.tx();
         stream.spawn_blocking(move || scan.run(&batches).map_err(SqlError::into_datafusion));
         Ok(stream.build())

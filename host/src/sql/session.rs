@@ -27,7 +27,6 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::sqlparser::ast;
 use futures::{FutureExt, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use wire::Type;
 
 use super::context::{Names, bind, symbolic};
 use super::dml::by_key;
@@ -41,7 +40,7 @@ use super::{
     ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, RowConflict, RowFailure, RowStream, SqlError, SqlOptions,
     Statement,
 };
-use super::{arrow, ddl, dml, functions, information, json, live, lookup, statement, values};
+use super::{arrow, ddl, dml, functions, information, json, live, lookup, show, statement, values};
 use crate::catalog::Table;
 
 /// The SQL engine; one per server.
@@ -364,32 +363,9 @@ impl Engine {
     }
 
     fn query_template(&self, statement: &Statement, env: &RequestEnv) -> Result<Template, SqlError> {
-        let query = match &*statement.ast {
-            ast::Statement::ShowTables { .. } => show_tables(&env.namespace)?,
-            ast::Statement::ShowSchemas { .. } => show_namespaces()?,
-            ast::Statement::ShowColumns { show_options, .. } => match shown_table(show_options) {
-                Some(name) => self.describe(name, env, &statement.text)?,
-                None => return Err(SqlError::Internal("SHOW COLUMNS of no table".to_owned())),
-            },
-            ast::Statement::ExplainTable { table_name, .. } => self.describe(table_name, env, &statement.text)?,
-            query => query.clone(),
-        };
+        let shown = show::as_query(statement, env, &self.providers.system)?;
+        let query = shown.unwrap_or_else(|| ast::Statement::clone(&statement.ast));
         self.templated(None, query, statement, env)
-    }
-
-    fn describe(&self, name: &ast::ObjectName, env: &RequestEnv, text: &str) -> Result<ast::Statement, SqlError> {
-        let (namespace, table) = ddl::table_name(name)?;
-        let home = namespace.as_deref().unwrap_or(&env.namespace);
-        if SystemTables::is_home(home) {
-            return describe_system(self.providers.system.columns(home, &table)?);
-        }
-        let table = super::context::find_table(env, namespace.as_deref(), &table);
-        let span = name.0.first().and_then(|part| part.as_ident()).map(|ident| ident.span);
-        match (table, span) {
-            (Ok(table), _) => describe_table(table),
-            (Err(error), Some(span)) => Err(error.at_span(text, span)),
-            (Err(error), None) => Err(error),
-        }
     }
 
     fn change_template(
@@ -593,58 +569,4 @@ fn session_config(options: &SqlOptions) -> SessionConfig {
     settings.execution.skip_physical_aggregate_schema_check = true;
     settings.catalog.default_catalog = super::information::CATALOG_NAME.to_owned();
     config
-}
-
-fn show_tables(namespace: &str) -> Result<ast::Statement, SqlError> {
-    internal_query(&format!(
-        "SELECT table_schema AS namespace, table_name AS name, table_type AS type FROM information_schema.tables \
-         ORDER BY table_schema <> {}, table_schema, table_name",
-        ast::Value::SingleQuotedString(namespace.to_owned())
-    ))
-}
-
-fn show_namespaces() -> Result<ast::Statement, SqlError> {
-    internal_query("SELECT schema_name AS name FROM information_schema.schemata ORDER BY schema_name")
-}
-
-/// The table of SHOW COLUMNS, where it says nothing more.
-pub(crate) fn shown_table(options: &ast::ShowStatementOptions) -> Option<&ast::ObjectName> {
-    let only_in = ast::ShowStatementOptions { show_in: None, ..options.clone() };
-    let nothing = ast::ShowStatementOptions {
-        show_in: None,
-        starts_with: None,
-        limit: None,
-        limit_from: None,
-        filter_position: None,
-    };
-    let shown = options.show_in.as_ref().filter(|shown| shown.parent_type.is_none() && only_in == nothing)?;
-    shown.parent_name.as_ref()
-}
-
-fn describe_system(columns: &[(&str, Type)]) -> Result<ast::Statement, SqlError> {
-    let quote = |text: &str| ast::Value::SingleQuotedString(text.to_owned()).to_string();
-    let row = |(name, ty): &(&str, Type)| format!("({}, {})", quote(name), quote(&ty.to_string()));
-    let rows: Vec<String> = columns.iter().map(row).collect();
-    internal_query(&format!(
-        "SELECT column_name, data_type, 'YES' AS is_nullable, CAST(NULL AS TEXT) AS column_default, 'NO' AS is_key \
-         FROM (VALUES {}) AS columns (column_name, data_type)",
-        rows.join(", ")
-    ))
-}
-
-fn describe_table(table: &Table) -> Result<ast::Statement, SqlError> {
-    let quote = |text: &str| ast::Value::SingleQuotedString(text.to_owned());
-    internal_query(&format!(
-        "SELECT column_name, data_type, is_nullable, column_default, is_key FROM information_schema.columns \
-         WHERE table_schema = {} AND table_name = {} ORDER BY ordinal_position",
-        quote(&table.namespace_name),
-        quote(&table.name)
-    ))
-}
-
-/// SQL of our own making, over the catalog alone.
-fn internal_query(text: &str) -> Result<ast::Statement, SqlError> {
-    let mut statements = statement::parse(text)?;
-    let statement = statements.pop().ok_or_else(|| SqlError::Internal("an empty internal query".to_owned()))?;
-    Ok(*statement.ast)
 }

@@ -58,7 +58,7 @@ fn classify(statement: &ast::Statement, text: &Arc<str>) -> Result<StatementKind
             StatementKind::Query
         }
         ast::Statement::ShowColumns { extended, full, show_options } => {
-            if *extended || *full || super::session::shown_table(show_options).is_none() {
+            if *extended || *full || super::show::shown_table(show_options).is_none() {
                 let hint = Some("say SHOW COLUMNS FROM table, or select from information_schema.columns");
                 return Err(SqlError::unsupported("this form of SHOW COLUMNS", hint));
             }

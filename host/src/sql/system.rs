@@ -14,20 +14,19 @@ use std::sync::Arc;
 use ::arrow::datatypes::SchemaRef;
 use ::arrow::record_batch::RecordBatch;
 use datafusion::catalog::{Session, TableProvider};
-use datafusion::common::tree_node::TreeNodeRecursion;
-use datafusion::common::{Result, internal_datafusion_err, internal_err};
+use datafusion::common::Result;
 use datafusion::datasource::provider_as_source;
-use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::execution::SendableRecordBatchStream;
 use datafusion::logical_expr::{Expr, TableSource, TableType};
-use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr};
-use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
+use datafusion::physical_expr::EquivalenceProperties;
+use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
-use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
 use futures::future::BoxFuture;
 use wire::{ColumnDecl, ImageBuilder, ImageRef, Schema, Type, Value};
 
 use super::arrow::{arrow_schema, to_batch};
 use super::information::INFORMATION_SCHEMA;
+use super::leaf::{Leaf, Reader};
 use super::{RequestEnv, SqlError};
 use crate::config::Role;
 
@@ -131,6 +130,18 @@ impl fmt::Debug for Provider {
     }
 }
 
+impl Provider {
+    fn plan(&self, projection: Option<&Vec<usize>>) -> Result<Arc<dyn ExecutionPlan>> {
+        let schema = match projection {
+            Some(picked) => Arc::new(self.schema.project(picked)?),
+            None => self.schema.clone(),
+        };
+        let reader = SystemReader { table: self.table.clone(), projection: projection.cloned() };
+        let unordered = EquivalenceProperties::new(schema.clone());
+        Ok(Leaf::plan(reader, schema, unordered))
+    }
+}
+
 impl TableProvider for Provider {
     fn schema(&self) -> SchemaRef {
         self.schema.clone()
@@ -154,99 +165,37 @@ impl TableProvider for Provider {
         'd: 'r,
         Self: 'r,
     {
-        let plan = SystemExec::new(self, projection).map(|plan| Arc::new(plan) as Arc<dyn ExecutionPlan>);
-        Box::pin(std::future::ready(plan))
+        Box::pin(std::future::ready(self.plan(projection)))
     }
 }
 
-/// Asks for the rows when it is run, for whoever runs it.
-struct SystemExec {
+/// Asks for the rows when it is run.
+struct SystemReader {
     table: Arc<SystemTable>,
-    schema: SchemaRef,
     projection: Option<Vec<usize>>,
-    properties: Arc<PlanProperties>,
 }
 
-impl SystemExec {
-    fn new(provider: &Provider, projection: Option<&Vec<usize>>) -> Result<SystemExec> {
-        let schema = match projection {
-            Some(picked) => Arc::new(provider.schema.project(picked)?),
-            None => provider.schema.clone(),
-        };
-        let properties = PlanProperties::new(
-            EquivalenceProperties::new(schema.clone()),
-            Partitioning::UnknownPartitioning(1),
-            EmissionType::Incremental,
-            Boundedness::Bounded,
-        );
-        let (table, projection) = (provider.table.clone(), projection.cloned());
-        Ok(SystemExec { table, schema, projection, properties: Arc::new(properties) })
+impl fmt::Debug for SystemReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.show(f)
     }
 }
 
-impl fmt::Debug for SystemExec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Reader for SystemReader {
+    const NAME: &'static str = "SystemTable";
+
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SystemTable: {}.{}", self.table.namespace, self.table.name)
     }
-}
 
-impl DisplayAs for SystemExec {
-    fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{self:?}")
-    }
-}
-
-impl ExecutionPlan for SystemExec {
-    fn name(&self) -> &str {
-        "SystemTable"
-    }
-
-    fn schema(&self) -> SchemaRef {
-        self.schema.clone()
-    }
-
-    fn properties(&self) -> &Arc<PlanProperties> {
-        &self.properties
-    }
-
-    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
-        Vec::new()
-    }
-
-    fn apply_expressions(
-        &self,
-        _f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
-    ) -> Result<TreeNodeRecursion> {
-        Ok(TreeNodeRecursion::Continue)
-    }
-
-    fn replace_children(
-        self: Arc<Self>,
-        children: Vec<Arc<dyn ExecutionPlan>>,
-        _options: ReplaceChildrenOptions,
-    ) -> Result<Arc<dyn ExecutionPlan>> {
-        if children.is_empty() { Ok(self) } else { internal_err!("a system table has no children") }
-    }
-
-    fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
-        if children.is_empty() { Ok(self) } else { internal_err!("a system table has no children") }
-    }
-
-    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
-        if partition != 0 {
-            return internal_err!("a system table has one partition, not {partition}");
-        }
-        let env = context
-            .session_config()
-            .get_extension::<RequestEnv>()
-            .ok_or_else(|| internal_datafusion_err!("a system table was read outside of a request"))?;
+    fn read(&self, env: Arc<RequestEnv>, schema: &SchemaRef, _batch_rows: usize) -> Result<SendableRecordBatchStream> {
         let batch = self.table.read(&env).map_err(SqlError::into_datafusion)?;
         let batch = match &self.projection {
             Some(picked) => batch.project(picked)?,
             None => batch,
         };
         let rows = futures::stream::iter([Ok(batch)]);
-        Ok(Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), rows)))
+        Ok(Box::pin(RecordBatchStreamAdapter::new(schema.clone(), rows)))
     }
 }
 

@@ -2,15 +2,18 @@
 //!
 //! Transactions wait in a bounded [`Queue`]. The thread takes all that wait (up to a limit of bytes) and, one after the
 //! other, checks each against the catalog and against what was committed since it read, those before it in the group
-//! included; gives it the next seq; and adds its rows, its frame and its catalog records to one batch. The batch is
-//! written and synced once. Then, in this order: the new catalog and applied seq become visible, the hook sees every
-//! commit, the transactions are answered. A refusal is answered then too, so that a retry reads what it lost against.
+//! included ([`stage`]); gives it the next seq; and adds its rows, its frame and its catalog records to one batch. The
+//! batch is written and synced once. Then, in this order: the new catalog and applied seq become visible, the hook sees
+//! every commit, the transactions are answered. A refusal is answered then too, so that a retry reads what it lost
+//! against.
 //!
 //! With another `durability` than `sync` the batch is written without a sync and answered; a sync follows within the sync
 //! interval, and only then the hook sees the commits: an event is never of a commit that a power cut could undo.
 //!
 //! A write that fails may or may not be on disk, and trying again could acknowledge what a failed sync has thrown away:
 //! the store then takes no more writes, and a restart recovers what is really there.
+
+mod stage;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,18 +25,15 @@ use std::time::Instant;
 use bytes::Bytes;
 use rocksdb::{WriteBatch, WriteOptions};
 use tokio::sync::oneshot;
-use wire::frame::ChangeMeta;
-use wire::{FrameBuilder, FrameError, Kind, Scope};
 
-use super::index::{EntryChange, Piece, PieceEntry, entry_change};
-use super::keys::row_prefix;
+use super::index::{Piece, PieceEntry};
 use super::meta::{self, Mark, State};
 use super::recent::RecentWrites;
 use super::{
-    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, RowWrite, Seq, StoreError,
-    Transaction, ddl, family, high_water, open, receipts, retention, row_family, rows, synced,
+    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, Seq, StoreError, Transaction,
+    ddl, family, high_water, open, receipts, retention, row_family, synced,
 };
-use crate::catalog::{Catalog, IndexState, Table, TableKind};
+use crate::catalog::{Catalog, IndexState};
 
 /// Transactions written together at most: the first of them waits for the last to be checked.
 const GROUP_TRANSACTIONS: usize = 1024;
@@ -208,27 +208,6 @@ impl Group {
     }
 }
 
-/// What is to be written for one transaction: checked and encoded, so that adding it to the batch cannot fail half-way.
-struct Staged {
-    rows: Vec<StagedRow>,
-    frame: Vec<u8>,
-    catalog: Option<ddl::StagedCatalog>,
-    /// The hash of the receipt's id.
-    receipt: Option<u64>,
-}
-
-struct StagedRow {
-    kind: TableKind,
-    key: Vec<u8>,
-    /// `None`: the row goes.
-    stored: Option<Vec<u8>>,
-    hash: u64,
-    /// What it does to the table's indexes.
-    entries: Vec<EntryChange>,
-    /// The hashes of the values it claims in unique ones.
-    claims: Vec<u64>,
-}
-
 impl Committer {
     fn new(inner: Arc<Inner>, hook: CommitHook, waiting_bytes: Arc<AtomicUsize>) -> Self {
         let applied = inner.applied();
@@ -387,119 +366,6 @@ impl Committer {
         Ok(piece.base)
     }
 
-    /// Checks a transaction and builds its frame. `None`: it changes nothing.
-    fn stage(&mut self, group: &Group, transaction: &Transaction) -> Result<Option<Staged>, CommitError> {
-        if self.recent.too_old(transaction.base)
-            || (!transaction.catalog.is_empty() && transaction.base < self.catalog_changed)
-        {
-            return Err(CommitError::Stale);
-        }
-        self.committed_at = self.committed_at.max(self.inner.clock.now());
-        let receipt = transaction.receipt.as_ref().map(|receipt| self.recent.hash(&receipts::receipt_key(&receipt.id)));
-        // Somebody else came first with the same key: their answer is this one's as well.
-        if receipt.is_some_and(|hash| self.recent.written_after(hash, transaction.base)) {
-            return Err(CommitError::Stale);
-        }
-        let mut frame = FrameBuilder::new(transaction.namespace.0, commit_id(self.committed_at), self.committed_at);
-        let rows = self.stage_rows(&group.catalog, transaction, &mut frame)?;
-        let catalog = ddl::stage(&group.catalog, transaction, &mut frame)?;
-        if rows.is_empty() && catalog.is_none() && receipt.is_none() {
-            return Ok(None);
-        }
-        let frame = frame.finish().map_err(invalid_frame)?;
-        self.check_size(frame.len())?;
-        Ok(Some(Staged { rows, frame, catalog, receipt }))
-    }
-
-    /// The rows that really change, each checked against catalog and conflicts and put into the frame.
-    fn stage_rows(
-        &self,
-        catalog: &Catalog,
-        transaction: &Transaction,
-        frame: &mut FrameBuilder,
-    ) -> Result<Vec<StagedRow>, CommitError> {
-        let mut rows = Vec::with_capacity(transaction.rows.len());
-        let mut checked: Option<(&Arc<Table>, Vec<Kind>)> = None;
-        for write in &transaction.rows {
-            let table = &*write.table;
-            // Rows of one table come together: it is looked up, and its slots are listed, once.
-            let kinds = match &checked {
-                Some((known, kinds)) if Arc::ptr_eq(known, &write.table) => kinds,
-                _ => {
-                    check_table(catalog, transaction, table)?;
-                    &checked.insert((&write.table, table.kinds())).1
-                }
-            };
-            check_scope(table, &write.scope)?;
-            let mut key = row_prefix(table, &write.scope);
-            key.extend_from_slice(&write.key);
-            let hash = self.recent.hash(&key);
-            if self.recent.written_after(hash, transaction.base) {
-                return Err(CommitError::Stale);
-            }
-            // What has expired meanwhile was there for nobody any more: the reader has to look again.
-            if table.kind == TableKind::Stream && write.old.is_some() && self.is_expired(table, &key)? {
-                return Err(CommitError::Stale);
-            }
-            let unchanged = match (&write.old, &write.new) {
-                (None, None) => true,
-                (Some(old), Some(new)) => rows::same_row(kinds, old, new),
-                _ => false,
-            };
-            if unchanged {
-                continue;
-            }
-            let meta = ChangeMeta { table: table.id.0, schema_version: table.schema_version, kinds };
-            frame.change(&write.scope, meta, write.old.as_deref(), write.new.as_deref()).map_err(invalid_frame)?;
-            self.check_size(frame.len())?;
-            let expires = table.expires(self.committed_at);
-            let stored = write.new.as_deref().map(|image| rows::encode_row(table, image, expires)).transpose()?;
-            let (entries, claims) = self.stage_entries(transaction.base, write, &key)?;
-            rows.push(StagedRow { kind: table.kind, key, stored, hash, entries, claims });
-        }
-        debug_assert!(distinct(&rows), "a transaction has at most one change for a key: its net effect");
-        Ok(rows)
-    }
-
-    /// What a change does to the table's indexes. Values that a unique one must have once were looked for at the
-    /// transaction's snapshot: whoever claimed them since comes first.
-    fn stage_entries(
-        &self,
-        base: Seq,
-        write: &RowWrite,
-        stored_key: &[u8],
-    ) -> Result<(Vec<EntryChange>, Vec<u64>), CommitError> {
-        let (mut entries, mut claims) = (Vec::new(), Vec::new());
-        let prefix = &stored_key[..stored_key.len() - write.key.len()];
-        for index in &write.table.indexes {
-            let (old, new) = (write.old.as_deref(), write.new.as_deref());
-            let Some(change) = entry_change(&write.table, index, prefix, &write.key, old, new)? else { continue };
-            if let Some(claim) = &change.claim {
-                let hash = self.recent.hash(claim);
-                if self.recent.written_after(hash, base) {
-                    return Err(CommitError::Stale);
-                }
-                claims.push(hash);
-            }
-            entries.push(change);
-        }
-        Ok((entries, claims))
-    }
-
-    /// Nobody has written the key since it was read, or this would not be asked: what is stored is what was read.
-    fn is_expired(&self, table: &Table, key: &[u8]) -> Result<bool, StoreError> {
-        let family = row_family(&self.inner.db, table.kind);
-        let stored = self.inner.db.get_pinned_cf(family, key).map_err(super::read_error)?;
-        // Swept already.
-        let Some(stored) = stored else { return Ok(true) };
-        Ok(rows::expires(&stored).is_some_and(|expires| expires <= self.committed_at))
-    }
-
-    fn check_size(&self, size: usize) -> Result<(), CommitError> {
-        let limit = self.inner.max_commit_bytes;
-        if size > limit { Err(CommitError::TooLarge { size, limit }) } else { Ok(()) }
-    }
-
     fn finish(&mut self, mut group: Group) {
         if (!group.commits.is_empty() || group.pieces)
             && let Err(error) = self.write(&mut group)
@@ -615,44 +481,4 @@ fn has_room(directory: &Path, needed: u64) -> bool {
         // A file system that does not say is found out by writing.
         Err(_) => true,
     }
-}
-
-fn check_table(catalog: &Catalog, transaction: &Transaction, table: &Table) -> Result<(), CommitError> {
-    if table.namespace != transaction.namespace {
-        return Err(CommitError::Invalid(format!("{}.{} is not in its namespace", table.namespace_name, table.name)));
-    }
-    match catalog.table_by_id(table.id) {
-        // The very set of indexes, too: a row must have its entry in each, and be held to those that are unique.
-        Some(current) if current.schema_version == table.schema_version && current.indexes == table.indexes => Ok(()),
-        _ => Err(CommitError::Stale),
-    }
-}
-
-fn check_scope(table: &Table, scope: &Scope) -> Result<(), CommitError> {
-    match (table.kind, scope) {
-        (TableKind::Shared | TableKind::Stream, Scope::Shared) | (TableKind::User, Scope::User(_)) => Ok(()),
-        _ => Err(CommitError::Invalid(format!(
-            "a row of the {} table {} has another scope",
-            table.kind.as_str(),
-            table.name
-        ))),
-    }
-}
-
-fn distinct(rows: &[StagedRow]) -> bool {
-    let mut keys = std::collections::HashSet::new();
-    rows.iter().all(|row| keys.insert(&row.key))
-}
-
-/// A UUID of version 7: the commit's time in milliseconds, then random bits.
-fn commit_id(committed_at: i64) -> [u8; 16] {
-    let mut id: [u8; 16] = rand::random();
-    id[..6].copy_from_slice(&(committed_at / 1000).to_be_bytes()[2..]);
-    id[6] = 0x70 | id[6] & 0x0f;
-    id[8] = 0x80 | id[8] & 0x3f;
-    id
-}
-
-fn invalid_frame(error: FrameError) -> CommitError {
-    CommitError::Invalid(error.to_string())
 }

@@ -1,5 +1,6 @@
 //! A transaction's catalog writes: checked, applied to the catalog, told in the frame, put into and taken out of the
-//! batch. When and in which order is the committer's ([`super::commit`]); the records' bytes are in [`super::meta`].
+//! batch. When and in which order is the committer's ([`super::commit`]); keys are in [`super::meta`], the records'
+//! bytes in [`super::records`].
 
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use rocksdb::{DB, WriteBatch};
 use wire::{CatalogEvent, FrameBuilder};
 
 use super::keys::{successor, table_prefix};
+use super::records::{encode_catalog, encode_index, encode_namespace, encode_plugin, encode_retired, encode_table};
 use super::{CatalogWrite, CommitError, DEFAULT_FAMILY, StoreError, Transaction, family, meta, row_family};
 use crate::catalog::{Catalog, Index, Plugin, Table, TableId, TableKind};
 
@@ -142,24 +144,24 @@ fn catalog_events(before: &Catalog, write: &CatalogWrite, frame: &mut FrameBuild
 
 /// The records of what the transaction put and did not drop again; `after` is the catalog after it.
 fn catalog_records(transaction: &Transaction, after: &Catalog) -> Result<Vec<Record>, StoreError> {
-    let mut records = vec![(meta::CATALOG_KEY.to_vec(), meta::encode_catalog(after)?)];
+    let mut records = vec![(meta::CATALOG_KEY.to_vec(), encode_catalog(after)?)];
     for write in &transaction.catalog {
         match write {
             CatalogWrite::PutNamespace { id, name } if after.namespace(name).is_some_and(|found| found.id == *id) => {
-                records.push((meta::namespace_key(*id), meta::encode_namespace(*id, name)?));
+                records.push((meta::namespace_key(*id), encode_namespace(*id, name)?));
             }
             CatalogWrite::PutTable(table) if after.table_by_id(table.id).is_some() => {
-                records.push((meta::table_key(table.id), meta::encode_table(table)?));
+                records.push((meta::table_key(table.id), encode_table(table)?));
             }
             CatalogWrite::PutPlugin { plugin, wasm } if plugins(after).any(|found| same_plugin(found, plugin)) => {
                 let key = meta::plugin_key(plugin.namespace, plugin.version, &plugin.name);
-                records.push((key, meta::encode_plugin(plugin)?));
+                records.push((key, encode_plugin(plugin)?));
                 records.push((meta::wasm_key(&plugin.sha256), wasm.to_vec()));
             }
             CatalogWrite::DropPlugin { namespace, name } => {
                 let found = after.namespace(namespace);
                 if let Some((found, version)) = found.and_then(|found| Some((found, *found.retired.get(name)?))) {
-                    records.push((meta::retired_key(found.id, name), meta::encode_retired(found.id, name, version)?));
+                    records.push((meta::retired_key(found.id, name), encode_retired(found.id, name, version)?));
                 }
             }
             _ => {}
@@ -167,7 +169,7 @@ fn catalog_records(transaction: &Transaction, after: &Catalog) -> Result<Vec<Rec
     }
     for table in put_tables(transaction, after) {
         for index in &table.indexes {
-            records.push((meta::index_key(index.id), meta::encode_index(table.id, index)?));
+            records.push((meta::index_key(index.id), encode_index(table.id, index)?));
         }
     }
     Ok(records)

@@ -11,7 +11,8 @@ use rocksdb::{
 
 use super::clock::Clock;
 use super::keys::row_prefix_len;
-use super::meta::{self, CatalogLoader, State};
+use super::meta::{self, State};
+use super::records::{self, CatalogLoader};
 use super::{
     Epoch, FAMILIES, ROW_FAMILIES, STREAM_FAMILY, Seq, StoreError, StoreOptions, ddl, high_water, read_error, rows,
     synced,
@@ -203,8 +204,8 @@ fn set_up(db: &DB) -> Result<(), StoreError> {
     batch.put(meta::FORMAT_KEY, meta::FORMAT.to_be_bytes());
     batch.put(meta::EPOCH_KEY, rand::random::<u64>().to_be_bytes());
     batch.put(meta::STATE_KEY, state.encode());
-    batch.put(meta::CATALOG_KEY, meta::encode_catalog(&catalog)?);
-    batch.put(meta::namespace_key(main), meta::encode_namespace(main, DEFAULT_NAMESPACE)?);
+    batch.put(meta::CATALOG_KEY, records::encode_catalog(&catalog)?);
+    batch.put(meta::namespace_key(main), records::encode_namespace(main, DEFAULT_NAMESPACE)?);
     db.write_opt(batch, &synced()).map_err(read_error)
 }
 

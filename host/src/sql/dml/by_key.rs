@@ -13,7 +13,8 @@ use datafusion::physical_expr::create_physical_expr;
 use datafusion::sql::sqlparser::ast::{self, Assignment};
 use wire::ColumnDecl;
 
-use super::{Action, Target, delete_target, deleted_from, parse_image, update_target};
+use super::changes::parse_image;
+use super::{Action, Target, delete_target, deleted_from, update_target};
 use crate::sql::arrow::RowBatchBuilder;
 use crate::sql::context::bind_exprs;
 use crate::sql::error::from_datafusion;

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use wire::Scope;
 
-use super::{Changes, parse_image, show_columns};
+use super::changes::{Changes, parse_image};
+use super::show_columns;
 use crate::catalog::{Index, IndexId, Table};
 use crate::sql::error::from_datafusion;
 use crate::sql::{RequestEnv, SqlError};

@@ -13,8 +13,9 @@ use datafusion::sql::sqlparser::ast::{
 };
 use wire::{ImageBuilder, ImageRef, Type, Value};
 
+use super::changes::{Changes, cast_columns, parse_image};
 use super::unique::claimed;
-use super::{Changes, assignments, cast_columns, numbered, parse_image, table_named};
+use super::{assignments, numbered, table_named};
 use crate::catalog::{Column, Index, IndexId, Table};
 use crate::sql::ddl::fold;
 use crate::sql::error::from_datafusion;

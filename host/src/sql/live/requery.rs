@@ -8,15 +8,16 @@ use ::arrow::compute::concat_batches;
 use ::arrow::datatypes::SchemaRef;
 use ::arrow::record_batch::RecordBatch;
 use ::arrow::row::{RowConverter, SortField};
-use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
+use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::common::{DataFusionError, TableReference};
 use datafusion::logical_expr::{Expr, LogicalPlan, Projection};
 use futures::StreamExt;
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
 use std::collections::HashMap;
 use wire::image::MAX_COLUMNS;
 use wire::{ColumnDecl, Schema, Scope, Type};
 
+use super::digest::Digest;
 use super::key::{KeyColumn, Keys};
 use crate::catalog::{Table, TableKind};
 use crate::sql::arrow::{arrow_schema, batch_of, output_columns, output_schema};
@@ -139,30 +140,20 @@ pub(super) fn tables(plan: &LogicalPlan, env: &RequestEnv) -> Result<Vec<(Arc<Ta
 
 /// Stable over restarts: it is part of positions that clients hold.
 fn fingerprint(plan: &LogicalPlan, tables: &[(Arc<Table>, Scope)]) -> Result<u64, DataFusionError> {
-    let mut hash = Sha256::new();
-    let mut part = |text: &str| {
-        hash.update((text.len() as u64).to_le_bytes());
-        hash.update(text.as_bytes());
-    };
-    part("requery 1");
+    let mut digest = Digest::new();
+    digest.text("requery 1");
     for (table, _) in tables {
         let scope = if table.kind == TableKind::User { "user" } else { "shared" };
-        part(&format!("table {}, version {}, {scope}", table.id.0, table.schema_version));
+        digest.text(&format!("table {}, version {}, {scope}", table.id.0, table.schema_version));
     }
-    part(&plan.display_indent_schema().to_string());
-    // Expressions print text literals without escapes, so that one could pass for two: their lengths tell them apart.
+    digest.text(&plan.display_indent_schema().to_string());
     plan.apply_with_subqueries(|plan| {
         plan.apply_expressions(|expr| {
-            expr.apply(|expr| {
-                if let Expr::Literal(value, _) = expr {
-                    part(&format!("{} {value}", value.data_type()));
-                }
-                Ok(TreeNodeRecursion::Continue)
-            })
+            digest.literals(expr)?;
+            Ok(TreeNodeRecursion::Continue)
         })
     })?;
-    let digest = hash.finalize();
-    Ok(u64::from_le_bytes(digest[..8].try_into().unwrap_or_default()))
+    Ok(digest.fingerprint())
 }
 
 impl RequeryPlan {

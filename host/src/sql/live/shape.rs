@@ -9,13 +9,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ::arrow::array::ArrayRef;
-use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
+use datafusion::common::tree_node::{Transformed, TreeNode};
 use datafusion::common::{Column, DFSchema, DataFusionError, ScalarValue};
 use datafusion::logical_expr::{Between, BinaryExpr, Expr, ExprSchemable, Operator};
-use sha2::{Digest, Sha256};
 use wire::ImageRef;
 
 use super::Compiled;
+use super::digest::Digest;
 use crate::catalog::Table;
 use crate::sql::SqlError;
 use crate::sql::arrow::arrow_schema;
@@ -119,24 +119,13 @@ fn is_comparison(op: Operator) -> bool {
 
 /// Equal only for equal shapes over one version of a table.
 fn key(table: &Table, exprs: &[Expr], constants: &[ScalarValue]) -> Result<[u8; 32], DataFusionError> {
-    let mut hash = Sha256::new();
-    let mut part = |text: &str| {
-        hash.update((text.len() as u64).to_le_bytes());
-        hash.update(text.as_bytes());
-    };
-    part(&format!("{} {} {}", table.id.0, table.schema_version, exprs.len()));
+    let mut digest = Digest::new();
+    digest.text(&format!("{} {} {}", table.id.0, table.schema_version, exprs.len()));
     for constant in constants {
-        part(&constant.data_type().to_string());
+        digest.text(&constant.data_type().to_string());
     }
     for expr in exprs {
-        part(&expr.to_string());
-        // As in the fingerprint: printed text literals have no escapes.
-        expr.apply(|expr| {
-            if let Expr::Literal(value, _) = expr {
-                part(&format!("{} {value}", value.data_type()));
-            }
-            Ok(TreeNodeRecursion::Continue)
-        })?;
+        digest.expr(expr)?;
     }
-    Ok(hash.finalize().into())
+    Ok(digest.whole())
 }

@@ -1,13 +1,11 @@
-//! Our side, as a library: a store, the SQL engine, and live queries over them.
+//! Our side, as a library: a store, the SQL engine, and live queries over them. In a folder of its own, because cargo
+//! takes every file beside the benches for one; each bench that needs it names it by its path.
 
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use arrow::array::{ArrayRef, Int64Array, StringArray};
 use arrow::record_batch::RecordBatch;
-use futures::StreamExt;
 use host::catalog::{OnError, Semantics};
 use host::config::{Config, Role};
 use host::http::sse::Events;
@@ -17,7 +15,7 @@ use host::live::{
 };
 use host::sql::live::{Live as Compiled, LivePlan};
 use host::sql::session::Sql;
-use host::sql::{RequestEnv, RowConflict, StatementKind};
+use host::sql::{RequestEnv, StatementKind};
 use host::store::{Store, Transaction};
 use host::telemetry::Metrics;
 use tokio::runtime::Runtime;
@@ -29,8 +27,6 @@ pub struct World {
     pub sql: Sql,
     pub store: Store,
     pub config: Config,
-    /// What opening the store took.
-    pub opening: Duration,
 }
 
 impl World {
@@ -39,12 +35,15 @@ impl World {
     }
 
     pub fn with(config: Config) -> World {
-        let began = Instant::now();
         let store = Store::open(&config.store).unwrap();
-        let opening = began.elapsed();
+        Self::over(store, config)
+    }
+
+    /// Over a store that was just opened.
+    pub fn over(store: Store, config: Config) -> World {
         store.start(Box::new(|_| {}));
         let sql = Sql::new(config.sql.clone(), Vec::new()).unwrap();
-        World { runtime: Runtime::new().unwrap(), sql, store, config, opening }
+        World { runtime: Runtime::new().unwrap(), sql, store, config }
     }
 
     pub fn env(&self, user: &str) -> RequestEnv {
@@ -75,26 +74,7 @@ impl World {
         }
     }
 
-    /// Rows for a table (id BIGINT, note TEXT), in one commit.
-    pub fn insert(&self, table: &str, ids: Range<i64>, note: &str) {
-        let env = self.env("admin");
-        let base = env.snapshot.seq();
-        let namespace = env.catalog.namespace("main").unwrap().id;
-        let rows = self.sql.insert_rows(&env, table, RowConflict::Error, &[batch(ids, note)]).unwrap().writes;
-        self.commit(Transaction { namespace, base, rows, catalog: Vec::new(), receipt: None });
-    }
-
-    pub fn each_batch(&self, text: &str, mut take: impl FnMut(RecordBatch)) {
-        self.runtime.block_on(async {
-            let statements = self.sql.parse(text).unwrap();
-            let mut stream = self.sql.query(&statements[0], self.env("admin")).await.unwrap();
-            while let Some(batch) = stream.batches.next().await {
-                take(batch.unwrap());
-            }
-        });
-    }
-
-    fn commit(&self, transaction: Transaction) {
+    pub fn commit(&self, transaction: Transaction) {
         self.runtime.block_on(self.store.commit(transaction)).unwrap();
     }
 
@@ -107,14 +87,14 @@ impl World {
         Live::start(self.store.clone(), pipelines, Arc::new(Events), options, Arc::new(Metrics::default()))
     }
 
-    /// A live query that filters one table.
-    pub fn spec(&self, text: &str) -> Arc<GroupSpec> {
-        let plan = match self.sql.live(text, &self.env("admin")).unwrap() {
+    /// A live query of this user that filters one table.
+    pub fn spec(&self, text: &str, user: &str) -> Arc<GroupSpec> {
+        let plan = match self.sql.live(text, &self.env(user)).unwrap() {
             Compiled::Incremental(plan) => plan,
             Compiled::Requery(_) => panic!("{text}"),
         };
         Arc::new(GroupSpec {
-            key: text.as_bytes().to_vec(),
+            key: format!("{text} {user}").into_bytes(),
             live_id: String::new(),
             table: plan.table.clone(),
             scope: plan.scope.clone(),
@@ -143,13 +123,6 @@ impl World {
             }
         }
     }
-}
-
-/// Rows of a table (id BIGINT, note TEXT).
-pub fn batch(ids: Range<i64>, note: &str) -> RecordBatch {
-    let notes: StringArray = ids.clone().map(|_| Some(note)).collect();
-    let (ids, notes): (ArrayRef, ArrayRef) = (Arc::new(Int64Array::from_iter_values(ids)), Arc::new(notes));
-    RecordBatch::try_from_iter([("id", ids), ("note", notes)]).unwrap()
 }
 
 struct Query(LivePlan);

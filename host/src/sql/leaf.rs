@@ -1,0 +1,99 @@
+//! Operators that read something themselves: without inputs, in one partition, for whoever runs them. What they read is
+//! a [`Reader`]; the rest of what DataFusion wants of an operator is the same for all and stands here.
+
+use std::fmt;
+use std::sync::Arc;
+
+use ::arrow::datatypes::SchemaRef;
+use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::common::{Result, internal_datafusion_err, internal_err};
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr};
+use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
+use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
+
+use super::RequestEnv;
+
+pub(super) trait Reader: fmt::Debug + Send + Sync + 'static {
+    const NAME: &'static str;
+
+    /// As EXPLAIN shows it.
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result;
+
+    /// Starts to read, for this request.
+    fn read(&self, env: Arc<RequestEnv>, schema: &SchemaRef, batch_rows: usize) -> Result<SendableRecordBatchStream>;
+}
+
+#[derive(Debug)]
+pub(super) struct Leaf<R> {
+    reader: R,
+    schema: SchemaRef,
+    properties: Arc<PlanProperties>,
+}
+
+impl<R: Reader> Leaf<R> {
+    /// `equivalences` says in which order the rows come, if in any.
+    pub(super) fn plan(reader: R, schema: SchemaRef, equivalences: EquivalenceProperties) -> Arc<dyn ExecutionPlan> {
+        let properties = PlanProperties::new(
+            equivalences,
+            Partitioning::UnknownPartitioning(1),
+            EmissionType::Incremental,
+            Boundedness::Bounded,
+        );
+        Arc::new(Leaf { reader, schema, properties: Arc::new(properties) })
+    }
+}
+
+impl<R: Reader> DisplayAs for Leaf<R> {
+    fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter) -> fmt::Result {
+        self.reader.show(f)
+    }
+}
+
+impl<R: Reader> ExecutionPlan for Leaf<R> {
+    fn name(&self) -> &str {
+        R::NAME
+    }
+
+    fn schema(&self) -> SchemaRef {
+        self.schema.clone()
+    }
+
+    fn properties(&self) -> &Arc<PlanProperties> {
+        &self.properties
+    }
+
+    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
+        Vec::new()
+    }
+
+    fn apply_expressions(
+        &self,
+        _f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
+    ) -> Result<TreeNodeRecursion> {
+        Ok(TreeNodeRecursion::Continue)
+    }
+
+    fn replace_children(
+        self: Arc<Self>,
+        children: Vec<Arc<dyn ExecutionPlan>>,
+        _options: ReplaceChildrenOptions,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        if children.is_empty() { Ok(self) } else { internal_err!("{} has no children", R::NAME) }
+    }
+
+    fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
+        if children.is_empty() { Ok(self) } else { internal_err!("{} has no children", R::NAME) }
+    }
+
+    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
+        if partition != 0 {
+            return internal_err!("{} has one partition, not {partition}", R::NAME);
+        }
+        let config = context.session_config();
+        let env = config
+            .get_extension::<RequestEnv>()
+            .ok_or_else(|| internal_datafusion_err!("{} was started outside of a request", R::NAME))?;
+        self.reader.read(env, &self.schema, config.batch_size())
+    }
+}
