@@ -67,7 +67,7 @@ impl Fingerprint {
 
     /// Groups apart what asked for the same versions in other words: a group that looks its plugins up again, as it is
     /// pinned or not, can only do so for all of its streams alike.
-    pub(super) fn as_asked(mut self, pipeline: &[StageRequest]) -> Self {
+    pub(super) fn asked_as(mut self, pipeline: &[StageRequest]) -> Self {
         for StageRequest { plugin, .. } in pipeline {
             self.asked.extend((plugin.len() as u64).to_le_bytes());
             self.asked.extend(plugin.bytes());

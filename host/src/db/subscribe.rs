@@ -193,7 +193,7 @@ impl Db {
         };
         let sources = plan.tables.iter().map(|(table, scope)| (table, scope));
         let fingerprint = Fingerprint::new(plan.fingerprint, sources, &stages, request, Semantics::Map);
-        let fingerprint = fingerprint.as_asked(&request.pipeline);
+        let fingerprint = fingerprint.asked_as(&request.pipeline);
         let (columns, key, plan) = (shown(&plan.columns, output.as_ref()), plan.key.clone(), Arc::new(plan));
         let runner = QueryRunner {
             store: self.inner.store.clone(),
