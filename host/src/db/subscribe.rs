@@ -380,17 +380,14 @@ impl LiveStream {
             match &mut self.state {
                 State::Done => return None,
                 State::Running(subscription) => {
-                    // A snapshot of which nothing matches for long says nothing: the stream still shows that it lives.
-                    let delivery = tokio::time::timeout(2 * self.db.inner.live_options.heartbeat, subscription.next());
                     let delivery = tokio::select! {
                         biased;
                         () = self.listed.killed() => None,
-                        delivery = delivery => Some(delivery),
+                        delivery = subscription.next() => Some(delivery),
                     };
                     match delivery {
                         None => self.end(killed()),
-                        Some(Ok(delivery)) => self.deliver(delivery),
-                        Some(Err(_elapsed)) => return Some(LiveOutput::Waiting),
+                        Some(delivery) => self.deliver(delivery),
                     }
                 }
                 State::Rejoin(rejoin) => {

@@ -1,5 +1,7 @@
 //! A live stream as a response: hello at once, then what `db` delivers, until one side ends it.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,8 +9,8 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use rand::Rng;
-use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, Sleep};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::error::Problem;
@@ -44,61 +46,85 @@ enum Step {
 }
 
 pub fn respond(subscriber: Subscriber) -> Response {
-    let hello = sse::hello(sse::RETRY);
-    let state = Some((subscriber, Some(hello), None));
-    let events = futures::stream::unfold(state, |state| async move {
-        let (mut subscriber, hello, mut end_at) = state?;
-        let step = match hello {
-            Some(hello) => Step::Send(hello),
-            None => subscriber.step(&mut end_at).await,
-        };
-        let (bytes, state) = match step {
-            Step::Send(bytes) => (bytes, Some((subscriber, None, end_at))),
+    let sender = Sender {
+        hello: Some(sse::hello(sse::RETRY)),
+        quiet: Box::pin(tokio::time::sleep(subscriber.idle)),
+        sent: Instant::now(),
+        draining: Box::pin(subscriber.draining.clone().cancelled_owned()),
+        replaced: match &subscriber.ticket {
+            Some(ticket) => Box::pin(ticket.replaced().clone().cancelled_owned()),
+            None => Box::pin(std::future::pending()),
+        },
+        end: None,
+        subscriber,
+    };
+    let events = futures::stream::unfold(Some(sender), |sender| async move {
+        let mut sender = sender?;
+        let (bytes, sender) = match sender.step().await {
+            Step::Send(bytes) => (bytes, Some(sender)),
             Step::Close(problem) => (sse::closed(&problem), None),
             Step::End => return None,
         };
-        if let Some((subscriber, ..)) = &state {
-            subscriber.metrics.event_bytes_sent.inc_by(bytes.len() as u64);
+        if let Some(sender) = &sender {
+            sender.subscriber.metrics.event_bytes_sent.inc_by(bytes.len() as u64);
         }
-        Some((Ok::<_, std::convert::Infallible>(bytes), state))
+        Some((Ok::<_, std::convert::Infallible>(bytes), sender))
     });
     event_stream(Body::from_stream(events))
 }
 
-impl Subscriber {
-    async fn step(&mut self, end_at: &mut Option<Instant>) -> Step {
+/// What waits beside the events is made once a stream: registering it again for every event would cost more than the event.
+struct Sender {
+    subscriber: Subscriber,
+    hello: Option<Bytes>,
+    /// Rings when the stream may have been quiet for long; whether it was is seen by `sent`.
+    quiet: Pin<Box<Sleep>>,
+    sent: Instant,
+    draining: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Another connection took the stream over.
+    replaced: Pin<Box<dyn Future<Output = ()> + Send>>,
+    /// While the server goes down: when this stream ends.
+    end: Option<Pin<Box<Sleep>>>,
+}
+
+impl Sender {
+    async fn step(&mut self) -> Step {
+        if let Some(hello) = self.hello.take() {
+            return Step::Send(hello);
+        }
         loop {
-            let replaced = self.ticket.as_ref().map(|ticket| ticket.replaced().clone());
+            let draining = self.end.is_none();
             tokio::select! {
                 biased;
-                () = at(*end_at) => return Step::Close(closing()),
-                () = cancelled(replaced) => {
+                () = at(&mut self.end) => return Step::Close(closing()),
+                () = self.replaced.as_mut() => {
                     return Step::Close(Problem::new(409, "replaced", "another connection took this stream over"));
                 }
-                () = self.draining.cancelled(), if end_at.is_none() => {
+                () = self.draining.as_mut(), if draining => {
                     let spread = rand::rng().random_range(0..CLOSE_SPREAD.as_millis() as u64);
-                    *end_at = Some(Instant::now() + Duration::from_millis(spread));
+                    self.end = Some(Box::pin(tokio::time::sleep(Duration::from_millis(spread))));
                 }
-                output = tokio::time::timeout(self.idle, self.streams.next()) => return match output {
-                    Ok(Some(bytes)) => Step::Send(bytes),
-                    Ok(None) => Step::End,
-                    Err(_) => Step::Send(sse::COMMENT),
-                },
+                output = self.subscriber.streams.next() => {
+                    self.sent = Instant::now();
+                    return output.map_or(Step::End, Step::Send);
+                }
+                () = self.quiet.as_mut() => {
+                    let due = self.sent + self.subscriber.idle;
+                    if due <= Instant::now() {
+                        self.sent = Instant::now();
+                        self.quiet.as_mut().reset(self.sent + self.subscriber.idle);
+                        return Step::Send(sse::COMMENT);
+                    }
+                    self.quiet.as_mut().reset(due);
+                }
             }
         }
     }
 }
 
-async fn at(instant: Option<Instant>) {
-    match instant {
-        Some(instant) => tokio::time::sleep_until(instant).await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn cancelled(token: Option<CancellationToken>) {
-    match token {
-        Some(token) => token.cancelled_owned().await,
+async fn at(end: &mut Option<Pin<Box<Sleep>>>) {
+    match end {
+        Some(end) => end.as_mut().await,
         None => std::future::pending().await,
     }
 }

@@ -4,11 +4,12 @@
 //! rows (if asked for), then whatever lies after the cursor: from the group's tail where that reaches back far enough,
 //! else replayed from the change log until it does.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::PipelineFault;
 use super::group::Seat;
@@ -97,7 +98,8 @@ pub struct Subscription {
     /// The piece under way; kept here so that dropping a `next()` half-way loses nothing.
     asked: Option<oneshot::Receiver<Piece>>,
     heartbeat: Duration,
-    next_heartbeat: Instant,
+    /// Made once: registering a timer anew for every event would cost more than the event.
+    next_heartbeat: Pin<Box<Sleep>>,
 }
 
 enum State {
@@ -128,7 +130,7 @@ impl Subscription {
     fn new(seat: Seat, cursor: Seq, state: State, heartbeat: Duration) -> Self {
         let heartbeat = heartbeat.max(Duration::from_millis(1));
         // A random phase: streams that were opened together shall not beat together.
-        let next_heartbeat = Instant::now() + heartbeat.mul_f64(rand::random());
+        let next_heartbeat = Box::pin(sleep(heartbeat.mul_f64(rand::random())));
         Subscription { seat, cursor, state, asked: None, heartbeat, next_heartbeat }
     }
 
@@ -233,7 +235,7 @@ impl Subscription {
         }
         tokio::select! {
             () = changed => None,
-            () = sleep_until(self.next_heartbeat) => {
+            () = self.next_heartbeat.as_mut() => {
                 // The worker may have passed many commits without events: look again, then say how far it is.
                 let (waiting, processed) = self.seat.group.after(self.cursor, 0);
                 if !matches!(waiting, EventsAfter::Nothing) {
@@ -248,10 +250,11 @@ impl Subscription {
 
     /// The next beat keeps the phase, however late this one was.
     fn beat(&mut self) {
-        let now = Instant::now();
-        while self.next_heartbeat <= now {
-            self.next_heartbeat += self.heartbeat;
+        let (now, mut next) = (Instant::now(), self.next_heartbeat.deadline());
+        while next <= now {
+            next += self.heartbeat;
         }
+        self.next_heartbeat.as_mut().reset(next);
     }
 
     /// The last delivery. `behind`: the group was further than this subscription.
