@@ -18,6 +18,7 @@ mod overload;
 mod plugin_logs;
 mod plugin_users;
 mod plugins;
+mod predicate;
 mod requery;
 mod schema;
 mod session_sharing_isolation;
