@@ -29,3 +29,4 @@ mod stream;
 mod streams;
 mod tidy;
 mod uploads;
+mod versions;
