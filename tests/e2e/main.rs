@@ -8,6 +8,7 @@ mod durability;
 mod failures;
 mod feeds;
 mod formats;
+mod fuzz;
 mod idempotency;
 mod live;
 mod load;

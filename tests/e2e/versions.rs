@@ -225,8 +225,8 @@ async fn write_end(db: &Client, history: &Mutex<History>) {
     history.commits.push((seq(&answer), vec![Change { op: "insert", id: END, v: 0 }]));
 }
 
-/// Reads a feed to its end, each commit against the history. `hops`: it breaks off now and then, wherever it is. How many
-/// versions it was told of.
+/// Reads a feed to its end, each commit against the history. `hops`: it breaks off now and then, wherever it is. How
+/// many versions it was told of.
 async fn follow_feed(
     live: &mut Live,
     history: &Mutex<History>,
