@@ -1,5 +1,7 @@
 //! Random guests: valid modules of ABI 1 as text, typed expressions all through, that do anything with memory, window,
 //! table, imports and each other. What no compiler would make of a plugin, and what the validator has nothing against.
+//!
+//! Wild addresses, lengths and divisors are seldom: a guest that traps at its first instruction does nothing else.
 
 use std::fmt::Write;
 
@@ -26,12 +28,12 @@ const FLOAT_TESTS: [&str; 6] = ["eq", "ne", "lt", "gt", "le", "ge"];
 /// To, instruction, from.
 const CONVERSIONS: [(&str, &str, &str); 15] = [
     ("i32", "i32.wrap_i64", "i64"),
-    ("i32", "i32.trunc_f32_u", "f32"),
+    ("i32", "i32.trunc_sat_f32_u", "f32"),
     ("i32", "i32.trunc_sat_f64_s", "f64"),
     ("i32", "i32.reinterpret_f32", "f32"),
     ("i64", "i64.extend_i32_s", "i32"),
     ("i64", "i64.extend_i32_u", "i32"),
-    ("i64", "i64.trunc_f64_s", "f64"),
+    ("i64", "i64.trunc_sat_f64_s", "f64"),
     ("i64", "i64.reinterpret_f64", "f64"),
     ("f32", "f32.demote_f64", "f64"),
     ("f32", "f32.convert_i64_u", "i64"),
@@ -44,7 +46,7 @@ const CONVERSIONS: [(&str, &str, &str); 15] = [
 
 /// A guest as WebAssembly text.
 pub fn guest(random: &mut StdRng) -> Vec<u8> {
-    let mut program = Program { random, budget: BUDGET, labels: 0 };
+    let mut program = Program { random, budget: BUDGET, labels: 0, helper: true };
     program.module().into_bytes()
 }
 
@@ -52,6 +54,8 @@ struct Program<'r> {
     random: &'r mut StdRng,
     budget: u32,
     labels: u32,
+    /// Whether this is one of the functions that others call: it seldom calls any, or calling would never end.
+    helper: bool,
 }
 
 impl Program<'_> {
@@ -87,6 +91,7 @@ impl Program<'_> {
 
     /// What the host calls: honest mostly, or nothing of the guest would ever run.
     fn exports(&mut self, kind: &str) -> String {
+        self.helper = false;
         let abi = if self.random.random_bool(0.95) { "(i32.const 1)".to_owned() } else { self.body("i32") };
         let window = if self.random.random_bool(0.9) {
             "(global.set $window (i32.shl (memory.grow (i32.shr_u (local.get $a) (i32.const 16))) (i32.const 16))) (global.get $window)"
@@ -146,31 +151,22 @@ impl Program<'_> {
     fn statement(&mut self) -> String {
         let ty = *TYPES.choose(self.random).expect("there are types");
         match self.random.random_range(0..14) {
-            0 | 1 => format!(
-                "({ty}.store offset={} {} {})",
-                self.offset(),
-                self.expression("i32", 3),
-                self.expression(ty, 3)
-            ),
+            0 | 1 => {
+                format!("({ty}.store offset={} {} {})", self.offset(), self.address(3), self.expression(ty, 3))
+            }
             2 | 3 => format!("(local.set $a {})", self.expression("i32", 4)),
             4 => format!("(local.set $b {})", self.expression("i64", 4)),
             5 | 6 => format!("(global.set $g_{ty} {})", self.expression(ty, 4)),
             7 => format!("(drop {})", self.expression(ty, 4)),
             8 => {
-                let operation = ["memory.fill", "memory.copy"].choose(self.random).expect("there are two");
-                let [to, what, len] = [2, 2, 2].map(|depth| self.expression("i32", depth));
-                format!("({operation} {to} {what} {len})")
+                let operation = *["memory.fill", "memory.copy"].choose(self.random).expect("there are two");
+                format!("({operation} {} {} {})", self.address(2), self.address(2), self.length())
             }
             9 => {
-                let import = ["$log", "$fail"].choose(self.random).expect("there are two");
-                format!(
-                    "(call {import} {} {} {})",
-                    self.expression("i32", 1),
-                    self.expression("i32", 1),
-                    self.integer()
-                )
+                let import = *["$log", "$log", "$log", "$fail"].choose(self.random).expect("there are some");
+                format!("(call {import} {} {} {})", self.expression("i32", 1), self.address(1), self.length())
             }
-            10 => format!("(call $metric (i32.const 0) {} {})", self.expression("i32", 1), self.expression("f64", 2)),
+            10 => format!("(call $metric (i32.const 0) {} {})", self.length(), self.expression("f64", 2)),
             11 => format!("(if {} (then {}))", self.expression("i32", 3), self.nested()),
             12 => {
                 let label = self.label();
@@ -193,12 +189,7 @@ impl Program<'_> {
         let down = depth - 1;
         let integer = ty.starts_with('i');
         match self.random.random_range(0..13) {
-            0..3 => {
-                let op = *(if integer { &INTEGER_OPS[..] } else { &FLOAT_OPS[..] })
-                    .choose(self.random)
-                    .expect("there are some");
-                format!("({ty}.{op} {} {})", self.expression(ty, down), self.expression(ty, down))
-            }
+            0..3 => self.operation(ty, down),
             3 => {
                 let op = *(if integer { &INTEGER_UNARY[..] } else { &FLOAT_UNARY[..] })
                     .choose(self.random)
@@ -219,7 +210,7 @@ impl Program<'_> {
                     self.expression("i32", down)
                 )
             }
-            6 | 7 => format!("({ty}.load offset={} {})", self.offset(), self.expression("i32", down)),
+            6 | 7 => format!("({ty}.load offset={} {})", self.offset(), self.address(down)),
             8 => self.conversion(ty, down),
             9 => self.call(ty, down),
             10 => format!(
@@ -229,9 +220,21 @@ impl Program<'_> {
                 self.expression("i32", down)
             ),
             11 if ty == "i32" => self.test(down),
-            12 if ty == "i32" => format!("(memory.grow {})", self.expression("i32", down)),
+            12 if ty == "i32" => format!("(memory.grow {})", self.length()),
             _ => self.leaf(ty),
         }
+    }
+
+    fn operation(&mut self, ty: &str, down: u32) -> String {
+        let integer = ty.starts_with('i');
+        let operations = if integer { &INTEGER_OPS[..] } else { &FLOAT_OPS[..] };
+        let operation = *operations.choose(self.random).expect("there are some");
+        let (one, mut two) = (self.expression(ty, down), self.expression(ty, down));
+        let divides = integer && (operation.starts_with("div") || operation.starts_with("rem"));
+        if divides && self.random.random_bool(0.9) {
+            two = format!("({ty}.or {two} ({ty}.const 1))");
+        }
+        format!("({ty}.{operation} {one} {two})")
     }
 
     /// An i32 that says how two values compare.
@@ -251,12 +254,31 @@ impl Program<'_> {
 
     /// Of a helper, by its name or by its place in the table, where it may be of another type.
     fn call(&mut self, ty: &str, down: u32) -> String {
+        if self.helper && self.random.random_bool(0.9) {
+            return self.leaf(ty);
+        }
         let (a, b) = (self.expression("i32", down), self.expression("i64", down));
         let helper = TYPES.iter().position(|known| *known == ty).expect("one of the types");
         if self.random.random_bool(0.5) {
             return format!("(call $h{helper} {a} {b})");
         }
-        format!("(call_indirect (type $t_{ty}) {a} {b} {})", self.expression("i32", 1))
+        let place =
+            if self.random.random_bool(0.9) { format!("(i32.const {helper})") } else { self.expression("i32", 1) };
+        format!("(call_indirect (type $t_{ty}) {a} {b} {place})")
+    }
+
+    /// Mostly somewhere in the memory that there is from the beginning.
+    fn address(&mut self, depth: u32) -> String {
+        let anywhere = self.expression("i32", depth);
+        if self.random.random_bool(0.95) { format!("(i32.and {anywhere} (i32.const 0x7fff))") } else { anywhere }
+    }
+
+    fn length(&mut self) -> String {
+        if self.random.random_bool(0.95) {
+            format!("(i32.const {})", self.random.random_range(0..64))
+        } else {
+            self.expression("i32", 1)
+        }
     }
 
     fn leaf(&mut self, ty: &str) -> String {
@@ -284,7 +306,7 @@ impl Program<'_> {
     }
 
     fn offset(&mut self) -> u32 {
-        self.random.random::<u32>() >> self.random.random_range(0..32u32)
+        if self.random.random_bool(0.95) { self.random.random_range(0..256) } else { self.random.random() }
     }
 
     fn label(&mut self) -> u32 {
