@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use wire::Scope;
 
@@ -47,6 +48,8 @@ pub struct LiveStream {
     state: State,
     /// Where it was joined, until it is known that no plugin was activated meanwhile.
     unchecked: Option<From>,
+    /// The request being compiled again.
+    compiling: Option<JoinHandle<Result<Compiled, DbError>>>,
     /// What is to be said before the state is asked again.
     queue: VecDeque<LiveOutput>,
     uses: PluginUses,
@@ -118,6 +121,7 @@ impl Db {
             compiled,
             state: State::Done,
             unchecked: None,
+            compiling: None,
             queue: VecDeque::new(),
         };
         stream.join(from, opening).await?;
@@ -343,8 +347,8 @@ impl Db {
 }
 
 impl LiveStream {
-    /// `None` after the stream's end. Cancel-safe: what is under way is in the stream, not in this future. It is dropped
-    /// all the time, by a stream of several queries whenever another of them has something to say.
+    /// `None` after the stream's end. Cancel-safe: what is under way is in the stream, not in this future. It is
+    /// dropped all the time, by a stream of several queries whenever another of them has something to say.
     pub async fn next(&mut self) -> Option<LiveOutput> {
         loop {
             if let Some(output) = self.queue.pop_front() {
@@ -401,6 +405,25 @@ impl LiveStream {
                         () = tokio::time::sleep_until(rested) => self.state = State::Rejoin(Rejoin::Plugin(seq)),
                     }
                 }
+            }
+        }
+    }
+
+    /// The request again, against the catalog as it is now. In a task: who is dropped while waiting finds it further on
+    /// the next time. A query beside one that always has something to say would else begin anew for ever.
+    async fn compile(&mut self) -> Result<Compiled, DbError> {
+        loop {
+            let begun_before = self.compiling.is_some();
+            let task = self.compiling.get_or_insert_with(|| {
+                let (db, who, request) = (self.db.clone(), self.who.clone(), self.request.clone());
+                tokio::spawn(async move { db.compile(&who, &request).await })
+            });
+            let joined = task.await;
+            self.compiling = None;
+            let compiled = joined.map_err(|error| DbError::Internal(format!("compiling a live query: {error}")))?;
+            let now = self.db.inner.store.catalog().version;
+            if !begun_before || compiled.as_ref().is_ok_and(|compiled| compiled.catalog_version == now) {
+                return compiled;
             }
         }
     }
@@ -465,7 +488,7 @@ impl LiveStream {
         let Some(from) = self.unchecked else { return Ok(()) };
         let same = self.db.inner.store.catalog().version == self.compiled.catalog_version;
         if !same && !self.compiled.spec.stages.is_empty() {
-            let now = self.db.compile(&self.who, &self.request).await?;
+            let now = self.compile().await?;
             if now.spec.fingerprint != self.compiled.spec.fingerprint {
                 // A feed has delivered nothing since `from`: it goes on from there.
                 self.state = State::Rejoin(match from {
@@ -478,11 +501,11 @@ impl LiveStream {
         Ok(())
     }
 
-    /// The client is known to hold what was made by `compiled`, so that is replaced in the very step that also notes what
-    /// the client has to be told. Were there an `await` between the two, a stream dropped there would compare the new
-    /// one with itself when it is asked again, and tell nobody of the version.
+    /// What the client holds was made by `self.compiled`, so that is replaced in the very step that also notes what the
+    /// client has to be told. Were there an `await` between the two, a stream dropped there would compare the new one
+    /// with itself when it is asked again, and tell nobody of the version.
     async fn rejoin(&mut self, rejoin: Rejoin) -> Result<(), DbError> {
-        let compiled = self.db.compile(&self.who, &self.request).await?;
+        let compiled = self.compile().await?;
         let reason = match rejoin {
             Rejoin::Plugin(seq) if self.goes_on(&compiled, seq) => {
                 match self.db.inner.live.subscribe(compiled.spec.clone(), From::After(seq)).await {
@@ -541,7 +564,7 @@ impl LiveStream {
 
     /// After a failure: goes on once the pipeline would be another one.
     async fn retry_plugin(&mut self, seq: Seq) {
-        match self.db.compile(&self.who, &self.request).await {
+        match self.compile().await {
             Ok(compiled) if compiled.spec.fingerprint != self.compiled.spec.fingerprint => {
                 self.state = State::Rejoin(Rejoin::Plugin(seq));
             }
