@@ -1,9 +1,9 @@
 //! One predicate in five ways over many changes: SQL, a Rust row filter, and the samples in WAT, C and AssemblyScript
-//! where their compilers are. All streams have to tell the same events in the same order, with the ids on the same ones.
+//! where their compilers are. All streams have to tell the same events in the same order, and the ids on the same ones.
 //!
-//! The changes are made of the example's flights, again and again under new keys: inserts and updates of delays in bulk,
-//! transactions of several statements, deletes. 20,000 of them, a million in `make torture`; `CHANGES=…` asks for another
-//! number. The streams are read in step, one event of each at a time, so nothing is kept but the flights of two rounds.
+//! The changes are made of the example's flights, again and again under new keys: inserts and updates of delays in
+//! bulk, transactions of several statements, deletes. 20,000 of them, a million in `make torture`; `CHANGES=…` asks for
+//! another number. The streams are read in step, one event of each at a time: nothing is kept but two rounds' flights.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
@@ -81,8 +81,8 @@ impl Writer {
         self.round += 1;
     }
 
-    /// The end of a piece of the flights from `at` on: commits of every size, so that some have several batches and some
-    /// not a full one.
+    /// The end of a piece of the flights from `at` on: commits of every size, so that some have several batches and
+    /// some not a full one.
     fn cut(&mut self, at: usize) -> usize {
         (at + self.random.random_range(1..1_500)).min(self.flights.len())
     }

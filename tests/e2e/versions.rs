@@ -4,8 +4,9 @@
 //! Every version of the two plugins stamps what it makes, so that each event says who made it. Some versions are
 //! uploads, others are activations of earlier bytes. In each round, changes are written while both plugins change.
 //!
-//! The story behind the short heartbeat: what a stream does about another version is dropped half done when the heartbeat
-//! comes, and begun again. It once forgot by that that there was another version: no `pipeline`, no `resync`.
+//! The story behind the short heartbeat: what a stream does about another version is dropped half done when the
+//! heartbeat comes, and taken up again. It once forgot by that that there was another version, and said neither
+//! `pipeline` nor `resync`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;

@@ -99,7 +99,7 @@ impl Program<'_> {
         } else {
             self.body("i32")
         };
-        // The schema of a transform: one column `x`, BIGINT. Written when it is asked for: the memory may hold anything.
+        // The schema of a transform: one column `x`, BIGINT. Written when it is asked for, as memory may hold anything.
         let schema = "(i32.store (i32.const 512) (i32.const 8)) (i64.store (i32.const 516) (i64.const 0x0001037801000001)) \
                       (i64.const 0x20000000001)";
         let configure = if self.random.random_bool(0.2) {

@@ -128,7 +128,7 @@ fn samples_in_every_language_answer_the_vector_of_rows() {
     }
 }
 
-/// The sample asks another question of the changes: by how much the column rose. Only change 3 rises by 1000, from NULL.
+/// The sample asks another question of the changes: by how much the column rose. Only change 3 does by 1000, from NULL.
 #[test]
 fn a_sample_reads_the_changes_of_the_vector() {
     let Some(worse) = built("worse.wasm") else { return };
