@@ -80,3 +80,13 @@ pub fn seeds(few: u64) -> impl Iterator<Item = u64> {
     let goes_on = move |run: &u64| *run == 0 || until.is_none_or(|until| Instant::now() < until);
     (0..runs).take_while(goes_on).map(move |run| first.wrapping_add(run))
 }
+
+/// How much of something a test takes: what the environment's variable `name` says, else `many` where random runs go on
+/// for minutes (`make torture`), else `few`.
+pub fn amount(name: &str, few: usize, many: usize) -> usize {
+    match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")),
+        Err(_) if std::env::var_os("MINUTES").is_some() => many,
+        Err(_) => few,
+    }
+}

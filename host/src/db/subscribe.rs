@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use wire::{Schema, Scope};
 
@@ -45,6 +46,10 @@ pub struct LiveStream {
     request: LiveRequest,
     compiled: Compiled,
     state: State,
+    /// Where it was joined, until it is known that no plugin was activated meanwhile.
+    unchecked: Option<From>,
+    /// The request being compiled again.
+    compiling: Option<JoinHandle<Result<Compiled, DbError>>>,
     /// What is to be said before the state is asked again.
     queue: VecDeque<LiveOutput>,
     uses: PluginUses,
@@ -61,6 +66,8 @@ enum State {
         catalog: watch::Receiver<u64>,
         seq: Seq,
         rested: Option<Instant>,
+        /// The catalog has changed, and nobody has looked yet whether that is the version waited for.
+        changed: bool,
     },
     Done,
 }
@@ -113,9 +120,12 @@ impl Db {
             request,
             compiled,
             state: State::Done,
+            unchecked: None,
+            compiling: None,
             queue: VecDeque::new(),
         };
         stream.join(from, opening).await?;
+        stream.check_activation().await?;
         Ok(stream)
     }
 
@@ -371,11 +381,18 @@ impl Db {
 }
 
 impl LiveStream {
-    /// `None` after the stream's end. Cancel-safe: what is under way is in `state`, not in this future.
+    /// `None` after the stream's end. Cancel-safe: what is under way is in the stream, not in this future. It is
+    /// dropped all the time, by a stream of several queries whenever another of them has something to say.
     pub async fn next(&mut self) -> Option<LiveOutput> {
         loop {
             if let Some(output) = self.queue.pop_front() {
                 return Some(output);
+            }
+            if self.unchecked.is_some() {
+                if let Err(error) = self.check_activation().await {
+                    self.end(closed_by(&error));
+                }
+                continue;
             }
             match &mut self.state {
                 State::Done => return None,
@@ -401,20 +418,43 @@ impl LiveStream {
                         });
                     }
                 }
-                State::AwaitPlugin { catalog, seq, rested } => {
+                State::AwaitPlugin { seq, changed: true, .. } => {
+                    let seq = *seq;
+                    self.retry_plugin(seq).await;
+                }
+                State::AwaitPlugin { catalog, seq, rested, changed } => {
                     let (seq, heartbeat) = (*seq, self.db.inner.live_options.heartbeat);
                     let rested = rested.map_or_else(|| Instant::now() + FAR, |rested| rested);
                     tokio::select! {
                         biased;
                         () = self.listed.killed() => self.end(killed()),
-                        changed = tokio::time::timeout(heartbeat, catalog.changed()) => match changed {
+                        seen = tokio::time::timeout(heartbeat, catalog.changed()) => match seen {
                             Err(_elapsed) => return Some(LiveOutput::Waiting),
                             Ok(Err(_closed)) => self.end(closed_by(&DbError::Closed)),
-                            Ok(Ok(())) => self.retry_plugin(seq).await,
+                            Ok(Ok(())) => *changed = true,
                         },
                         () = tokio::time::sleep_until(rested) => self.state = State::Rejoin(Rejoin::Plugin(seq)),
                     }
                 }
+            }
+        }
+    }
+
+    /// The request again, against the catalog as it is now. In a task: who is dropped while waiting finds it further on
+    /// the next time. A query beside one that always has something to say would else begin anew for ever.
+    async fn compile(&mut self) -> Result<Compiled, DbError> {
+        loop {
+            let begun_before = self.compiling.is_some();
+            let task = self.compiling.get_or_insert_with(|| {
+                let (db, who, request) = (self.db.clone(), self.who.clone(), self.request.clone());
+                tokio::spawn(async move { db.compile(&who, &request).await })
+            });
+            let joined = task.await;
+            self.compiling = None;
+            let compiled = joined.map_err(|error| DbError::Internal(format!("compiling a live query: {error}")))?;
+            let now = self.db.inner.store.catalog().version;
+            if !begun_before || compiled.as_ref().is_ok_and(|compiled| compiled.catalog_version == now) {
+                return compiled;
             }
         }
     }
@@ -441,7 +481,8 @@ impl LiveStream {
             Opening::OtherVersions => self.queue.extend(self.compiled.spec.stages.iter().map(another_version)),
         }
         self.state = State::Running(subscription);
-        self.check_activation(from).await
+        self.unchecked = Some(from);
+        Ok(())
     }
 
     /// A feed has no present rows: it starts with the next commit.
@@ -474,56 +515,73 @@ impl LiveStream {
 
     /// A plugin may have been activated between compiling and joining, and the worker may have passed that commit
     /// already: then nobody would tell this stream. Seen here, it compiles again.
-    async fn check_activation(&mut self, from: From) -> Result<(), DbError> {
-        if self.compiled.spec.stages.is_empty()
-            || self.db.inner.store.catalog().version == self.compiled.catalog_version
-        {
-            return Ok(());
+    async fn check_activation(&mut self) -> Result<(), DbError> {
+        let Some(from) = self.unchecked else { return Ok(()) };
+        let same = self.db.inner.store.catalog().version == self.compiled.catalog_version;
+        if !same && !self.compiled.spec.stages.is_empty() {
+            let now = self.compile().await?;
+            if now.spec.fingerprint != self.compiled.spec.fingerprint {
+                // A feed has delivered nothing since `from`: it goes on from there.
+                self.state = State::Rejoin(match from {
+                    From::After(seq) if self.compiled.spec.semantics == Semantics::Feed => Rejoin::Plugin(seq),
+                    _ => Rejoin::Resync(ResyncReason::Plugin),
+                });
+            }
         }
-        let now = self.db.compile(&self.who, &self.request).await?;
-        if now.spec.fingerprint != self.compiled.spec.fingerprint {
-            // A feed has delivered nothing since `from`: it goes on from there.
-            self.state = State::Rejoin(match from {
-                From::After(seq) if self.compiled.spec.semantics == Semantics::Feed => Rejoin::Plugin(seq),
-                _ => Rejoin::Resync(ResyncReason::Plugin),
-            });
-        }
+        self.unchecked = None;
         Ok(())
     }
 
+    /// What the client holds was made by `self.compiled`, so that is replaced in the very step that also notes what the
+    /// client has to be told. Were there an `await` between the two, a stream dropped there would compare the new one
+    /// with itself when it is asked again, and tell nobody of the version.
     async fn rejoin(&mut self, rejoin: Rejoin) -> Result<(), DbError> {
-        let compiled = self.db.compile(&self.who, &self.request).await?;
+        let compiled = self.compile().await?;
+        let reason = match rejoin {
+            Rejoin::Plugin(seq) if self.goes_on(&compiled, seq) => {
+                match self.db.inner.live.subscribe(compiled.spec.clone(), From::After(seq)).await {
+                    Ok(subscription) => {
+                        self.go_on(compiled, subscription, seq);
+                        return Ok(());
+                    }
+                    Err(SubscribeError::Expired) => ResyncReason::Expired,
+                    Err(error) => return Err(subscribe_error(error)),
+                }
+            }
+            Rejoin::Plugin(_) => ResyncReason::Plugin,
+            Rejoin::Resync(reason) => reason,
+        };
+        self.replace(compiled);
+        self.state = State::Rejoin(Rejoin::Resync(reason));
+        self.join(present(&self.request), Opening::Resync(reason)).await
+    }
+
+    /// From a position on with other versions, which the client is told.
+    fn go_on(&mut self, compiled: Compiled, subscription: Subscription, seq: Seq) {
+        let before = self.replace(compiled);
+        let stages = before.spec.stages.iter().zip(&self.compiled.spec.stages);
+        let other = stages.filter(|(before, now)| before != now).map(|(_, now)| another_version(now));
+        self.queue.extend(other.collect::<Vec<_>>());
+        let from = From::After(seq);
+        if before.columns != self.compiled.columns {
+            self.say_start(from, seq);
+        }
+        self.state = State::Running(subscription);
+        self.unchecked = Some(from);
+    }
+
+    /// The one that was before.
+    fn replace(&mut self, compiled: Compiled) -> Compiled {
         self.uses = PluginUses::new(&self.db, &compiled.spec);
         if compiled.spec.live_id != self.compiled.spec.live_id {
             self.listed = Listed::new(&self.db, &self.who, &compiled.spec, &self.request.sql);
         }
-        let before = std::mem::replace(&mut self.compiled, compiled);
-        match rejoin {
-            Rejoin::Plugin(seq) if self.goes_on(&before, seq) => {
-                let from = From::After(seq);
-                match self.db.inner.live.subscribe(self.compiled.spec.clone(), from).await {
-                    Ok(subscription) => self.state = State::Running(subscription),
-                    Err(SubscribeError::Expired) => {
-                        return self.join(present(&self.request), Opening::Resync(ResyncReason::Expired)).await;
-                    }
-                    Err(error) => return Err(subscribe_error(error)),
-                }
-                let stages = before.spec.stages.iter().zip(&self.compiled.spec.stages);
-                let other = stages.filter(|(before, now)| before != now).map(|(_, now)| another_version(now));
-                self.queue.extend(other.collect::<Vec<_>>());
-                if before.columns != self.compiled.columns {
-                    self.say_start(from, seq);
-                }
-                self.check_activation(from).await
-            }
-            Rejoin::Plugin(_) => self.join(present(&self.request), Opening::Resync(ResyncReason::Plugin)).await,
-            Rejoin::Resync(reason) => self.join(present(&self.request), Opening::Resync(reason)).await,
-        }
+        std::mem::replace(&mut self.compiled, compiled)
     }
 
     /// Whether what the client holds at a position is still good.
-    fn goes_on(&self, before: &Compiled, seq: Seq) -> bool {
-        let (before, now) = (&before.spec, &self.compiled.spec);
+    fn goes_on(&self, now: &Compiled, seq: Seq) -> bool {
+        let (before, now) = (&self.compiled.spec, &now.spec);
         match (before.semantics, now.semantics) {
             // A feed holds nothing: it goes on with the other version, each change through one of the two. What was
             // logged before the table was altered the new plan cannot read.
@@ -537,11 +595,15 @@ impl LiveStream {
 
     /// After a failure: goes on once the pipeline would be another one.
     async fn retry_plugin(&mut self, seq: Seq) {
-        match self.db.compile(&self.who, &self.request).await {
+        match self.compile().await {
             Ok(compiled) if compiled.spec.fingerprint != self.compiled.spec.fingerprint => {
                 self.state = State::Rejoin(Rejoin::Plugin(seq));
             }
-            Ok(_) => {}
+            Ok(_) => {
+                if let State::AwaitPlugin { changed, .. } = &mut self.state {
+                    *changed = false;
+                }
+            }
             Err(error) => self.end(closed_by(&error)),
         }
     }
@@ -574,6 +636,7 @@ impl LiveStream {
                     catalog: self.db.inner.catalog_version.subscribe(),
                     seq,
                     rested: fault.retry_after.map(|rest| Instant::now() + rest),
+                    changed: false,
                 };
                 self.queue.push_back(LiveOutput::PluginError { fault, seq });
             }
@@ -603,6 +666,7 @@ impl LiveStream {
     fn end(&mut self, last: LiveOutput) {
         self.queue.push_back(last);
         self.state = State::Done;
+        self.unchecked = None;
     }
 
     fn position(&self, seq: Seq) -> String {

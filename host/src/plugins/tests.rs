@@ -5,6 +5,7 @@ mod hostile;
 mod memory;
 mod upload;
 mod users;
+mod vectors;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
