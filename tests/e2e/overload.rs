@@ -82,15 +82,18 @@ async fn idle_streams_beat_apart() {
     let start = Instant::now();
     let beats = each(streams, |mut live| async move {
         inserts(&mut live, 1).await;
-        let event = live.next_event().await;
-        assert_eq!((event.name.as_str(), event.id.is_some()), ("uptodate", true), "{event:?}");
+        // The first ones may lie unread as well while the crowd takes in its row: the third shows when it was sent.
+        for _ in 0..3 {
+            let event = live.next_event().await;
+            assert_eq!((event.name.as_str(), event.id.is_some()), ("uptodate", true), "{event:?}");
+        }
         Instant::now()
     })
     .await;
     let mut quarters = [0_usize; 4];
     for beat in beats {
         let since = beat - start;
-        assert!(since < 5 * BEAT, "a heartbeat of {BEAT:?} came after {since:?}");
+        assert!(since < 8 * BEAT, "a heartbeat of {BEAT:?} came after {since:?}");
         quarters[(since.as_millis() * 4 / BEAT.as_millis()) as usize % 4] += 1;
     }
     assert!(quarters.iter().all(|beats| *beats >= STREAMS / 20), "heartbeats are not spread: {quarters:?}");
