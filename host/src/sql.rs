@@ -21,6 +21,7 @@ pub mod range;
 mod row_exprs;
 pub mod session;
 pub mod statement;
+mod sum;
 pub mod system;
 #[cfg(test)]
 mod tests;
