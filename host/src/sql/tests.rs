@@ -656,7 +656,7 @@ async fn index_ranges_reach_the_scan_and_find_the_transactions_own_rows() {
         ("a > 0 AND id = 3", ": main.t, keys=[id = 3]", "3"),
         ("id < 3 AND a > 1", ": main.t, keys=[id < 3]", ""),
         ("b = 'x'", "keys=[all]", "1 3 4"),
-        ("a IS NULL", "keys=[all]", "4"),
+        ("a IS NULL", "index=t_a_b_key, keys=[a IS NULL]", "4"),
         ("a = 1 OR b = 'x'", "keys=[all]", "1 2 3 4"),
     ];
     for (filter, plan, rows) in cases {
