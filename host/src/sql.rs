@@ -4,6 +4,7 @@ pub mod arrow;
 pub mod concat;
 pub mod context;
 pub mod ddl;
+mod decimals;
 pub mod dml;
 pub mod error;
 mod exact;
