@@ -106,7 +106,20 @@ fn from_shared(error: &DataFusionError) -> SqlError {
             from_words("evaluation", message.clone())
         }
         DataFusionError::ArrowError(cause, _) => from_shared_arrow(cause),
+        DataFusionError::External(cause) => from_shared_ours(cause.as_ref()),
         other => SqlError::Internal(other.to_string()),
+    }
+}
+
+/// What the caller can do something about, told to each who holds it.
+fn from_shared_ours(cause: &(dyn std::error::Error + Send + Sync + 'static)) -> SqlError {
+    match cause.downcast_ref::<SqlError>() {
+        Some(SqlError::Limit(message)) => SqlError::Limit(message.clone()),
+        Some(SqlError::Constraint { code, message }) => SqlError::constraint(code, message.clone()),
+        Some(SqlError::Invalid { code, message, position }) => {
+            SqlError::Invalid { code, message: message.clone(), position: *position }
+        }
+        _ => SqlError::Internal(cause.to_string()),
     }
 }
 
@@ -120,6 +133,7 @@ fn from_shared_arrow(error: &::arrow::error::ArrowError) -> SqlError {
         ArrowError::ParseError(message) => ArrowError::ParseError(message.clone()),
         ArrowError::ComputeError(message) => ArrowError::ComputeError(message.clone()),
         ArrowError::InvalidArgumentError(message) => ArrowError::InvalidArgumentError(message.clone()),
+        ArrowError::IoError(message, _) if is_spill_limit(message) => return SqlError::Limit(exhausted(message)),
         other => return SqlError::Internal(other.to_string()),
     })
 }
@@ -161,8 +175,7 @@ pub(crate) fn from_arrow(error: ::arrow::error::ArrowError) -> SqlError {
         ArrowError::ComputeError(message) | ArrowError::InvalidArgumentError(message) => {
             from_words("evaluation", message)
         }
-        // The spill limit comes wrapped as an I/O error of the spill file's writer.
-        ArrowError::IoError(message, _) if message.contains("allowable limit") => SqlError::Limit(exhausted(&message)),
+        ArrowError::IoError(message, _) if is_spill_limit(&message) => SqlError::Limit(exhausted(&message)),
         ArrowError::ExternalError(cause) => match cause.downcast::<DataFusionError>() {
             Ok(cause) => from_datafusion(*cause, ""),
             Err(cause) => SqlError::Internal(cause.to_string()),
@@ -190,6 +203,11 @@ fn subject(message: &str) -> String {
         subject = subject.strip_suffix(tail).unwrap_or(subject);
     }
     subject.strip_prefix("Unsupported ").unwrap_or(subject).to_owned()
+}
+
+/// The spill limit comes wrapped as an I/O error of the spill file's writer.
+fn is_spill_limit(message: &str) -> bool {
+    message.contains("allowable limit")
 }
 
 fn exhausted(message: &str) -> String {

@@ -612,6 +612,9 @@ fn session_config(options: &SqlOptions) -> SessionConfig {
     // The check fails on queries that are right: the optimizer and the physical planner judge differently which
     // expressions can be NULL. That the answers are right is held by comparing with another database.
     settings.execution.skip_physical_aggregate_schema_check = true;
+    // Set aside by each part of a sort before its first row, to merge with what it spills. DataFusion's 10 MB are more than
+    // a small pool has altogether: there nothing was ever sorted, however much could be spilled.
+    settings.execution.sort_spill_reservation_bytes = (options.memory_bytes / 8).min(10 << 20);
     settings.catalog.default_catalog = super::information::CATALOG_NAME.to_owned();
     config
 }
