@@ -1,4 +1,5 @@
-//! Table providers: scans with projection, key or index ranges and LIMIT pushed down; rows stream from the store.
+//! Table providers: scans with projection, key or index ranges and LIMIT pushed down; rows stream from the store, the first
+//! ones in place, the others from a blocking thread.
 //!
 //! A provider belongs to a table version and its indexes, not to a user. Who asks, at which snapshot, travels in the task context
 //! ([`RequestEnv`]) and decides the key range when the scan starts: rows of other users are never read.
