@@ -4,6 +4,7 @@ pub mod arrow;
 pub mod concat;
 pub mod context;
 pub mod ddl;
+mod decimals;
 pub mod dml;
 pub mod error;
 mod exact;
@@ -23,6 +24,7 @@ mod row_exprs;
 pub mod session;
 mod show;
 pub mod statement;
+mod sum;
 pub mod system;
 #[cfg(test)]
 mod tests;

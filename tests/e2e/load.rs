@@ -1,4 +1,5 @@
-//! Heavy queries: how many run at once, what the others get, and that they end with their client or their deadline.
+//! Heavy queries: how many run at once, what the others get, that they end with their client or their deadline, and what
+//! they do where they need more memory than there is.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -91,5 +92,37 @@ async fn the_deadline_ends_what_takes_too_long() {
     assert!(matches!((failure.status, code), (Some(504), "deadline") | (Some(400), "limit")), "{failure:?}");
     until(&db, "tidegate_sql_memory_bytes", 0.0..=0.0).await;
     until(&db, "tidegate_heavy_queries", 0.0..=0.0).await;
+    assert_eq!(db.rows("SELECT count(*) FROM t").await, json!([[2_000]]));
+}
+
+/// 200,000 rows of 200 characters, sorted by these: 40 MB that are spilled also where the pool has 64 MiB, because a sort
+/// holds its rows twice.
+const LARGE_SORT: &str = "SELECT n FROM (SELECT l.id * 100 + r.id AS n, lpad(CAST(l.id * 100 + r.id AS TEXT), 200, '0') AS pad \
+                          FROM t l JOIN t r ON r.id < 100) AS wide ORDER BY pad DESC";
+
+#[tokio::test]
+async fn what_does_not_fit_into_memory_goes_to_disk() {
+    let server = server("memory_bytes = \"64 MiB\"\nspill_bytes = \"1 GiB\"").await;
+    let db = server.admin();
+    let rows = db.rows(LARGE_SORT).await;
+    let numbers: Vec<i64> = rows.as_array().unwrap().iter().map(|row| row[0].as_i64().unwrap()).collect();
+    assert!(numbers.iter().copied().eq((0..200_000).rev()), "{} rows, in another order", numbers.len());
+    until(&db, "tidegate_sql_memory_bytes", 0.0..=0.0).await;
+}
+
+#[tokio::test]
+async fn what_does_not_fit_onto_disk_either_is_refused_by_name() {
+    let server = server("memory_bytes = \"32 MiB\"\nspill_bytes = \"1 MiB\"").await;
+    let db = server.admin();
+    // The sort fails, and so does what holds the failure of one part in several places.
+    for sql in [
+        LARGE_SORT,
+        "SELECT count(DISTINCT repeat(CAST(l.id * 100 + r.id AS TEXT), 40)) FROM t l JOIN t r ON r.id < 100",
+    ] {
+        let problem = db.expect_error(sql, 400, "limit").await;
+        let detail = problem["detail"].as_str().unwrap_or_default();
+        assert!(detail.contains("sql.spill_bytes"), "{detail}");
+    }
+    until(&db, "tidegate_sql_memory_bytes", 0.0..=0.0).await;
     assert_eq!(db.rows("SELECT count(*) FROM t").await, json!([[2_000]]));
 }

@@ -32,6 +32,7 @@ use uuid::Uuid;
 use wire::Type;
 
 use super::arrow::{UTC, output_type};
+use super::decimals::decimal_constant;
 use super::functions::{CURRENT_USER, current_user_literal};
 use super::information::CATALOG_NAME;
 use super::planner::folding;
@@ -295,7 +296,12 @@ fn is_symbolic(expr: &Expr) -> Result<bool> {
 
 /// The expression with values in the place of its symbols.
 fn with_values(expr: Expr, schema: &DFSchema, env: &RequestEnv, state: &SessionState) -> Result<Expr> {
-    let bound = expr.transform_up(|expr| value(expr, env, state))?.data;
+    let bound = expr.transform_up(|expr| match expr {
+        // Its argument has its value already.
+        Expr::Cast(_) => Ok(decimal_constant(expr)),
+        expr => value(expr, env, state),
+    });
+    let bound = bound?.data;
     Ok(bound.transform_up(|expr| canonical_comparison(expr, schema))?.data)
 }
 

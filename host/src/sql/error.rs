@@ -92,7 +92,7 @@ pub(crate) fn from_datafusion(error: DataFusionError, text: &str) -> SqlError {
         DataFusionError::NotImplemented(message) => SqlError::unsupported(subject(&message), None),
         DataFusionError::ResourcesExhausted(message) => SqlError::Limit(exhausted(&message)),
         DataFusionError::Execution(message) | DataFusionError::Configuration(message) => {
-            SqlError::invalid("evaluation", message)
+            from_words("evaluation", message)
         }
         other => SqlError::Internal(other.to_string()),
     }
@@ -103,10 +103,23 @@ fn from_shared(error: &DataFusionError) -> SqlError {
     match error.find_root() {
         DataFusionError::ResourcesExhausted(message) => SqlError::Limit(exhausted(message)),
         DataFusionError::Execution(message) | DataFusionError::Plan(message) => {
-            SqlError::invalid("evaluation", message.clone())
+            from_words("evaluation", message.clone())
         }
         DataFusionError::ArrowError(cause, _) => from_shared_arrow(cause),
+        DataFusionError::External(cause) => from_shared_ours(cause.as_ref()),
         other => SqlError::Internal(other.to_string()),
+    }
+}
+
+/// What the caller can do something about, told to each who holds it.
+fn from_shared_ours(cause: &(dyn std::error::Error + Send + Sync + 'static)) -> SqlError {
+    match cause.downcast_ref::<SqlError>() {
+        Some(SqlError::Limit(message)) => SqlError::Limit(message.clone()),
+        Some(SqlError::Constraint { code, message }) => SqlError::constraint(code, message.clone()),
+        Some(SqlError::Invalid { code, message, position }) => {
+            SqlError::Invalid { code, message: message.clone(), position: *position }
+        }
+        _ => SqlError::Internal(cause.to_string()),
     }
 }
 
@@ -120,6 +133,7 @@ fn from_shared_arrow(error: &::arrow::error::ArrowError) -> SqlError {
         ArrowError::ParseError(message) => ArrowError::ParseError(message.clone()),
         ArrowError::ComputeError(message) => ArrowError::ComputeError(message.clone()),
         ArrowError::InvalidArgumentError(message) => ArrowError::InvalidArgumentError(message.clone()),
+        ArrowError::IoError(message, _) if is_spill_limit(message) => return SqlError::Limit(exhausted(message)),
         other => return SqlError::Internal(other.to_string()),
     })
 }
@@ -157,17 +171,28 @@ pub(crate) fn from_arrow(error: ::arrow::error::ArrowError) -> SqlError {
     match error {
         ArrowError::DivideByZero => SqlError::invalid("division_by_zero", "division by zero"),
         ArrowError::ArithmeticOverflow(message) => SqlError::constraint("out_of_range", message),
-        ArrowError::CastError(message) | ArrowError::ParseError(message) => SqlError::invalid("type_mismatch", message),
+        ArrowError::CastError(message) | ArrowError::ParseError(message) => from_words("type_mismatch", message),
         ArrowError::ComputeError(message) | ArrowError::InvalidArgumentError(message) => {
-            SqlError::invalid("evaluation", message)
+            from_words("evaluation", message)
         }
-        // The spill limit comes wrapped as an I/O error of the spill file's writer.
-        ArrowError::IoError(message, _) if message.contains("allowable limit") => SqlError::Limit(exhausted(&message)),
+        ArrowError::IoError(message, _) if is_spill_limit(&message) => SqlError::Limit(exhausted(&message)),
         ArrowError::ExternalError(cause) => match cause.downcast::<DataFusionError>() {
             Ok(cause) => from_datafusion(*cause, ""),
             Err(cause) => SqlError::Internal(cause.to_string()),
         },
         other => SqlError::Internal(other.to_string()),
+    }
+}
+
+/// What functions and casts say of a value. That a number is beyond its type they say only in words, each in its own.
+fn from_words(code: &'static str, message: String) -> SqlError {
+    // Behind a quote there may be a text of the user's, which says anything.
+    let words = message.split('"').next().unwrap_or_default();
+    let words = if words.starts_with("Cannot cast string") { "" } else { words };
+    let beyond = ["verflow", "Can't cast value", "is out of range", "too large to store in", "too small to store in"];
+    match beyond.iter().any(|beyond| words.contains(beyond)) {
+        true => SqlError::constraint("out_of_range", message),
+        false => SqlError::invalid(code, message),
     }
 }
 
@@ -178,6 +203,11 @@ fn subject(message: &str) -> String {
         subject = subject.strip_suffix(tail).unwrap_or(subject);
     }
     subject.strip_prefix("Unsupported ").unwrap_or(subject).to_owned()
+}
+
+/// The spill limit comes wrapped as an I/O error of the spill file's writer.
+fn is_spill_limit(message: &str) -> bool {
+    message.contains("allowable limit")
 }
 
 fn exhausted(message: &str) -> String {
@@ -201,6 +231,19 @@ mod tests {
         let error = ParserError::ParserError("Expected: x, found: FROM at Line: 2, Column: 5".to_owned());
         let SqlError::Invalid { position, .. } = from_parser(error, text) else { panic!("not a syntax error") };
         assert_eq!(position, Some(text.find("FROM").unwrap()));
+    }
+
+    #[test]
+    fn a_number_beyond_its_type_is_told_from_other_values() {
+        let code = |message: &str| match from_words("evaluation", message.to_owned()) {
+            SqlError::Constraint { code, .. } | SqlError::Invalid { code, .. } => code,
+            other => panic!("{other}"),
+        };
+        assert_eq!(code("Int64Array overflow on abs(-9223372036854775808)"), "out_of_range");
+        assert_eq!(code("Can't cast value 300000 to type Int16"), "out_of_range");
+        assert_eq!(code("Cannot cast to Decimal128(10, 2). Overflowing on 999"), "out_of_range");
+        assert_eq!(code("Cannot cast string 'overflow' to value of Int64 type"), "evaluation");
+        assert_eq!(code("cannot parse \"overflow\""), "evaluation");
     }
 
     #[test]

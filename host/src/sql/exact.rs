@@ -3,6 +3,7 @@
 //! - `+ - *` and `-x` of integers wrap around there; here leaving the range of their type is an error.
 //! - `x IN (a, b)` and `x NOT IN (c, NULL)` are joined there as sets of constants, though a column is among them, or
 //!   NULL; such a list becomes comparisons.
+//! - Decimals, and casts that drop something: [`decimals`](super::decimals).
 //! - `x [NOT] IN (sub-query)` inside another expression is true or false there, never NULL: it becomes a mark join.
 
 use std::sync::{Arc, LazyLock};
@@ -23,6 +24,7 @@ use datafusion::logical_expr::{
 use datafusion::physical_expr_common::datum::apply;
 
 use super::context::schema_of_expressions;
+use super::decimals;
 
 /// The plan, which has its types already, so that it means what SQL says.
 pub(crate) fn exact(plan: LogicalPlan) -> Result<LogicalPlan> {
@@ -46,6 +48,7 @@ fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
             Expr::BinaryExpr(_) => Ok(checked_operation(expr, &schema)),
             Expr::Negative(inner) => negated(inner, &schema),
             Expr::InList(list) => listed(list),
+            Expr::Cast(_) | Expr::TryCast(_) => Ok(decimals::cast(expr, &schema)),
             expr => Ok(Transformed::no(expr)),
         })?;
         Ok(exact.update_data(|expr| name.restore(expr)))
@@ -94,6 +97,9 @@ fn listed(list: InList) -> Result<Transformed<Expr>> {
 
 fn checked_operation(expr: Expr, schema: &DFSchema) -> Transformed<Expr> {
     let Expr::BinaryExpr(BinaryExpr { left, op, right }) = &expr else { return Transformed::no(expr) };
+    if op.is_numerical_operators() && left.get_type(schema).is_ok_and(|ty| ty.is_decimal()) {
+        return decimals::counted(expr, schema);
+    }
     let Some(function) = Checked::of(*op) else { return Transformed::no(expr) };
     // What has no type here (a parameter whose type nothing says) is no number yet.
     let is_integer = |side: &Expr| side.get_type(schema).is_ok_and(|ty| ty.is_integer());

@@ -1,5 +1,5 @@
 //! Which functions there are: DataFusion's, without those that make values of any size from nothing, the rest of
-//! that kind with a cap; and `current_user`.
+//! that kind with a cap; `sum()` without its wrapping around; and `current_user`.
 //!
 //! Constants are folded while planning, where no memory pool and no deadline reach: so the caps are on the function
 //! itself, before it allocates.
@@ -21,6 +21,7 @@ use super::SqlError;
 use super::arrow::string_at;
 use super::concat::ConcatPlanner;
 use super::planner::is_folding;
+use super::sum::exact_sum;
 
 /// The most one call may make, for one row and for all rows of a batch.
 const MAX_VALUE: usize = 1024 * 1024;
@@ -55,6 +56,7 @@ pub(crate) fn install(builder: SessionStateBuilder) -> SessionStateBuilder {
     let aggregates: Vec<Arc<AggregateUDF>> = SessionStateDefaults::default_aggregate_functions()
         .into_iter()
         .filter(|function| refused_function(function.name()).is_none())
+        .map(|function| if function.name() == "sum" { Arc::new(exact_sum()) } else { function })
         .collect();
     // After DataFusion's planners: they take `||` of lists.
     let mut planners = SessionStateDefaults::default_expr_planners();

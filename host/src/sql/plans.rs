@@ -59,6 +59,8 @@ pub(crate) struct Template {
     pub(crate) symbolic: bool,
     /// Joins, sorts, aggregates: work that can take much more than it reads.
     pub(crate) heavy: bool,
+    /// Rows of one table, filtered, computed with, cut off: nothing else.
+    pub(crate) plain: bool,
     /// Runs a part of itself again and again.
     pub(crate) recursive: bool,
     /// Small enough to be planned physically where it is asked for.
@@ -165,16 +167,23 @@ impl Template {
         small: bool,
         took: Duration,
     ) -> Result<Template> {
-        let (mut heavy, mut recursive) = (false, false);
+        let (mut heavy, mut recursive, mut plain) = (false, false, true);
         let mut kept = target.as_ref().is_none_or(|target| !target.is_bound());
         plan.apply_with_subqueries(|node| {
             match node {
                 // Anything but rows of tables was made for this one request: the catalog as it was, what is running.
                 LogicalPlan::TableScan(scan) => {
-                    kept &= source_as_provider(&scan.source)
-                        .is_ok_and(|provider| provider.is::<Rows>() || provider.is::<CteWorkTable>());
+                    let provider = source_as_provider(&scan.source);
+                    let is_table = provider.as_ref().is_ok_and(|provider| provider.is::<Rows>());
+                    plain &= is_table;
+                    kept &= is_table || provider.is_ok_and(|provider| provider.is::<CteWorkTable>());
                 }
+                // Says how its plan would run: so it is planned in the same way.
                 LogicalPlan::Explain(_) | LogicalPlan::Analyze(_) => kept = false,
+                LogicalPlan::Projection(_)
+                | LogicalPlan::Filter(_)
+                | LogicalPlan::Limit(_)
+                | LogicalPlan::SubqueryAlias(_) => {}
                 LogicalPlan::RecursiveQuery(_) => (heavy, recursive) = (true, true),
                 LogicalPlan::Aggregate(_)
                 | LogicalPlan::Distinct(_)
@@ -183,12 +192,13 @@ impl Template {
                 | LogicalPlan::Subquery(_)
                 | LogicalPlan::Unnest(_)
                 | LogicalPlan::Window(_) => heavy = true,
-                _ => {}
+                _ => plain = false,
             }
             Ok(TreeNodeRecursion::Continue)
         })?;
         // What is not small wants a thread with a large stack.
         let row = target.as_ref().filter(|_| small).and_then(|target| RowPlan::of(target, &plan));
-        Ok(Template { target, plan, row, symbolic, heavy, recursive, quick: small && took <= QUICK, kept })
+        let (plain, quick) = (plain && !heavy, small && took <= QUICK);
+        Ok(Template { target, plan, row, symbolic, heavy, plain, recursive, quick, kept })
     }
 }

@@ -1,9 +1,10 @@
-//! Table providers: scans with projection, key or index ranges and LIMIT pushed down; rows stream from the store.
+//! Table providers: scans with projection, key or index ranges and LIMIT pushed down; rows stream from the store, the first
+//! ones in place, the others from a blocking thread.
 //!
 //! A provider belongs to a table version and its indexes, not to a user. Who asks, at which snapshot, travels in the task context
 //! ([`RequestEnv`]) and decides the key range when the scan starts: rows of other users are never read.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,8 +19,9 @@ use datafusion::logical_expr::{Expr, TableProviderFilterPushDown, TableSource, T
 use datafusion::physical_expr::expressions::Column as PhysicalColumn;
 use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr, PhysicalSortExpr};
 use datafusion::physical_plan::ExecutionPlan;
-use datafusion::physical_plan::stream::RecordBatchReceiverStreamBuilder;
+use datafusion::physical_plan::stream::{RecordBatchReceiverStreamBuilder, RecordBatchStreamAdapter};
 use futures::future::BoxFuture;
+use futures::{Stream, StreamExt};
 use tokio::sync::mpsc::Sender;
 use wire::{ColumnDecl, ImageRef, Scope};
 
@@ -40,6 +42,8 @@ const BATCH_BYTES: usize = 2 << 20;
 /// Rows of the first batch of a scan; each further one has four times as many, up to the whole. Whoever wants a few rows,
 /// or the first ones soon, does not wait for thousands.
 const FIRST_ROWS: usize = 128;
+/// Key ranges that rows of the first batch are looked for in at most: each begins with a search.
+const FIRST_RANGES: usize = 16;
 /// Table versions whose providers are kept. Beyond that all are made anew: they are cheap.
 const CACHED_TABLES: usize = 1_024;
 
@@ -216,14 +220,11 @@ impl Reader for TableReader {
             batch_rows,
             env,
         };
-        let mut stream = RecordBatchReceiverStreamBuilder::new(schema.clone(), WAITING_BATCHES);
-        let batches = stream.tx();
-        stream.spawn_blocking(move || scan.run(&batches).map_err(SqlError::into_datafusion));
-        Ok(stream.build())
+        Ok(Box::pin(RecordBatchStreamAdapter::new(schema.clone(), scan.batches())))
     }
 }
 
-/// A running scan, on a blocking thread of its own.
+/// A running scan.
 struct Scan {
     env: Arc<RequestEnv>,
     table: Arc<Table>,
@@ -241,6 +242,15 @@ struct Scan {
 
 type Batches = Sender<Result<RecordBatch>>;
 
+/// How far the reading is.
+enum Reading {
+    New(Scan),
+    /// What could be had at once was.
+    Begun(Scan),
+    /// A thread reads the rest.
+    Running(SendableRecordBatchStream),
+}
+
 /// Whether anybody still wants rows.
 enum Wanted {
     More,
@@ -248,6 +258,95 @@ enum Wanted {
 }
 
 impl Scan {
+    /// The first rows are read where they are asked for, as by a lookup by key: many queries want no more, and a thread
+    /// that is woken, reads ahead and is stopped costs them more than their rows. The rest is read on a blocking thread,
+    /// and not before somebody asks for it.
+    fn batches(self) -> impl Stream<Item = Result<RecordBatch>> + Send {
+        futures::stream::unfold(Some(Reading::New(self)), |reading| async move {
+            let mut reading = reading?;
+            loop {
+                reading = match reading {
+                    Reading::New(scan) => match scan.first() {
+                        Ok((Some(batch), rest)) => return Some((Ok(batch), rest.map(Reading::Begun))),
+                        Ok((None, rest)) => Reading::Begun(rest?),
+                        Err(error) => return Some((Err(error.into_datafusion()), None)),
+                    },
+                    Reading::Begun(scan) => Reading::Running(scan.on_a_thread()),
+                    Reading::Running(mut batches) => {
+                        let batch = batches.next().await?;
+                        return Some((batch, Some(Reading::Running(batches))));
+                    }
+                };
+            }
+        })
+    }
+
+    /// The first batch, and what is left to read after it. Where rows cannot be had soon nothing is read here: by an
+    /// index, in stream tables, whose expired rows are passed over, and where uncommitted rows are to be merged in.
+    fn first(mut self) -> std::result::Result<(Option<RecordBatch>, Option<Scan>), SqlError> {
+        let uncommitted = self.env.overlay.rows.contains_key(&(self.table.id, self.scope.clone()));
+        if self.index.is_some() || uncommitted || self.table.kind == TableKind::Stream {
+            return Ok((None, Some(self)));
+        }
+        let rows = self.next_rows.min(self.left);
+        let mut builder = RowBatchBuilder::new(&self.columns, rows).with_schema(self.schema.clone());
+        let mut ranges = VecDeque::from(std::mem::take(&mut self.ranges));
+        let mut searches = 0;
+        while searches < FIRST_RANGES
+            && let Some(range) = ranges.pop_front()
+        {
+            searches += 1;
+            if let Some(rest) = self.first_of(range, rows, &mut builder)? {
+                ranges.push_front(rest);
+                break;
+            }
+        }
+        self.left -= builder.rows();
+        let batch = if builder.rows() > 0 { Some(builder.finish()?) } else { None };
+        if self.left == 0 || ranges.is_empty() {
+            return Ok((batch, None));
+        }
+        if batch.is_some() {
+            self.next_rows = (self.next_rows * 4).min(self.batch_rows);
+        }
+        self.ranges = ranges.into();
+        Ok((batch, Some(self)))
+    }
+
+    /// Reads stored rows until the batch has so many; the part of the range behind them, unless the range has ended.
+    fn first_of(
+        &self,
+        range: KeyRange,
+        rows: usize,
+        builder: &mut RowBatchBuilder,
+    ) -> std::result::Result<Option<KeyRange>, SqlError> {
+        let mut stored = self.env.snapshot.scan_briefly(&self.table, &self.scope, &range);
+        let mut last: Option<Vec<u8>> = None;
+        while builder.rows() < rows && builder.bytes() < BATCH_BYTES {
+            match stored.next_row() {
+                Ok(None) => return Ok(None),
+                Ok(Some((key, image))) => {
+                    let (image, ..) = ImageRef::parse(image).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+                    builder.push(&image)?;
+                    let last = last.get_or_insert_default();
+                    last.clear();
+                    last.extend_from_slice(key);
+                }
+                // Too much that was deleted lies here; or what is wrong will be so for the thread, which says it.
+                Err(_) => break,
+            }
+        }
+        let start = last.map_or(range.start, Bound::Excluded);
+        Ok(Some(KeyRange { start, end: range.end }))
+    }
+
+    fn on_a_thread(self) -> SendableRecordBatchStream {
+        let mut stream = RecordBatchReceiverStreamBuilder::new(self.schema.clone(), WAITING_BATCHES);
+        let batches = stream.tx();
+        stream.spawn_blocking(move || self.run(&batches).map_err(SqlError::into_datafusion));
+        stream.build()
+    }
+
     fn run(mut self, batches: &Batches) -> std::result::Result<(), SqlError> {
         let capacity = self.next_rows.min(self.left);
         let mut builder = RowBatchBuilder::new(&self.columns, capacity).with_schema(self.schema.clone());

@@ -1,6 +1,9 @@
-//! Key ranges from predicates: equality or IN on leading columns of the key or of an index, then a range on the next one.
+//! Key ranges from predicates: equality, IN or IS NULL on leading columns of the key or of an index, then a range on the
+//! next one.
 //!
 //! The ranges may hold more rows than the predicate, never fewer: the predicate itself still runs above the scan.
+
+mod place;
 
 use std::ops::Bound;
 use std::sync::Arc;
@@ -12,6 +15,7 @@ use datafusion::logical_expr::{Between, BinaryExpr, Expr, Operator};
 use uuid::Uuid;
 use wire::{Type, Value};
 
+use self::place::{Place, place};
 use super::arrow::arrow_type;
 use crate::catalog::{Column, Index, Table};
 use crate::store::index::{beyond_nulls, encode_values};
@@ -31,12 +35,14 @@ pub(crate) struct KeyRanges {
     exact: usize,
     /// Whether the next one has a range.
     ranged: bool,
+    /// Whether NULL is among what is said: a unique index may have many of it.
+    nulls: bool,
 }
 
 /// What the predicate says of one key column.
 #[derive(Default)]
 struct Limits {
-    /// Every value it may have (`=`, IN).
+    /// Every value it may have (`=`, IN, IS NULL).
     among: Option<Vec<Value>>,
     least: Option<Value>,
     most: Option<Value>,
@@ -78,7 +84,12 @@ impl<'a> Path<'a> {
         if self.index.is_none() && matches!(column.ty, Type::Real | Type::Double) {
             return Limits::default();
         }
-        limits(column, conjuncts)
+        let mut limits = limits(column, conjuncts);
+        // A key has no NULL in it, and bytes for none.
+        if let (None, Some(values)) = (self.index, &mut limits.among) {
+            values.retain(|value| *value != Value::Null);
+        }
+        limits
     }
 
     fn ranges(self, conjuncts: &[&Expr]) -> KeyRanges {
@@ -88,14 +99,15 @@ impl<'a> Path<'a> {
             let limits = self.limits(column, conjuncts);
             match limits.among {
                 Some(values) if prefixes.len().saturating_mul(values.len()) <= MAX_RANGES => {
-                    shown.push(format!("{} = {}", column.name, show_all(&values)));
+                    shown.push(show_all(column, &values));
                     prefixes = extend(&prefixes, &values);
                 }
                 _ if limits.least.is_some() || limits.most.is_some() => {
                     let exact = shown.len();
                     shown.push(show_range(column, &limits));
+                    let nulls = has_nulls(&prefixes);
                     let ranges = prefixes.iter().map(|prefix| self.bounded(prefix, &limits));
-                    return self.sorted(ranges, &shown, exact, true);
+                    return KeyRanges { nulls, ..self.sorted(ranges, &shown, exact, true) };
                 }
                 _ => break,
             }
@@ -103,8 +115,9 @@ impl<'a> Path<'a> {
         if shown.is_empty() {
             return self.sorted([KeyRange::all()].into_iter(), &["all".to_owned()], 0, false);
         }
+        let nulls = has_nulls(&prefixes);
         let ranges = prefixes.iter().map(|prefix| KeyRange::prefix(self.encode(prefix)));
-        self.sorted(ranges, &shown, shown.len(), false)
+        KeyRanges { nulls, ..self.sorted(ranges, &shown, shown.len(), false) }
     }
 
     fn bounded(self, prefix: &[Value], limits: &Limits) -> KeyRange {
@@ -132,14 +145,14 @@ impl<'a> Path<'a> {
         let mut ranges: Vec<KeyRange> = ranges.filter(|range| !is_empty(range)).collect();
         ranges.sort_by_key(start);
         ranges.dedup_by(|a, b| start(a) == start(b));
-        KeyRanges { index: self.index.cloned(), ranges, shown: shown.join(" AND "), exact, ranged }
+        KeyRanges { index: self.index.cloned(), ranges, shown: shown.join(" AND "), exact, ranged, nulls: false }
     }
 
     /// How good it is to read this way: one row a range is best; then whatever says more columns. The key comes before
     /// an index that is as good: an index costs a lookup for every row.
     fn rank(self, found: &KeyRanges) -> (bool, usize, bool, bool) {
         let unique = self.index.is_none_or(|index| index.unique);
-        let single = unique && found.exact == self.columns().count();
+        let single = unique && !found.nulls && found.exact == self.columns().count();
         (single, found.exact, found.ranged, self.index.is_none())
     }
 }
@@ -193,6 +206,10 @@ pub(crate) fn hull(ranges: &KeyRanges) -> KeyRange {
     }
 }
 
+fn has_nulls(prefixes: &[Vec<Value>]) -> bool {
+    prefixes.iter().flatten().any(|value| *value == Value::Null)
+}
+
 fn extend(prefixes: &[Vec<Value>], values: &[Value]) -> Vec<Vec<Value>> {
     let with = |prefix: &Vec<Value>, value: &Value| {
         let mut longer = prefix.clone();
@@ -220,31 +237,27 @@ fn limits(column: &Column, conjuncts: &[&Expr]) -> Limits {
             // The optimizer writes short IN lists as OR.
             Expr::BinaryExpr(BinaryExpr { op: Operator::Or, .. }) => limits.one_of(alternatives(conjunct, column)),
             Expr::BinaryExpr(BinaryExpr { left, op, right }) => {
-                if is_column(left, column)
-                    && let Some(value) = literal(right, column)
-                {
-                    limits.compare(*op, value);
-                } else if is_column(right, column)
-                    && let (Some(value), Some(op)) = (literal(left, column), op.swap())
-                {
-                    limits.compare(op, value);
+                if let Some(place) = place(left, right, column) {
+                    limits.compare(*op, place);
+                } else if let (Some(place), Some(op)) = (place(right, left, column), op.swap()) {
+                    limits.compare(op, place);
                 }
             }
-            Expr::InList(_) => limits.one_of(alternatives(conjunct, column)),
-            Expr::Between(Between { expr, negated: false, low, high }) if is_column(expr, column) => {
-                if let (Some(low), Some(high)) = (literal(low, column), literal(high, column)) {
+            Expr::Between(Between { expr, negated: false, low, high }) => {
+                if let (Some(low), Some(high)) = (place(expr, low, column), place(expr, high, column)) {
                     limits.compare(Operator::GtEq, low);
                     limits.compare(Operator::LtEq, high);
                 }
             }
-            _ => {}
+            _ => limits.one_of(alternatives(conjunct, column)),
         }
     }
     limits
 }
 
-/// The values of `column = a OR column IN (b, c) …`; `None` when anything else is in it.
+/// The values of `column = a OR column IN (b, c) OR column IS NULL …`; `None` when anything else is in it.
 fn alternatives(expr: &Expr, column: &Column) -> Option<Vec<Value>> {
+    let is_boolean = |expr: &Expr| column.ty == Type::Boolean && is_column(expr, column);
     match expr {
         Expr::BinaryExpr(BinaryExpr { left, op: Operator::Or, right }) => {
             let mut values = alternatives(left, column)?;
@@ -252,32 +265,70 @@ fn alternatives(expr: &Expr, column: &Column) -> Option<Vec<Value>> {
             Some(values)
         }
         Expr::BinaryExpr(BinaryExpr { left, op: Operator::Eq, right }) => {
-            let other = match (is_column(left, column), is_column(right, column)) {
-                (true, false) => right,
-                (false, true) => left,
-                _ => return None,
-            };
-            literal(other, column).map(|value| vec![value])
+            place(left, right, column).or_else(|| place(right, left, column))?.equal()
         }
-        Expr::InList(list) if !list.negated && is_column(&list.expr, column) => {
-            list.list.iter().map(|item| literal(item, column)).collect()
+        Expr::InList(list) if !list.negated => {
+            let places = list.list.iter().map(|item| place(&list.expr, item, column)?.equal());
+            Some(places.collect::<Option<Vec<_>>>()?.concat())
         }
+        Expr::IsNull(inner) if is_column(inner, column) => Some(vec![Value::Null]),
+        // The optimizer writes `x = true` and `x = false` like this.
+        expr if is_boolean(expr) => Some(vec![Value::Bool(true)]),
+        Expr::IsTrue(inner) if is_boolean(inner) => Some(vec![Value::Bool(true)]),
+        Expr::Not(inner) | Expr::IsFalse(inner) if is_boolean(inner) => Some(vec![Value::Bool(false)]),
+        // What is never true adds nothing, as the NULL of `x IN (1, NULL)`.
+        Expr::Literal(value, _) if value.is_null() => Some(Vec::new()),
         _ => None,
     }
 }
 
+impl Place {
+    /// Every value that may be equal to the constant; `None` if they are too many to name.
+    fn equal(self) -> Option<Vec<Value>> {
+        match self {
+            Place::At(value) => Some(vec![value]),
+            Place::Between { .. } => Some(Vec::new()),
+            Place::Near { .. } => None,
+        }
+    }
+}
+
 impl Limits {
-    /// The first bound of a kind is kept: any single one is right, the predicate does the rest.
-    fn compare(&mut self, op: Operator, value: Value) {
-        match op {
-            Operator::Eq => self.one_of(Some(vec![value])),
-            // `>` as `>=`: the one value more is filtered out above.
-            Operator::Gt | Operator::GtEq if self.least.is_none() => self.least = Some(value),
-            Operator::Lt | Operator::LtEq if self.most.is_none() => {
-                self.most = Some(value);
-                self.below = op == Operator::Lt;
+    /// What a comparison with the constant at this place says.
+    fn compare(&mut self, op: Operator, place: Place) {
+        match (op, place) {
+            (Operator::Eq, Place::Near { least, most }) => {
+                self.at_least(least);
+                self.at_most(most, false);
             }
+            (Operator::Eq, place) => self.one_of(place.equal()),
+            // `>` as `>=`: the one value more is filtered out above.
+            (Operator::Gt | Operator::GtEq, Place::At(least) | Place::Near { least, .. }) => self.at_least(least),
+            (Operator::Lt | Operator::LtEq, Place::At(most)) => self.at_most(most, op == Operator::Lt),
+            (Operator::Lt | Operator::LtEq, Place::Near { most, .. }) => self.at_most(most, false),
+            (Operator::Gt | Operator::GtEq, Place::Between { below, above }) => match (below, above) {
+                (_, None) => self.one_of(Some(Vec::new())),
+                (Some(_), Some(above)) => self.at_least(above),
+                // Every value is greater.
+                (None, Some(_)) => {}
+            },
+            (Operator::Lt | Operator::LtEq, Place::Between { below, above }) => match (below, above) {
+                (None, _) => self.one_of(Some(Vec::new())),
+                (Some(below), Some(_)) => self.at_most(below, false),
+                (Some(_), None) => {}
+            },
             _ => {}
+        }
+    }
+
+    /// The first bound of a kind is kept: any single one is right, the predicate does the rest.
+    fn at_least(&mut self, value: Value) {
+        self.least.get_or_insert(value);
+    }
+
+    fn at_most(&mut self, value: Value, below: bool) {
+        if self.most.is_none() {
+            (self.most, self.below) = (Some(value), below);
         }
     }
 
@@ -344,11 +395,13 @@ fn show(value: &Value) -> String {
     }
 }
 
-fn show_all(values: &[Value]) -> String {
+fn show_all(column: &Column, values: &[Value]) -> String {
+    let name = &column.name;
     match values {
-        [value] => show(value),
-        [first, ..] => format!("one of {} ({}, …)", values.len(), show(first)),
-        [] => "nothing".to_owned(),
+        [Value::Null] => format!("{name} IS NULL"),
+        [value] => format!("{name} = {}", show(value)),
+        [first, ..] => format!("{name} = one of {} ({}, …)", values.len(), show(first)),
+        [] => format!("{name} = nothing"),
     }
 }
 

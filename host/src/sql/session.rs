@@ -63,6 +63,8 @@ pub(crate) struct Engine {
     /// The same with one partition, made once: what recurses runs its plan again and again, and operators that share rows
     /// out between partitions panic when they run twice.
     unshared: Arc<SessionState>,
+    /// The same again, with the few rules that can change a plan which only filters, computes and cuts off.
+    plain: Arc<SessionState>,
     pub(crate) providers: Providers,
     /// Of live queries.
     pub(crate) shapes: live::Shapes,
@@ -351,10 +353,13 @@ impl Engine {
         let state = Arc::new(context.state());
         let mut unshared = context.state();
         unshared.config_mut().options_mut().execution.target_partitions = 1;
+        let plain = SessionStateBuilder::new_from_existing(unshared.clone());
+        let plain = plain.with_physical_optimizer_rules(plain_rules()).build();
         Ok(Engine {
             _context: context,
             state,
             unshared: Arc::new(unshared),
+            plain: Arc::new(plain),
             providers: Providers::new(tables),
             shapes: live::Shapes::default(),
             options,
@@ -410,7 +415,12 @@ impl Engine {
             &template.plan
         };
         // What only filters and computes as it reads gains nothing from sharing its rows out between threads.
-        self.execution_plan(plan, template.recursive || !template.heavy, text).await
+        let state = match template {
+            Template { plain: true, .. } => &self.plain,
+            Template { recursive: true, .. } | Template { heavy: false, .. } => &self.unshared,
+            _ => &self.state,
+        };
+        planned_by(state, plan, text).await
     }
 
     /// An optimized plan of constants only, for one execution.
@@ -420,9 +430,7 @@ impl Engine {
         unshared: bool,
         text: &str,
     ) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
-        let state = if unshared { &self.unshared } else { &self.state };
-        let planned = state.query_planner().create_physical_plan(plan, &**state).await;
-        planned.map_err(|error| from_datafusion(error, text))
+        planned_by(if unshared { &self.unshared } else { &self.state }, plan, text).await
     }
 
     /// An analyzed plan, optimized.
@@ -524,6 +532,11 @@ impl Engine {
     }
 }
 
+async fn planned_by(state: &SessionState, plan: &LogicalPlan, text: &str) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
+    let planned = state.query_planner().create_physical_plan(plan, state).await;
+    planned.map_err(|error| from_datafusion(error, text))
+}
+
 /// The next batch. A panic in one of DataFusion's operators is the end of that statement, not of the connection.
 async fn next(stream: &mut SendableRecordBatchStream, text: &str) -> Option<Result<RecordBatch, SqlError>> {
     match AssertUnwindSafe(stream.next()).catch_unwind().await {
@@ -551,6 +564,14 @@ fn physical_rules() -> Vec<Arc<dyn PhysicalOptimizerRule + Send + Sync>> {
     rules.into_iter().filter(|rule| !rule.name().starts_with("FilterPushdown")).collect()
 }
 
+/// Of those, the rules that find something to do in one partition of filters, projections and limits over a table. The
+/// others look for joins, aggregates, sorts, windows, or partitions to share rows out between; each of them walks the
+/// whole plan and is checked afterwards, for every execution.
+fn plain_rules() -> Vec<Arc<dyn PhysicalOptimizerRule + Send + Sync>> {
+    let needed = |name: &str| ["ProjectionPushdown", "LimitPushdown", "EnsureCooperative"].contains(&name);
+    physical_rules().into_iter().filter(|rule| needed(rule.name())).collect()
+}
+
 fn session_config(options: &SqlOptions) -> SessionConfig {
     let mut config = SessionConfig::new()
         .with_batch_size(options.batch_rows)
@@ -567,6 +588,9 @@ fn session_config(options: &SqlOptions) -> SessionConfig {
     // The check fails on queries that are right: the optimizer and the physical planner judge differently which
     // expressions can be NULL. That the answers are right is held by comparing with another database.
     settings.execution.skip_physical_aggregate_schema_check = true;
+    // Set aside by each part of a sort before its first row, to merge with what it spills. DataFusion's 10 MB are more than
+    // a small pool has altogether: there nothing was ever sorted, however much could be spilled.
+    settings.execution.sort_spill_reservation_bytes = (options.memory_bytes / 8).min(10 << 20);
     settings.catalog.default_catalog = super::information::CATALOG_NAME.to_owned();
     config
 }

@@ -628,6 +628,35 @@ async fn a_transaction_sees_its_own_writes() {
     assert_eq!(bench.run("SELECT count(*) FROM flights").await, "4");
 }
 
+/// The first rows are read in place, the others by a thread: together they are all rows, each once and in order.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_rows_and_the_rest_are_all_rows() {
+    let bench = bench();
+    bench.run("CREATE TABLE t (id INT PRIMARY KEY, n INT)").await;
+    let ids = |ids: &mut dyn Iterator<Item = usize>| ids.map(|id| id.to_string()).collect::<Vec<_>>();
+    assert_eq!(bench.run("SELECT id FROM t").await, "");
+    let mut there = 0;
+    for rows in [1, 127, 128, 129, 700, 2_000] {
+        let new: Vec<String> = (there..rows).map(|id| format!("({id}, {})", id % 3)).collect();
+        bench.run(&format!("INSERT INTO t VALUES {}", new.join(", "))).await;
+        there = rows;
+        assert_eq!(bench.run("SELECT id FROM t").await, ids(&mut (0..rows)).join(" "), "{rows} rows");
+        for limit in [0, 1, 127, 128, 129, 640] {
+            let limited = bench.run(&format!("SELECT id FROM t LIMIT {limit}")).await;
+            assert_eq!(limited, ids(&mut (0..rows.min(limit))).join(" "), "{limit} of {rows} rows");
+        }
+        let third = bench.run("SELECT id FROM t WHERE n = 1").await;
+        assert_eq!(third, ids(&mut (0..rows).filter(|id| id % 3 == 1)).join(" "), "of {rows} rows");
+    }
+    // More ranges than are searched in place; and rows behind many that were deleted.
+    let keys = ids(&mut (0..2_000).step_by(50));
+    let listed = bench.run(&format!("SELECT id FROM t WHERE id IN ({})", keys.join(", "))).await;
+    assert_eq!(listed, keys.join(" "));
+    bench.run("DELETE FROM t WHERE id BETWEEN 10 AND 1899").await;
+    assert_eq!(bench.run("SELECT id FROM t").await, ids(&mut (0..10).chain(1_900..2_000)).join(" "));
+    assert_eq!(bench.run("SELECT id FROM t WHERE id > 50 LIMIT 2").await, "1900 1901");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn index_ranges_reach_the_scan_and_find_the_transactions_own_rows() {
     let bench = bench();
@@ -656,7 +685,7 @@ async fn index_ranges_reach_the_scan_and_find_the_transactions_own_rows() {
         ("a > 0 AND id = 3", ": main.t, keys=[id = 3]", "3"),
         ("id < 3 AND a > 1", ": main.t, keys=[id < 3]", ""),
         ("b = 'x'", "keys=[all]", "1 3 4"),
-        ("a IS NULL", "keys=[all]", "4"),
+        ("a IS NULL", "index=t_a_b_key, keys=[a IS NULL]", "4"),
         ("a = 1 OR b = 'x'", "keys=[all]", "1 2 3 4"),
     ];
     for (filter, plan, rows) in cases {

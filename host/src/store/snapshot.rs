@@ -19,6 +19,9 @@ use super::receipts::{self, KeptReceipt, ReceiptId};
 use super::{DEFAULT_FAMILY, Inner, Seq, StoreError, family, index, read_error, row_family, rows, synced};
 use crate::catalog::{Catalog, Index, NamespaceId, Table, TableId};
 
+/// Deleted rows that a brief scan passes over for one that is there: fewer than the rows of its batch.
+const MOST_SKIPPED: u64 = 64;
+
 type RocksSnapshot<'a> = rocksdb::Snapshot<'a>;
 type RawIterator<'a> = DBRawIterator<'a>;
 
@@ -135,8 +138,19 @@ impl Snapshot {
 
     /// Rows of one table and scope in key order.
     pub fn scan(&self, table: &Arc<Table>, scope: &Scope, range: KeyRange) -> RowScan {
+        self.scan_rows(table, scope, &range, ReadOptions::default())
+    }
+
+    /// The same for a thread that must not be kept: an error where very many deleted rows lie before the next one.
+    pub fn scan_briefly(&self, table: &Arc<Table>, scope: &Scope, range: &KeyRange) -> RowScan {
+        let mut options = ReadOptions::default();
+        options.set_max_skippable_internal_keys(MOST_SKIPPED);
+        self.scan_rows(table, scope, range, options)
+    }
+
+    fn scan_rows(&self, table: &Arc<Table>, scope: &Scope, range: &KeyRange, options: ReadOptions) -> RowScan {
         let prefix = row_prefix(table, scope);
-        let (cursor, place) = self.scan_range(table, &prefix, &range);
+        let (cursor, place) = self.scan_range(table, &prefix, range, options);
         let (table, lifted) = (table.clone(), Vec::new());
         RowScan { cursor, place, table, prefix_len: prefix.len(), lifted, expires: None }
     }
@@ -146,7 +160,7 @@ impl Snapshot {
     pub fn scan_index(&self, table: &Arc<Table>, index: &Arc<Index>, scope: &Scope, range: &KeyRange) -> IndexScan {
         let rows = row_prefix(table, scope);
         let prefix = index::entry_prefix(table, index, &rows);
-        let (cursor, place) = self.scan_range(table, &prefix, range);
+        let (cursor, place) = self.scan_range(table, &prefix, range, ReadOptions::default());
         IndexScan {
             cursor,
             place,
@@ -156,14 +170,14 @@ impl Snapshot {
             prefix_len: prefix.len(),
             rows,
             keys: Vec::new().into_iter(),
+            entries: FIRST_ENTRIES,
             row: (Vec::new(), Vec::new()),
         }
     }
 
     /// A range of the keys behind one prefix of table (or index) and scope, and where in it to begin.
-    fn scan_range(&self, table: &Table, prefix: &[u8], range: &KeyRange) -> (Cursor, Place) {
+    fn scan_range(&self, table: &Table, prefix: &[u8], range: &KeyRange, mut options: ReadOptions) -> (Cursor, Place) {
         let (start, end) = range.stored(prefix);
-        let mut options = ReadOptions::default();
         // The range never leaves the first three parts of the key: the prefix bloom may answer.
         options.set_prefix_same_as_start(true);
         options.set_iterate_upper_bound(end.clone());
@@ -363,7 +377,9 @@ impl RowScan {
     }
 }
 
-/// Entries read before their rows are fetched: that many keys, or bytes of them.
+/// Entries read before their rows are fetched: that many keys, or bytes of them. Fewer at first, four times as many each
+/// time: whoever wants a few rows does not wait for a thousand entries.
+const FIRST_ENTRIES: usize = 64;
 const ENTRIES: usize = 1_024;
 const ENTRY_BYTES: usize = 256 << 10;
 
@@ -379,6 +395,8 @@ pub struct IndexScan {
     rows: Vec<u8>,
     /// Stored keys of rows still to be fetched.
     keys: std::vec::IntoIter<Vec<u8>>,
+    /// Entries to read next.
+    entries: usize,
     /// The current row: its key and image.
     row: (Vec<u8>, Vec<u8>),
 }
@@ -387,7 +405,8 @@ impl IndexScan {
     /// The next row: its encoded key and its image at the table's schema version.
     pub fn next_row(&mut self) -> Result<Option<KeyAndImage<'_>>, StoreError> {
         if self.keys.len() == 0 {
-            self.fill(ENTRIES)?;
+            self.fill(self.entries)?;
+            self.entries = (self.entries * 4).min(ENTRIES);
         }
         let Some(stored) = self.keys.next() else { return Ok(None) };
         let image = self.snapshot.get_stored(&self.table, &stored)?.ok_or_else(|| {
