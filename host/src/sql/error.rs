@@ -94,9 +94,17 @@ pub(crate) fn from_datafusion(error: DataFusionError, text: &str) -> SqlError {
         DataFusionError::Execution(message) | DataFusionError::Configuration(message) => {
             SqlError::invalid("evaluation", message)
         }
+        DataFusionError::Internal(message) if message.contains(BAD_PATTERN) => {
+            let (_, reason) = message.split_once(BAD_PATTERN).unwrap_or_default();
+            SqlError::invalid("evaluation", format!("{BAD_PATTERN}{reason}"))
+        }
         other => SqlError::Internal(other.to_string()),
     }
 }
+
+/// What a pattern does that is none, or too large a one: DataFusion takes it for a bug of its own when it comes up while
+/// the query runs.
+const BAD_PATTERN: &str = "Regular expression did not compile";
 
 /// An error that several consumers of one plan hold at once (both sides of a join wait for the same scan).
 fn from_shared(error: &DataFusionError) -> SqlError {
