@@ -19,12 +19,14 @@ pub mod plans;
 pub mod provider;
 pub mod range;
 mod row_exprs;
+mod runner;
 pub mod session;
 pub mod statement;
 pub mod system;
 #[cfg(test)]
 mod tests;
 pub mod values;
+mod yielding;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
