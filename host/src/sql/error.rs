@@ -5,6 +5,7 @@ use datafusion::sql::sqlparser::parser::ParserError;
 use datafusion::sql::sqlparser::tokenizer::{Location, Span};
 
 use super::SqlError;
+use crate::store::StoreError;
 
 impl SqlError {
     pub(crate) fn invalid(code: &'static str, message: impl Into<String>) -> SqlError {
@@ -94,6 +95,7 @@ pub(crate) fn from_datafusion(error: DataFusionError, text: &str) -> SqlError {
         DataFusionError::Execution(message) | DataFusionError::Configuration(message) => {
             SqlError::invalid("evaluation", message)
         }
+        DataFusionError::IoError(cause) if is_full("", &cause) => StoreError::DiskFull.into(),
         DataFusionError::Internal(message) if message.contains(BAD_PATTERN) => {
             let (_, reason) = message.split_once(BAD_PATTERN).unwrap_or_default();
             SqlError::invalid("evaluation", format!("{BAD_PATTERN}{reason}"))
@@ -114,6 +116,7 @@ fn from_shared(error: &DataFusionError) -> SqlError {
             SqlError::invalid("evaluation", message.clone())
         }
         DataFusionError::ArrowError(cause, _) => from_shared_arrow(cause),
+        DataFusionError::IoError(cause) if is_full("", cause) => StoreError::DiskFull.into(),
         other => SqlError::Internal(other.to_string()),
     }
 }
@@ -128,6 +131,10 @@ fn from_shared_arrow(error: &::arrow::error::ArrowError) -> SqlError {
         ArrowError::ParseError(message) => ArrowError::ParseError(message.clone()),
         ArrowError::ComputeError(message) => ArrowError::ComputeError(message.clone()),
         ArrowError::InvalidArgumentError(message) => ArrowError::InvalidArgumentError(message.clone()),
+        ArrowError::IoError(message, cause) if is_full(message, cause) => return StoreError::DiskFull.into(),
+        ArrowError::IoError(message, _) if message.contains("allowable limit") => {
+            return SqlError::Limit(exhausted(message));
+        }
         other => return SqlError::Internal(other.to_string()),
     })
 }
@@ -171,12 +178,21 @@ pub(crate) fn from_arrow(error: ::arrow::error::ArrowError) -> SqlError {
         }
         // The spill limit comes wrapped as an I/O error of the spill file's writer.
         ArrowError::IoError(message, _) if message.contains("allowable limit") => SqlError::Limit(exhausted(&message)),
+        ArrowError::IoError(message, cause) if is_full(&message, &cause) => StoreError::DiskFull.into(),
         ArrowError::ExternalError(cause) => match cause.downcast::<DataFusionError>() {
             Ok(cause) => from_datafusion(*cause, ""),
             Err(cause) => SqlError::Internal(cause.to_string()),
         },
         other => SqlError::Internal(other.to_string()),
     }
+}
+
+/// Whether a spill file found no room. The cause may be wrapped in another of its kind, which keeps only the text.
+fn is_full(message: &str, cause: &std::io::Error) -> bool {
+    const NO_SPACE: &str = "No space left on device";
+    cause.kind() == std::io::ErrorKind::StorageFull
+        || message.contains(NO_SPACE)
+        || cause.to_string().contains(NO_SPACE)
 }
 
 /// What DataFusion says is missing, fit to stand before "is not supported".
