@@ -237,6 +237,8 @@ fn is_brief(expr: &Expr) -> bool {
                         | Operator::IsNotDistinctFrom
                 )
         }
+        // Arithmetic of integers, which is checked (`exact.rs`).
+        Expr::ScalarFunction(call) => matches!(call.func.name(), "+" | "-" | "*"),
         _ => false,
     }
 }
