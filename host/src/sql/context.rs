@@ -32,6 +32,7 @@ use uuid::Uuid;
 use wire::Type;
 
 use super::arrow::{UTC, output_type};
+use super::exact::bounded_pattern;
 use super::functions::{CURRENT_USER, current_user_literal};
 use super::information::CATALOG_NAME;
 use super::planner::folding;
@@ -296,6 +297,7 @@ fn is_symbolic(expr: &Expr) -> Result<bool> {
 /// The expression with values in the place of its symbols.
 fn with_values(expr: Expr, schema: &DFSchema, env: &RequestEnv, state: &SessionState) -> Result<Expr> {
     let bound = expr.transform_up(|expr| value(expr, env, state))?.data;
+    bound.apply(|expr| bounded_pattern(expr).map(|()| TreeNodeRecursion::Continue))?;
     Ok(bound.transform_up(|expr| canonical_comparison(expr, schema))?.data)
 }
 

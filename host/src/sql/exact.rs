@@ -4,6 +4,8 @@
 //! - `x IN (a, b)` and `x NOT IN (c, NULL)` are joined there as sets of constants, though a column is among them, or
 //!   NULL; such a list becomes comparisons.
 //! - `x [NOT] IN (sub-query)` inside another expression is true or false there, never NULL: it becomes a mark join.
+//!
+//! Patterns of LIKE are bounded on the way.
 
 use std::sync::{Arc, LazyLock};
 
@@ -13,7 +15,7 @@ use ::arrow::datatypes::{DataType, Field, FieldRef};
 use ::arrow::error::ArrowError;
 use datafusion::common::tree_node::{Transformed, TreeNode};
 use datafusion::common::{Column, DFSchema, Result, ScalarValue, exec_err, internal_err};
-use datafusion::logical_expr::expr::{InList, InSubquery};
+use datafusion::logical_expr::expr::{Cast, InList, InSubquery, Like, TryCast};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{
@@ -22,6 +24,7 @@ use datafusion::logical_expr::{
 };
 use datafusion::physical_expr_common::datum::apply;
 
+use super::SqlError;
 use super::context::schema_of_expressions;
 
 /// The plan, which has its types already, so that it means what SQL says.
@@ -42,10 +45,34 @@ fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
             Expr::BinaryExpr(_) => Ok(checked_operation(expr, &schema)),
             Expr::Negative(inner) => negated(inner, &schema),
             Expr::InList(list) => listed(list),
+            Expr::Like(_) => bounded_pattern(&expr).map(|()| Transformed::no(expr)),
             expr => Ok(Transformed::no(expr)),
         })?;
         Ok(exact.update_data(|expr| name.restore(expr)))
     })
+}
+
+// ---- LIKE ----
+
+/// The most `%` and `_` of a pattern that is known while planning, where it is compared with constants at once: the work
+/// grows by their number and by the length of the text, and nothing interrupts it.
+const MAX_WILDCARDS: usize = 1_000;
+
+/// Refuses a pattern that could keep a planning thread for long.
+pub(crate) fn bounded_pattern(expr: &Expr) -> Result<()> {
+    let Expr::Like(Like { pattern, .. }) = expr else { return Ok(()) };
+    let mut pattern = pattern.as_ref();
+    while let Expr::Cast(Cast { expr, .. }) | Expr::TryCast(TryCast { expr, .. }) = pattern {
+        pattern = expr;
+    }
+    let Expr::Literal(value, _) = pattern else { return Ok(()) };
+    let text = value.try_as_str().flatten().unwrap_or_default();
+    let wildcards = text.bytes().filter(|byte| matches!(byte, b'%' | b'_')).count();
+    if wildcards > MAX_WILDCARDS {
+        let message = format!("a LIKE pattern has {wildcards} wildcards, more than {MAX_WILDCARDS}");
+        return Err(SqlError::Limit(message).into_datafusion());
+    }
+    Ok(())
 }
 
 // ---- IN lists ----
