@@ -8,6 +8,8 @@ mod durability;
 mod failures;
 mod feeds;
 mod formats;
+mod hostile_http;
+mod hostile_sql;
 mod idempotency;
 mod live;
 mod load;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use serde_json::json;
 use tests::live::seq;
+use tests::process::status_bytes;
 use tests::{Client, Live, Options, PATIENCE, TestServer};
 
 const SQL: &str = "SELECT id, v FROM t";
@@ -60,11 +61,7 @@ async fn insert(db: &Client, id: i64, value: &str) -> u64 {
 
 /// Bytes of memory that the server has.
 fn resident(server: &TestServer) -> u64 {
-    let path = format!("/proc/{}/status", server.pid().as_raw_nonzero());
-    let status = std::fs::read_to_string(&path).expect("the server's status");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS is among it");
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().expect("a number of kB");
-    kib * 1024
+    status_bytes(server.pid(), "VmRSS")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
