@@ -11,6 +11,7 @@ mod formats;
 mod hostile_http;
 mod hostile_sql;
 mod idempotency;
+mod large;
 mod live;
 mod load;
 mod memory;
