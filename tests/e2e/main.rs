@@ -14,6 +14,7 @@ mod idempotency;
 mod large;
 mod live;
 mod load;
+mod many_streams;
 mod memory;
 mod ops;
 mod oracle;
