@@ -22,6 +22,7 @@ mod overload;
 mod plugin_logs;
 mod plugin_users;
 mod plugins;
+mod power_cut;
 mod requery;
 mod schema;
 mod session_sharing_isolation;
