@@ -26,6 +26,7 @@ pub mod system;
 #[cfg(test)]
 mod tests;
 pub mod values;
+mod weighed;
 mod yielding;
 
 use std::collections::BTreeMap;

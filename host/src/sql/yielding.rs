@@ -2,7 +2,8 @@
 //!
 //! DataFusion makes its scans cooperative: after some batches they let others have the thread, which is also when a
 //! query notices that nobody wants it any more. But a join makes any number of batches out of one that it has read, and an
-//! aggregate above it takes them all before it comes back. So joins count as well.
+//! aggregate above it takes them all before it comes back. So joins count as well. What a join keeps of its left side is
+//! weighed where the batches themselves seem to weigh nothing ([`weighed`](super::weighed)).
 
 use std::sync::Arc;
 
@@ -12,8 +13,11 @@ use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode};
 use datafusion::physical_optimizer::PhysicalOptimizerRule;
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_plan::coop::CooperativeExec;
+use datafusion::physical_plan::execution_plan::{ChildrenPropertiesMode, ReplaceChildrenOptions};
 use datafusion::physical_plan::joins::{CrossJoinExec, HashJoinExec, NestedLoopJoinExec};
 use datafusion::physical_plan::unnest::UnnestExec;
+
+use super::weighed::WeighedExec;
 
 /// To come last: it looks at the operators as they will run.
 #[derive(Debug)]
@@ -22,10 +26,11 @@ pub(crate) struct YieldingJoins;
 impl PhysicalOptimizerRule for YieldingJoins {
     fn optimize(&self, plan: Arc<dyn ExecutionPlan>, _config: &ConfigOptions) -> Result<Arc<dyn ExecutionPlan>> {
         plan.transform_up(|plan| {
-            if multiplies(&plan) {
-                return Ok(Transformed::yes(Arc::new(CooperativeExec::new(plan)) as Arc<dyn ExecutionPlan>));
+            if !multiplies(&plan) {
+                return Ok(Transformed::no(plan));
             }
-            Ok(Transformed::no(plan))
+            let plan = with_weighed_side(plan)?;
+            Ok(Transformed::yes(Arc::new(CooperativeExec::new(plan)) as Arc<dyn ExecutionPlan>))
         })
         .data()
     }
@@ -37,6 +42,16 @@ impl PhysicalOptimizerRule for YieldingJoins {
     fn schema_check(&self) -> bool {
         true
     }
+}
+
+/// The join with its left side, which it keeps, weighed where that has no columns.
+fn with_weighed_side(plan: Arc<dyn ExecutionPlan>) -> Result<Arc<dyn ExecutionPlan>> {
+    let mut children: Vec<Arc<dyn ExecutionPlan>> = plan.children().into_iter().cloned().collect();
+    match children.first_mut() {
+        Some(kept) if kept.schema().fields().is_empty() => *kept = Arc::new(WeighedExec::new(kept.clone())),
+        _ => return Ok(plan),
+    }
+    plan.replace_children(children, ReplaceChildrenOptions::new(ChildrenPropertiesMode::Recompute))
 }
 
 /// Whether it makes many batches out of one.
