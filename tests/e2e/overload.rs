@@ -220,7 +220,7 @@ async fn readers_that_crawl_are_cut_and_nobody_waits_for_them() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_connections_than_files_are_turned_away() {
     const FILES: u64 = 256;
-    const CONNECTIONS: usize = 600;
+    const CONNECTIONS: usize = 300;
     // Of 256 files, 200 are kept for the store and the logs, and a tenth for nobody.
     const ADMITTED: usize = 25;
     const BEATS: usize = 5;
