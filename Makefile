@@ -8,7 +8,7 @@ run:
 test:
 	sh tests/run.sh
 
-# The random runs for long, from new seeds, with restarts and kills. MINUTES=60 make torture
+# The limits in full size, then the random runs for long, from new seeds, with restarts and kills. MINUTES=60 make torture
 torture:
 	sh tests/torture.sh
 

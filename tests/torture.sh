@@ -1,10 +1,13 @@
 #!/bin/sh
-# The random tests for long, each from a new seed again and again, with servers that are stopped and killed all the time:
-# the oracle of live queries, schema changes, indexes, acknowledged writes, versions of plugins. And, once: a million
-# changes through one predicate in every language, and 12,000 modules through the load path. `make torture` calls this.
+# What takes too long for every day. First, once: the limits in full size, one after the other (thousands of streams, a
+# table of ten million rows, power cuts as root), a million changes through one predicate in every language, and 12,000
+# modules through the load path. Then the random tests for long, each from a new seed again and again, with servers that are
+# stopped and killed all the time: the oracle of live queries, schema changes, indexes, acknowledged writes, versions of
+# plugins. `make torture` calls this.
 #
-#   MINUTES=60 sh tests/torture.sh          so long (default: 30); the tests run side by side
+#   MINUTES=60 sh tests/torture.sh          so long for the random ones (default: 30); they run side by side
 #   MINUTES=60 sh tests/torture.sh oracle   only those with "oracle" in their names
+#   STREAMS=5000 sh tests/torture.sh many_streams     one limit, in another size
 #   CHANGES=100000 MODULES=2000 sh tests/torture.sh   fewer of those that run once
 #
 # It ends at the first failure and says the seed: `SEED=… sh tests/run.sh oracle` repeats that run.
@@ -22,8 +25,26 @@ export TIDEGATE_BIN TIDEGATE_PLUGINS
 
 MINUTES=${MINUTES:-30} SEED=${SEED:-random}
 export MINUTES SEED
-[ $# -gt 0 ] || set -- oracle:: random_schema_changes an_index_shows_what kill_nine_loses_nothing_and \
-    versions_change_while one_predicate_gives_one_stream_over modules_of_any_kind
+
+# Sizes: idle streams over HTTP/1.1 and over HTTP/2, subscribers of one query, rows of a table, power cuts.
+STREAMS=${STREAMS:-15000} H2_STREAMS=${H2_STREAMS:-50000} CROWD=${CROWD:-3000}
+ROWS=${ROWS:-10000000} POWER_CUTS=${POWER_CUTS:-20}
+# A stream is an open file on either side, and the server leaves a tenth and 200 of what it may have to others.
+files=$(ulimit -Hn)
+if [ "$files" != unlimited ] && [ "$((files / 10 * 9 - 500))" -lt "$STREAMS" ]; then
+    STREAMS=$((files / 10 * 9 - 500))
+    say "only $STREAMS streams: there may be no more than $files open files (ulimit -Hn)"
+fi
+[ "$files" = unlimited ] || ulimit -n "$files"
+export STREAMS H2_STREAMS CROWD ROWS POWER_CUTS
+
+if [ $# -eq 0 ]; then
+    say "limits in full size"
+    cargo test --locked -p tests --test e2e -- --nocapture --test-threads=1 \
+        many_streams:: overload:: large:: power_cut:: || die "a limit does not hold; the test stands above"
+    set -- oracle:: random_schema_changes an_index_shows_what kill_nine_loses_nothing_and \
+        versions_change_while one_predicate_gives_one_stream_over modules_of_any_kind
+fi
 
 say "torture for $MINUTES minutes (SEED=$SEED)"
 cargo test --locked --workspace -- --nocapture "$@" || die "a random run failed; its seed stands above (SEED=…)"

@@ -21,6 +21,7 @@ pub mod plans;
 pub mod provider;
 pub mod range;
 mod row_exprs;
+mod runner;
 pub mod session;
 mod show;
 pub mod statement;
@@ -29,6 +30,8 @@ pub mod system;
 #[cfg(test)]
 mod tests;
 pub mod values;
+mod weighed;
+mod yielding;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;

@@ -3,6 +3,7 @@
 //! Writers note every attempt before they send it and every acknowledgement with its seq; subscribers note every event
 //! over all their connections. All of that lives in this process, which is never killed. At the end [`check`] compares
 //! it with the table. The checker is tried too: on the same history with one thing wrong, it has to say so.
+//! [`power_cut`](super::power_cut) does the same with a disk that loses what was not synced.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -33,8 +34,9 @@ struct Seen {
     attempted: bool,
 }
 
+/// What clients know of a server that dies again and again, and what its tables hold at the end.
 #[derive(Clone, Default)]
-struct History {
+pub(crate) struct History {
     attempts: BTreeSet<Write>,
     /// Write → seq of its acknowledgement, for each writer in order.
     acks: Vec<(Write, u64)>,
@@ -66,14 +68,27 @@ async fn kill_nine_loses_nothing_that_waits_for_its_sync_either() {
 }
 
 async fn kill_nine(options: Options, kills: usize) {
-    let mut server = TestServer::with(options).await;
+    let server = TestServer::with(options).await;
+    prepare(&server).await;
+    let history = lived(server, &vec![WRITES_PER_LIFE; kills], || {}).await;
+    check(&history).unwrap();
+    controls(&history);
+}
+
+/// The tables that are written to.
+pub(crate) async fn prepare(server: &TestServer) {
     let db = server.admin();
     db.sql("CREATE TABLE log (id BIGINT PRIMARY KEY, writer INT, n INT, part INT)").await;
     db.sql("CREATE TABLE counters (writer INT PRIMARY KEY, n INT)").await;
     for writer in 0..WRITERS {
         db.sql(&format!("INSERT INTO counters VALUES ({writer}, 0)")).await;
     }
+}
 
+/// Lets writers and subscribers work on a server that is killed after so many acknowledged writes of each of its lives
+/// but the last; `died` comes before it starts again.
+pub(crate) async fn lived(mut server: TestServer, lives: &[usize], mut died: impl FnMut()) -> History {
+    let db = server.admin();
     let log = Arc::new(Mutex::new(Log::default()));
     let (stop, stopped) = watch::channel(false);
     let (finish, finished) = watch::channel(u64::MAX);
@@ -86,9 +101,10 @@ async fn kill_nine(options: Options, kills: usize) {
     let writers: Vec<_> =
         (0..WRITERS).map(|writer| tokio::spawn(write(db.clone(), writer, Arc::clone(&log), stopped.clone()))).collect();
 
-    for _ in 0..kills {
-        until_acks(&log, WRITES_PER_LIFE).await;
+    for writes in lives {
+        until_acks(&log, *writes).await;
         server.kill9();
+        died();
         server.restart().await;
     }
     until_acks(&log, WRITES_PER_LIFE).await;
@@ -120,8 +136,7 @@ async fn kill_nine(options: Options, kills: usize) {
         history.acks.len(),
         history.table.len() / 2
     );
-    check(&history).unwrap();
-    controls(&history);
+    history
 }
 
 /// Writes one transaction after the other until stopped: two rows and a counter, all or nothing.
@@ -192,7 +207,8 @@ async fn until_acks(log: &Mutex<Log>, more: usize) {
     tokio::time::timeout(PATIENCE, reached).await.expect("the writers get on");
 }
 
-fn check(history: &History) -> Result<(), String> {
+/// Compares all of it.
+pub(crate) fn check(history: &History) -> Result<(), String> {
     let writes: BTreeSet<Write> = history.table.iter().map(|(writer, n, _)| (*writer, *n)).collect();
     for (write, _) in &history.acks {
         if !writes.contains(write) {
@@ -268,7 +284,7 @@ fn check_stream(stream: &[Seen], writes: &BTreeSet<Write>, acks: &[(Write, u64)]
 }
 
 /// A checker that never complains proves nothing: each of these histories is wrong in one way, and it has to say so.
-fn controls(history: &History) {
+pub(crate) fn controls(history: &History) {
     let wrong = |what: &str, change: &dyn Fn(&mut History)| {
         let mut history = history.clone();
         change(&mut history);

@@ -1,6 +1,8 @@
-//! Many streams at once: idle ones, a crowd on one query, readers that stop, a crowd that comes back after a crash, an
-//! orderly end under load. Fewer than a server has to bear (tests/load measures that), but by the same paths.
+//! Many streams at once: idle ones, a crowd on one query, readers that stop or crawl, a crowd that comes back after a
+//! crash, an orderly end under load; and more connections than there are files. Fewer than a server has to bear
+//! (`many_streams` and tests/load take as many), but by the same paths; `CROWD=5000` makes the crowds larger.
 
+use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -8,7 +10,12 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use serde_json::json;
 use tests::live::seq;
-use tests::{Client, Live, Options, PATIENCE, TestServer};
+use tests::process::{cpu_seconds, status_bytes};
+use tests::raw::address;
+use tests::server::ADMIN_TOKEN;
+use tests::{Client, Live, Options, PATIENCE, TestServer, size};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
 
 const SQL: &str = "SELECT id, v FROM t";
 
@@ -60,11 +67,7 @@ async fn insert(db: &Client, id: i64, value: &str) -> u64 {
 
 /// Bytes of memory that the server has.
 fn resident(server: &TestServer) -> u64 {
-    let path = format!("/proc/{}/status", server.pid().as_raw_nonzero());
-    let status = std::fs::read_to_string(&path).expect("the server's status");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS is among it");
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().expect("a number of kB");
-    kib * 1024
+    status_bytes(server.pid(), "VmRSS")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -101,11 +104,10 @@ async fn idle_streams_beat_apart() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crowd_on_one_query_gets_every_event_in_order() {
-    const STREAMS: usize = 400;
     const WRITES: i64 = 25;
     let server = TestServer::start().await;
     let db = table(&server).await;
-    let streams = crowd(&db, STREAMS).await;
+    let streams = crowd(&db, size("CROWD", 400)).await;
     let reading = tokio::spawn(each(streams, |mut live| async move {
         let ids = inserts(&mut live, WRITES as usize).await;
         (ids, live.fold.resyncs)
@@ -164,13 +166,117 @@ async fn readers_that_stop_are_cut_and_lose_nothing() {
     }
 }
 
+/// Reads a byte, waits, reads a byte, until the server has cut the connection.
+async fn crawl(to: std::net::SocketAddr) {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    // So that what waits, waits at the server.
+    socket.set_recv_buffer_size(4_096).expect("a small buffer");
+    let mut stream = socket.connect(to).await.expect("a connection");
+    let request = format!(
+        "GET /v1/live?sql=SELECT+id,+v+FROM+t HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.expect("the request is taken");
+    let mut pace = tokio::time::interval(Duration::from_secs(1));
+    let mut byte = [0];
+    while stream.read_exact(&mut byte).await.is_ok() {
+        pace.tick().await;
+    }
+}
+
+/// Slow enough is stopped: who takes a byte a second holds as much as who takes none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_that_crawl_are_cut_and_nobody_waits_for_them() {
+    const CRAWLERS: usize = 20;
+    const WRITES: i64 = 30;
+    const BYTES: usize = 400_000;
+    const AT_MOST: u64 = 240 << 20;
+    let live = "stall_limit_ms = 1000".to_owned();
+    let server = TestServer::with(Options { live, ..Options::default() }).await;
+    let db = table(&server).await;
+    let crawling: Vec<_> = (0..CRAWLERS).map(|_| tokio::spawn(crawl(address(&db)))).collect();
+    let open = async { while db.metric("tidegate_subscriptions").await < CRAWLERS as f64 {} };
+    tokio::time::timeout(PATIENCE, open).await.expect("they are served at first");
+    let good = crowd(&db, 2).await;
+    let before = resident(&server);
+    let reading = tokio::spawn(each(good, |mut live| async move { inserts(&mut live, WRITES as usize).await }));
+    let value = "x".repeat(BYTES);
+    for id in 1..=WRITES {
+        insert(&db, id, &value).await;
+    }
+    let due: Vec<i64> = (1..=WRITES).collect();
+    for ids in reading.await.expect("the others read on") {
+        assert_eq!(ids, due);
+    }
+    let cut = async {
+        while db.metric("tidegate_http_stalled_total").await < CRAWLERS as f64 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, cut).await.expect("who crawls is cut");
+    let grown = resident(&server).saturating_sub(before);
+    assert!(grown < AT_MOST, "{grown} bytes for {CRAWLERS} readers that crawl");
+    // They are left with what their sockets hold; it is not worth waiting until they have read it.
+    crawling.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+/// Far more connections than files: the rest is told so, the store keeps its own, nothing spins, and all is well after.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_connections_than_files_are_turned_away() {
+    const FILES: u64 = 256;
+    const CONNECTIONS: usize = 300;
+    // Of 256 files, 200 are kept for the store and the logs, and a tenth for nobody.
+    const ADMITTED: usize = 25;
+    const BEATS: usize = 5;
+    let server = TestServer::with(Options { open_files: Some(FILES), ..Options::default() }).await;
+    let db = table(&server).await;
+    let mut live = db.live(SQL).await;
+    live.until_uptodate().await;
+    let mut flood = Vec::new();
+    for _ in 0..CONNECTIONS {
+        flood.push(TcpStream::connect(address(&db)).await.expect("the kernel takes it"));
+    }
+    let due = (CONNECTIONS - ADMITTED) as f64;
+    let refused = async { while db.metric("tidegate_http_refused_total").await < due {} };
+    tokio::time::timeout(PATIENCE, refused).await.expect("those for whom there is no room are turned away");
+    // Asked of the kernel itself: what lies there is seen whether or not anybody was woken for it.
+    let mut flood: Vec<_> = flood.into_iter().map(|stream| stream.into_std().expect("a socket")).collect();
+    let mut told = 0;
+    for stream in &mut flood {
+        let mut answer = [0; 1_024];
+        if let Ok(len) = stream.read(&mut answer) {
+            let answer = String::from_utf8_lossy(&answer[..len]);
+            assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("Retry-After:"), "{answer}");
+            told += 1;
+        }
+    }
+    assert!(told >= CONNECTIONS - ADMITTED, "{told} of {CONNECTIONS} were told why");
+
+    // On a connection that was there before: a write, its event, and no work while nothing happens.
+    insert(&db, 1, "meanwhile").await;
+    assert_eq!(inserts(&mut live, 1).await, [1]);
+    let (start, used) = (Instant::now(), cpu_seconds(server.pid()));
+    for _ in 0..BEATS {
+        live.until_uptodate().await;
+    }
+    let used = cpu_seconds(server.pid()) - used;
+    assert!(used < start.elapsed().as_secs_f64() / 4.0, "{used} s of CPU in {:?} of silence", start.elapsed());
+
+    drop(flood);
+    let gone = async { while db.metric("tidegate_http_connections").await > (ADMITTED / 2) as f64 {} };
+    tokio::time::timeout(PATIENCE, gone).await.expect("who leaves makes room");
+    let mut streams = crowd(&db, ADMITTED / 3).await;
+    insert(&db, 2, "after").await;
+    for live in &mut streams {
+        assert_eq!(inserts(live, 1).await, [2]);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crowd_comes_back_after_a_crash_without_gap_or_double() {
-    const STREAMS: usize = 300;
     const SOON: Duration = Duration::from_secs(30);
     let mut server = TestServer::start().await;
     let db = table(&server).await;
-    let mut streams = crowd(&db, STREAMS).await;
+    let mut streams = crowd(&db, size("CROWD", 300)).await;
     // A third has read on, a third has half of it, a third nothing, when the server dies.
     for id in 1..=10 {
         insert(&db, id, "before").await;
@@ -199,11 +305,10 @@ async fn a_crowd_comes_back_after_a_crash_without_gap_or_double() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn term_under_load_ends_in_order() {
-    const STREAMS: usize = 200;
     const WRITERS: i64 = 50;
     let mut server = TestServer::start().await;
     let db = table(&server).await;
-    let streams = crowd(&db, STREAMS).await;
+    let streams = crowd(&db, size("CROWD", 200)).await;
     let ends = tokio::spawn(each(streams, |mut live| async move {
         let mut closed = None;
         while let Some(event) = live.next_or_end().await {

@@ -4,15 +4,21 @@
 //! - [`client`]: one user's HTTP calls; follows the server over restarts.
 //! - [`live`]: a subscription: reads events with a bound, reconnects with the last id.
 //! - [`fold`]: what the events say the result is now; refuses events that cannot be.
+//! - [`alive`]: somebody who goes on working while others do their worst.
+//! - [`raw`]: bytes on a socket. [`process`]: what the server uses.
 //!
 //! Everything here panics when the server does not do its part: these are tests. What the server printed is shown when
 //! a test fails.
 
+pub mod alive;
 pub mod client;
 pub mod fold;
 pub mod live;
+pub mod process;
+pub mod raw;
 pub mod server;
 
+pub use alive::Bystander;
 pub use client::{Client, Failure};
 pub use fold::Fold;
 pub use live::{Event, Live, LiveQuery};
@@ -44,6 +50,13 @@ pub fn optional_plugin(file: &str) -> Option<Vec<u8>> {
         eprintln!("{file} was not built: its compiler is not here (SAMPLES=\"c assemblyscript\" installs it)");
     }
     module
+}
+
+/// How many of something a test takes: what the environment says under this name (`make torture` says more), else `few`.
+pub fn size(name: &str, few: usize) -> usize {
+    let size = std::env::var(name).map_or(few, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")));
+    eprintln!("{name}={size}");
+    size
 }
 
 /// The first seed of random runs where nobody asks for another. Fixed, so that the same commit passes or fails everywhere

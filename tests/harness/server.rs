@@ -36,6 +36,10 @@ pub struct Options {
     pub args: Vec<String>,
     /// A data directory to begin with, which stays as it is: a copy is used.
     pub data: Option<PathBuf>,
+    /// Where the data directory is to be, in a folder that is there; None: beside the configuration.
+    pub data_at: Option<PathBuf>,
+    /// How many files the server may have open; None: as many as this process.
+    pub open_files: Option<u64>,
 }
 
 impl Default for Options {
@@ -47,6 +51,8 @@ impl Default for Options {
             env: Vec::new(),
             args: Vec::new(),
             data: None,
+            data_at: None,
+            open_files: None,
         }
     }
 }
@@ -140,7 +146,7 @@ impl TestServer {
     }
 
     pub fn data_dir(&self) -> PathBuf {
-        self.dir.path().join("data")
+        self.options.data_at.clone().unwrap_or_else(|| self.dir.path().join("data"))
     }
 
     pub fn pid(&self) -> Pid {
@@ -159,8 +165,26 @@ impl TestServer {
             .args(["--bind", "127.0.0.1:0"])
             .args(&self.options.args)
             .envs(self.options.env.iter().map(|(name, value)| (name, value)));
-        command
+        match self.options.open_files {
+            Some(files) => with_open_files(&command, files),
+            None => command,
+        }
     }
+}
+
+/// The same command with a limit of open files. The shell is replaced by it, so the process is the same as well.
+fn with_open_files(command: &Command, files: u64) -> Command {
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -n \"$0\" && exec \"$@\"", &files.to_string()]);
+    limited.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => limited.env(name, value),
+            None => limited.env_remove(name),
+        };
+    }
+    limited.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    limited
 }
 
 impl Drop for TestServer {

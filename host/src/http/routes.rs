@@ -148,6 +148,11 @@ fn refuse_early(app: &App, request: &Request) -> Option<Problem> {
         let detail = format!("the URL is longer than {URL_BYTES} bytes; send the same as a POST with a JSON body");
         return Some(Problem::new(414, "url_too_long", detail));
     }
+    // Without a host, or with two, somebody in between may have read another request than this one.
+    let hosts = request.headers().get_all(header::HOST).iter().count();
+    if hosts > 1 || (hosts == 0 && request.version() == Version::HTTP_11) {
+        return Some(Problem::bad_request("a request of HTTP/1.1 has the header Host, once"));
+    }
     // A reconnect gets its answer from the live call, in the form that browsers retry.
     let reconnect = request.uri().path() == "/v1/live" && request.method() == Method::GET;
     if app.draining.is_cancelled() && request.uri().path().starts_with("/v1/") && !reconnect {

@@ -33,6 +33,7 @@ use wire::Type;
 
 use super::arrow::{UTC, output_type};
 use super::decimals::decimal_constant;
+use super::exact::bounded_pattern;
 use super::functions::{CURRENT_USER, current_user_literal};
 use super::information::CATALOG_NAME;
 use super::planner::folding;
@@ -302,6 +303,7 @@ fn with_values(expr: Expr, schema: &DFSchema, env: &RequestEnv, state: &SessionS
         expr => value(expr, env, state),
     });
     let bound = bound?.data;
+    bound.apply(|expr| bounded_pattern(expr).map(|()| TreeNodeRecursion::Continue))?;
     Ok(bound.transform_up(|expr| canonical_comparison(expr, schema))?.data)
 }
 

@@ -5,6 +5,7 @@ use datafusion::sql::sqlparser::parser::ParserError;
 use datafusion::sql::sqlparser::tokenizer::{Location, Span};
 
 use super::SqlError;
+use crate::store::StoreError;
 
 impl SqlError {
     pub(crate) fn invalid(code: &'static str, message: impl Into<String>) -> SqlError {
@@ -94,9 +95,18 @@ pub(crate) fn from_datafusion(error: DataFusionError, text: &str) -> SqlError {
         DataFusionError::Execution(message) | DataFusionError::Configuration(message) => {
             from_words("evaluation", message)
         }
+        DataFusionError::IoError(cause) if is_full("", &cause) => StoreError::DiskFull.into(),
+        DataFusionError::Internal(message) if message.contains(BAD_PATTERN) => {
+            let (_, reason) = message.split_once(BAD_PATTERN).unwrap_or_default();
+            SqlError::invalid("evaluation", format!("{BAD_PATTERN}{reason}"))
+        }
         other => SqlError::Internal(other.to_string()),
     }
 }
+
+/// What a pattern does that is none, or too large a one: DataFusion takes it for a bug of its own when it comes up while
+/// the query runs.
+const BAD_PATTERN: &str = "Regular expression did not compile";
 
 /// An error that several consumers of one plan hold at once (both sides of a join wait for the same scan).
 fn from_shared(error: &DataFusionError) -> SqlError {
@@ -107,6 +117,7 @@ fn from_shared(error: &DataFusionError) -> SqlError {
         }
         DataFusionError::ArrowError(cause, _) => from_shared_arrow(cause),
         DataFusionError::External(cause) => from_shared_ours(cause.as_ref()),
+        DataFusionError::IoError(cause) if is_full("", cause) => StoreError::DiskFull.into(),
         other => SqlError::Internal(other.to_string()),
     }
 }
@@ -134,6 +145,7 @@ fn from_shared_arrow(error: &::arrow::error::ArrowError) -> SqlError {
         ArrowError::ComputeError(message) => ArrowError::ComputeError(message.clone()),
         ArrowError::InvalidArgumentError(message) => ArrowError::InvalidArgumentError(message.clone()),
         ArrowError::IoError(message, _) if is_spill_limit(message) => return SqlError::Limit(exhausted(message)),
+        ArrowError::IoError(message, cause) if is_full(message, cause) => return StoreError::DiskFull.into(),
         other => return SqlError::Internal(other.to_string()),
     })
 }
@@ -176,6 +188,7 @@ pub(crate) fn from_arrow(error: ::arrow::error::ArrowError) -> SqlError {
             from_words("evaluation", message)
         }
         ArrowError::IoError(message, _) if is_spill_limit(&message) => SqlError::Limit(exhausted(&message)),
+        ArrowError::IoError(message, cause) if is_full(&message, &cause) => StoreError::DiskFull.into(),
         ArrowError::ExternalError(cause) => match cause.downcast::<DataFusionError>() {
             Ok(cause) => from_datafusion(*cause, ""),
             Err(cause) => SqlError::Internal(cause.to_string()),
@@ -194,6 +207,14 @@ fn from_words(code: &'static str, message: String) -> SqlError {
         true => SqlError::constraint("out_of_range", message),
         false => SqlError::invalid(code, message),
     }
+}
+
+/// Whether a spill file found no room. The cause may be wrapped in another of its kind, which keeps only the text.
+fn is_full(message: &str, cause: &std::io::Error) -> bool {
+    const NO_SPACE: &str = "No space left on device";
+    cause.kind() == std::io::ErrorKind::StorageFull
+        || message.contains(NO_SPACE)
+        || cause.to_string().contains(NO_SPACE)
 }
 
 /// What DataFusion says is missing, fit to stand before "is not supported".

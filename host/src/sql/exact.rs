@@ -5,6 +5,8 @@
 //!   NULL; such a list becomes comparisons.
 //! - Decimals, and casts that drop something: [`decimals`](super::decimals).
 //! - `x [NOT] IN (sub-query)` inside another expression is true or false there, never NULL: it becomes a mark join.
+//!
+//! Patterns of LIKE are bounded on the way.
 
 use std::sync::{Arc, LazyLock};
 
@@ -14,7 +16,7 @@ use ::arrow::datatypes::{DataType, Field, FieldRef};
 use ::arrow::error::ArrowError;
 use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::common::{Column, DFSchema, Result, ScalarValue, exec_err, internal_err};
-use datafusion::logical_expr::expr::{InList, InSubquery};
+use datafusion::logical_expr::expr::{Cast, InList, InSubquery, Like, TryCast};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{
@@ -23,6 +25,7 @@ use datafusion::logical_expr::{
 };
 use datafusion::physical_expr_common::datum::apply;
 
+use super::SqlError;
 use super::context::schema_of_expressions;
 use super::decimals;
 
@@ -49,6 +52,7 @@ fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
             Expr::Negative(inner) => negated(inner, &schema),
             Expr::InList(list) => listed(list),
             Expr::Cast(_) | Expr::TryCast(_) => Ok(decimals::cast(expr, &schema)),
+            Expr::Like(_) => bounded_pattern(&expr).map(|()| Transformed::no(expr)),
             expr => Ok(Transformed::no(expr)),
         })?;
         Ok(exact.update_data(|expr| name.restore(expr)))
@@ -58,8 +62,8 @@ fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
 fn may_differ(plan: &LogicalPlan) -> Result<bool> {
     let one = |expr: &Expr| {
         Ok(match expr {
-            Expr::BinaryExpr(BinaryExpr { op, .. }) => Checked::of(*op).is_some(),
-            Expr::Negative(_) | Expr::InList(_) => true,
+            Expr::BinaryExpr(BinaryExpr { op, .. }) => op.is_numerical_operators(),
+            Expr::Negative(_) | Expr::InList(_) | Expr::Cast(_) | Expr::TryCast(_) | Expr::Like(_) => true,
             _ => false,
         })
     };
@@ -69,6 +73,29 @@ fn may_differ(plan: &LogicalPlan) -> Result<bool> {
         Ok(if found { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
     })?;
     Ok(found)
+}
+
+// ---- LIKE ----
+
+/// The most `%` and `_` of a pattern that is known while planning, where it is compared with constants at once: the work
+/// grows by their number and by the length of the text, and nothing interrupts it.
+const MAX_WILDCARDS: usize = 1_000;
+
+/// Refuses a pattern that could keep a planning thread for long.
+pub(crate) fn bounded_pattern(expr: &Expr) -> Result<()> {
+    let Expr::Like(Like { pattern, .. }) = expr else { return Ok(()) };
+    let mut pattern = pattern.as_ref();
+    while let Expr::Cast(Cast { expr, .. }) | Expr::TryCast(TryCast { expr, .. }) = pattern {
+        pattern = expr;
+    }
+    let Expr::Literal(value, _) = pattern else { return Ok(()) };
+    let text = value.try_as_str().flatten().unwrap_or_default();
+    let wildcards = text.bytes().filter(|byte| matches!(byte, b'%' | b'_')).count();
+    if wildcards > MAX_WILDCARDS {
+        let message = format!("a LIKE pattern has {wildcards} wildcards, more than {MAX_WILDCARDS}");
+        return Err(SqlError::Limit(message).into_datafusion());
+    }
+    Ok(())
 }
 
 // ---- IN lists ----

@@ -26,6 +26,9 @@ use super::sum::exact_sum;
 /// The most one call may make, for one row and for all rows of a batch.
 const MAX_VALUE: usize = 1024 * 1024;
 const MAX_BATCH: usize = 16 * 1024 * 1024;
+/// The most pairs of characters that one call may compare, for all rows of a batch: about half a second of work, which
+/// nothing interrupts.
+const MAX_PAIRS: usize = 256 * 1024 * 1024;
 /// The most a constant made while planning: a larger one is left to the execution.
 pub(crate) const MAX_FOLDED: usize = 4 * 1024;
 
@@ -75,6 +78,7 @@ fn capped(inner: Arc<ScalarUDF>) -> Arc<ScalarUDF> {
         "replace" | "regexp_replace" => Growth::Replace,
         "encode" => Growth::Encode,
         "concat" | "concat_ws" => Growth::Sum,
+        "levenshtein" => Growth::Pairs,
         _ => return inner,
     };
     Arc::new(ScalarUDF::new_from_impl(Capped { inner, growth }))
@@ -93,6 +97,8 @@ enum Growth {
     Encode,
     /// all arguments, and the first between the others
     Sum,
+    /// not the result but the work: every character compared with every other
+    Pairs,
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -118,10 +124,20 @@ impl Capped {
         for row in 0..rows {
             let size = self.size(&arrays, row);
             total = total.saturating_add(size);
+            if self.growth == Growth::Pairs {
+                if total > MAX_PAIRS {
+                    return Err(SqlError::Limit(format!(
+                        "{}() would compare {total} pairs of characters; a batch of rows may take {MAX_PAIRS}",
+                        self.inner.name(),
+                    ))
+                    .into_datafusion());
+                }
+                continue;
+            }
             // What only joins or rewrites stored text may be larger than what is made from nothing.
             let (most, most_together) = match self.growth {
                 Growth::Replace | Growth::Sum => (MAX_BATCH, 4 * MAX_BATCH),
-                Growth::Repeat | Growth::Pad | Growth::Encode => (MAX_VALUE, MAX_BATCH),
+                Growth::Repeat | Growth::Pad | Growth::Encode | Growth::Pairs => (MAX_VALUE, MAX_BATCH),
             };
             let most = if is_folding() { MAX_FOLDED } else { most };
             if size > most || total > most_together {
@@ -149,6 +165,7 @@ impl Capped {
                 length.saturating_add((length + 1).saturating_mul(by))
             }
             Growth::Encode => length.saturating_mul(2),
+            Growth::Pairs => length.saturating_mul(args.get(1).and_then(|array| text_length(array, row)).unwrap_or(0)),
             Growth::Sum => {
                 let parts = args.iter().filter_map(|array| text_length(array, row));
                 parts.fold(length.saturating_mul(args.len()), usize::saturating_add)

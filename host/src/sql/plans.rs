@@ -12,7 +12,7 @@ use datafusion::common::Result;
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::datasource::cte_worktable::CteWorkTable;
 use datafusion::datasource::source_as_provider;
-use datafusion::logical_expr::LogicalPlan;
+use datafusion::logical_expr::{Expr, LogicalPlan, Operator};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
@@ -65,6 +65,8 @@ pub(crate) struct Template {
     pub(crate) recursive: bool,
     /// Small enough to be planned physically where it is asked for.
     pub(crate) quick: bool,
+    /// Computes nothing that could take long between two batches: it may run on any thread.
+    pub(crate) brief: bool,
     /// Whether it may be used again.
     kept: bool,
 }
@@ -167,7 +169,7 @@ impl Template {
         small: bool,
         took: Duration,
     ) -> Result<Template> {
-        let (mut heavy, mut recursive, mut plain) = (false, false, true);
+        let (mut heavy, mut recursive, mut plain, mut brief) = (false, false, true, true);
         let mut kept = target.as_ref().is_none_or(|target| !target.is_bound());
         plan.apply_with_subqueries(|node| {
             match node {
@@ -194,11 +196,59 @@ impl Template {
                 | LogicalPlan::Window(_) => heavy = true,
                 _ => plain = false,
             }
-            Ok(TreeNodeRecursion::Continue)
+            node.apply_expressions(|expr| {
+                brief &= !expr.exists(|expr| Ok(!is_brief(expr)))?;
+                Ok(TreeNodeRecursion::Continue)
+            })
         })?;
         // What is not small wants a thread with a large stack.
         let row = target.as_ref().filter(|_| small).and_then(|target| RowPlan::of(target, &plan));
         let (plain, quick) = (plain && !heavy, small && took <= QUICK);
-        Ok(Template { target, plan, row, symbolic, heavy, plain, recursive, quick, kept })
+        let brief = quick && brief && !heavy;
+        Ok(Template { target, plan, row, symbolic, heavy, plain, recursive, quick, brief, kept })
+    }
+}
+
+/// Takes about as long for any value. Functions, patterns and their like do not: a few kilobytes of text and a pattern
+/// can be minutes of work.
+fn is_brief(expr: &Expr) -> bool {
+    match expr {
+        Expr::Column(_)
+        | Expr::Literal(..)
+        | Expr::Placeholder(_)
+        | Expr::Alias(_)
+        | Expr::Not(_)
+        | Expr::IsNull(_)
+        | Expr::IsNotNull(_)
+        | Expr::IsTrue(_)
+        | Expr::IsFalse(_)
+        | Expr::IsUnknown(_)
+        | Expr::IsNotTrue(_)
+        | Expr::IsNotFalse(_)
+        | Expr::IsNotUnknown(_)
+        | Expr::Negative(_)
+        | Expr::Between(_)
+        | Expr::InList(_)
+        | Expr::Case(_)
+        | Expr::Cast(_)
+        | Expr::TryCast(_) => true,
+        Expr::BinaryExpr(binary) => {
+            binary.op.is_logic_operator()
+                || binary.op.is_numerical_operators()
+                || matches!(
+                    binary.op,
+                    Operator::Eq
+                        | Operator::NotEq
+                        | Operator::Lt
+                        | Operator::LtEq
+                        | Operator::Gt
+                        | Operator::GtEq
+                        | Operator::IsDistinctFrom
+                        | Operator::IsNotDistinctFrom
+                )
+        }
+        // Arithmetic that is checked (`exact.rs`, `decimals.rs`).
+        Expr::ScalarFunction(call) => matches!(call.func.name(), "+" | "-" | "*" | "kept"),
+        _ => false,
     }
 }

@@ -35,7 +35,9 @@ use super::exact::exact;
 use super::planner::{Planner, folding, on_large_stack};
 use super::plans::{Key, Plans, Template, is_recursive};
 use super::provider::Providers;
+use super::runner::{Batches, Runner};
 use super::system::{SystemTable, SystemTables};
+use super::yielding::YieldingJoins;
 use super::{
     ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, RowConflict, RowFailure, RowStream, SqlError, SqlOptions,
     Statement,
@@ -47,6 +49,7 @@ use crate::catalog::Table;
 pub struct Sql {
     engine: Arc<Engine>,
     planner: Planner,
+    runner: Runner,
     plans: Plans,
     /// One permit a heavy query that runs, one a heavy query that waits.
     heavy: Arc<Semaphore>,
@@ -54,6 +57,10 @@ pub struct Sql {
 }
 
 type Permit = OwnedSemaphorePermit;
+
+/// Of those that run plans: as many as a heavy query keeps busy, for each of them, and some for what is not heavy.
+const THREADS_OF_A_QUERY: usize = 2;
+const SPARE_THREADS: usize = 2;
 
 /// What every request shares.
 pub(crate) struct Engine {
@@ -78,8 +85,9 @@ impl Sql {
         let tables = SystemTables::new(information::system_tables().into_iter().chain(tables));
         let plans = Plans::new(options.plan_cache_bytes);
         let (heavy, waiting) = (Semaphore::new(options.heavy_queries), Semaphore::new(options.heavy_queue));
+        let runner = Runner::start(options.heavy_queries * THREADS_OF_A_QUERY + SPARE_THREADS)?;
         let engine = Arc::new(Engine::new(options, tables)?);
-        Ok(Sql { engine, planner: Planner::start()?, plans, heavy: Arc::new(heavy), waiting })
+        Ok(Sql { engine, planner: Planner::start()?, runner, plans, heavy: Arc::new(heavy), waiting })
     }
 
     /// Token gate, then parse (on a thread with a large stack where it needs one), then the allow-list of statements.
@@ -109,8 +117,9 @@ impl Sql {
         let template = self.template(started, statement, &env, Engine::query_template).await?;
         let permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
-        let stream = self.engine.start(plan, env, &statement.text)?;
-        Ok(self.engine.row_stream(stream, started, statement.text.clone(), permit))
+        let columns = arrow::output_columns(&plan.schema());
+        let batches = self.run(plan, env, &statement.text, permit, template.brief)?;
+        Ok(self.engine.row_stream(columns, batches, started))
     }
 
     /// The table that a statement writes.
@@ -160,12 +169,12 @@ impl Sql {
             }
             return changes.finish();
         }
-        let _permit = self.admit(&template, started).await?;
+        let permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
         let mut changes = changes(target)?;
-        let mut stream = self.engine.start(plan, env.clone(), &statement.text)?;
+        let mut batches = self.run(plan, env.clone(), &statement.text, permit, template.brief)?;
         let deadline = started + self.engine.options.deadline;
-        while let Some(batch) = tokio::time::timeout_at(deadline.into(), next(&mut stream, &statement.text))
+        while let Some(batch) = tokio::time::timeout_at(deadline.into(), batches.next())
             .await
             .map_err(|_| SqlError::Deadline(self.engine.options.deadline))?
         {
@@ -235,9 +244,10 @@ impl Sql {
             futures::executor::block_on(plan)
         });
         let plan = plan.await?;
-        let stream = self.engine.start(plan, env, &query.text)?;
+        let columns = arrow::output_columns(&plan.schema());
         // How many run at once is bounded by whoever asks for them.
-        query.collect(self.engine.row_stream(stream, started, query.text.clone(), None), limit).await
+        let batches = self.run(plan, env, &query.text, None, false)?;
+        query.collect(self.engine.row_stream(columns, batches, started), limit).await
     }
 
     /// SessionContexts made since start: 1.
@@ -314,6 +324,23 @@ impl Sql {
                 Err(SqlError::Busy(format!("the query waited for its turn for {:?}; try again", options.deadline)))
             }
         }
+    }
+
+    /// Runs a plan on threads of its own, or, where it is `brief`, by whoever takes its batches. The permit is given back
+    /// with the plan: at its end, at an error, or when nobody wants the rest.
+    fn run(
+        &self,
+        plan: Arc<dyn ExecutionPlan>,
+        env: RequestEnv,
+        text: &Arc<str>,
+        permit: Option<Permit>,
+        brief: bool,
+    ) -> Result<Batches, SqlError> {
+        if brief {
+            return Ok(batches(self.engine.start(plan, env, text)?, text.clone(), permit));
+        }
+        let (engine, text) = (self.engine.clone(), text.clone());
+        Ok(self.runner.run(move || Ok(batches(engine.start(plan, env, &text)?, text, permit))))
     }
 
     /// Runs a planning job; past the deadline the caller is told so, and the thread is given back when it ends.
@@ -498,31 +525,23 @@ impl Engine {
         values.map_err(|cause| panicked(&cause))?
     }
 
-    /// The batches as the caller sees them: SQL types only, our errors, ended at the deadline.
-    fn row_stream(
-        &self,
-        stream: SendableRecordBatchStream,
-        started: Instant,
-        text: Arc<str>,
-        permit: Option<Permit>,
-    ) -> RowStream {
-        let columns = arrow::output_columns(&stream.schema());
+    /// The batches as the caller sees them: SQL types only, ended at the deadline.
+    fn row_stream(&self, columns: Vec<OutputColumn>, batches: Batches, started: Instant) -> RowStream {
         let schema = arrow::output_schema(&columns);
         let limit = self.options.deadline;
         let deadline = tokio::time::Instant::from(started + limit);
         let shown = columns.clone();
-        // The permit is given back with the stream: at its end, at an error, or when nobody wants the rest.
-        let batches = futures::stream::unfold(Some((stream, permit)), move |running| {
-            let (columns, schema, text) = (shown.clone(), schema.clone(), text.clone());
+        let batches = futures::stream::unfold(Some(batches), move |running| {
+            let (columns, schema) = (shown.clone(), schema.clone());
             async move {
-                let (mut stream, permit) = running?;
-                let batch = match tokio::time::timeout_at(deadline, next(&mut stream, &text)).await {
+                let mut batches = running?;
+                let batch = match tokio::time::timeout_at(deadline, batches.next()).await {
                     Err(_) => return Some((Err(SqlError::Deadline(limit)), None)),
                     Ok(None) => return None,
                     Ok(Some(batch)) => batch,
                 };
                 match batch.and_then(|batch| arrow::to_output(&columns, &schema, batch)) {
-                    Ok(batch) => Some((Ok(batch), Some((stream, permit)))),
+                    Ok(batch) => Some((Ok(batch), Some(batches))),
                     // An error is the end: what follows it would be rows of a broken result.
                     Err(error) => Some((Err(error), None)),
                 }
@@ -535,6 +554,19 @@ impl Engine {
 async fn planned_by(state: &SessionState, plan: &LogicalPlan, text: &str) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
     let planned = state.query_planner().create_physical_plan(plan, state).await;
     planned.map_err(|error| from_datafusion(error, text))
+}
+
+/// The batches of a running plan, with our errors; an error is the last. What it was permitted ends with it.
+fn batches(stream: SendableRecordBatchStream, text: Arc<str>, permit: Option<Permit>) -> Batches {
+    let running = Some((stream, text, permit));
+    let batches = futures::stream::unfold(running, |running| async move {
+        let (mut stream, text, permit) = running?;
+        match next(&mut stream, &text).await? {
+            Ok(batch) => Some((Ok(batch), Some((stream, text, permit)))),
+            Err(error) => Some((Err(error), None)),
+        }
+    });
+    batches.boxed()
 }
 
 /// The next batch. A panic in one of DataFusion's operators is the end of that statement, not of the connection.
@@ -558,10 +590,12 @@ fn panicked(cause: &Box<dyn Any + Send>) -> SqlError {
 }
 
 /// DataFusion's, without the two that push filters down in physical plans: through a join whose sides have columns of
-/// one name they took `l.id <> r.id` for `id <> id`. Filters are pushed down before, in the logical plan.
+/// one name they took `l.id <> r.id` for `id <> id`. Filters are pushed down before, in the logical plan. One of our own
+/// comes last.
 fn physical_rules() -> Vec<Arc<dyn PhysicalOptimizerRule + Send + Sync>> {
     let rules = PhysicalOptimizer::new().rules;
-    rules.into_iter().filter(|rule| !rule.name().starts_with("FilterPushdown")).collect()
+    let rules = rules.into_iter().filter(|rule| !rule.name().starts_with("FilterPushdown"));
+    rules.chain([Arc::new(YieldingJoins) as Arc<dyn PhysicalOptimizerRule + Send + Sync>]).collect()
 }
 
 /// Of those, the rules that find something to do in one partition of filters, projections and limits over a table. The

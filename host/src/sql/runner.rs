@@ -1,0 +1,127 @@
+//! Threads of their own for the plans of queries.
+//!
+//! An operator that joins everything with everything, or a function over long texts, may compute for many seconds without
+//! coming back to ask whether it should go on: nothing can interrupt it. On a thread that serves HTTP it would hold up
+//! everybody who is served there, the sockets of live queries with them. Here it holds up queries alone; who waits for
+//! the rows waits elsewhere, and is told at the deadline. What such a plan holds (its memory, its permit) it gives back
+//! when it really has ended.
+
+use ::arrow::record_batch::RecordBatch;
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::mpsc;
+
+use super::SqlError;
+
+/// The batches of a running plan.
+pub(crate) type Batches = BoxStream<'static, Result<RecordBatch, SqlError>>;
+
+/// How many batches may be ready before somebody takes them: the next is made while one is written to a socket.
+const AHEAD: usize = 1;
+
+pub(crate) struct Runner {
+    /// There until it is dropped.
+    runtime: Option<Runtime>,
+}
+
+impl Runner {
+    pub(crate) fn start(threads: usize) -> Result<Runner, SqlError> {
+        let runtime = Builder::new_multi_thread().worker_threads(threads).thread_name("query").enable_all().build();
+        let runtime = runtime.map_err(|error| SqlError::Internal(format!("cannot start query threads: {error}")))?;
+        Ok(Runner { runtime: Some(runtime) })
+    }
+
+    /// Starts a plan on one of the threads, where it makes its batches as they are taken; it ends when nobody wants the
+    /// rest.
+    pub(crate) fn run(&self, start: impl FnOnce() -> Result<Batches, SqlError> + Send + 'static) -> Batches {
+        let (sender, receiver) = mpsc::channel(AHEAD);
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(async move {
+                tokio::select! {
+                    () = make(start, &sender) => {}
+                    () = sender.closed() => {}
+                }
+            });
+        }
+        futures::stream::unfold(Some(receiver), |receiver| async move {
+            let mut receiver = receiver?;
+            match receiver.recv().await {
+                Some(Some(batch)) => Some((batch, Some(receiver))),
+                Some(None) => None,
+                // Without its last word it was given up: what came so far must not be taken for all.
+                None => Some((Err(SqlError::Internal("a query was given up midway".to_owned())), None)),
+            }
+        })
+        .boxed()
+    }
+}
+
+impl Drop for Runner {
+    fn drop(&mut self) {
+        // Without waiting: this may be an async thread, and a plan that cannot be interrupted is not worth waiting for.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Sends all batches, and `None` after the last.
+async fn make(
+    start: impl FnOnce() -> Result<Batches, SqlError>,
+    sender: &mpsc::Sender<Option<Result<RecordBatch, SqlError>>>,
+) {
+    let mut batches = match start() {
+        Ok(batches) => batches,
+        Err(error) => futures::stream::iter([Err(error)]).boxed(),
+    };
+    while let Some(batch) = batches.next().await {
+        if sender.send(Some(batch)).await.is_err() {
+            return;
+        }
+    }
+    // Nobody to hear it is as good.
+    let _ = sender.send(None).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use ::arrow::datatypes::Schema;
+
+    use super::*;
+
+    fn batch() -> Result<RecordBatch, SqlError> {
+        Ok(RecordBatch::new_empty(Arc::new(Schema::empty())))
+    }
+
+    #[tokio::test]
+    async fn what_ends_early_is_not_taken_for_whole() {
+        let runner = Runner::start(1).unwrap();
+        let whole: Vec<_> = runner.run(|| Ok(futures::stream::iter([batch(), batch()]).boxed())).collect().await;
+        assert!(whole.len() == 2 && whole.iter().all(Result::is_ok));
+        let failed: Vec<_> = runner.run(|| Err(SqlError::Limit("too much".to_owned()))).collect().await;
+        assert!(matches!(&failed[..], [Err(SqlError::Limit(_))]));
+        let endless = runner.run(|| Ok(futures::stream::iter([batch()]).chain(futures::stream::pending()).boxed()));
+        drop(runner);
+        let cut: Vec<_> = endless.collect().await;
+        assert!(matches!(cut.last(), Some(Err(SqlError::Internal(_)))));
+    }
+
+    #[tokio::test]
+    async fn what_nobody_takes_is_dropped() {
+        let runner = Runner::start(1).unwrap();
+        let (held, dropped) = tokio::sync::oneshot::channel::<()>();
+        let mut batches = runner.run(move || {
+            let endless = futures::stream::repeat_with(move || {
+                let _still_here = &held;
+                batch()
+            });
+            Ok(endless.boxed())
+        });
+        assert!(batches.next().await.is_some());
+        drop(batches);
+        assert!(dropped.await.is_err());
+    }
+}
