@@ -184,27 +184,29 @@ fn infer_lifetimes(ty: &Type) -> Result<Type> {
     syn::parse2(walk(ty.to_token_stream()))
 }
 
+/// Names in the code beside the user's function begin with `__`: that code sees the user's names, and a struct called
+/// `Parameters` or a function called `input` would otherwise be taken for what is written here.
 fn describe(signature: &Signature) -> TokenStream {
     let (params, row) = (signature.params(), &signature.row);
     let row_columns = quote_spanned!(row.span()=> <#row as ::guest_sdk::row::FromRow<'_>>::COLUMNS);
     quote! {
-        type Parameters = #params;
-        struct Plugin;
-        const READS: &[::guest_sdk::row::ColumnSpec] = #row_columns;
+        type __Params = #params;
+        struct __Plugin;
+        const __READS: &[::guest_sdk::row::ColumnSpec] = #row_columns;
     }
 }
 
 fn filter(function: &ItemFn, signature: &Signature) -> TokenStream {
     let call = call(function, signature);
     let (params, output) = (signature.params(), &signature.output);
-    let verdict = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Verdict>::verdict(answer));
+    let verdict = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Verdict>::verdict(__answer));
     let (kind, input) = signature.input("Filter");
     let answer = quote! {
-        impl ::guest_sdk::plugin::#kind for Plugin {
+        impl ::guest_sdk::plugin::#kind for __Plugin {
             #[inline]
             fn keep(
-                params: &Parameters,
-                input: &#input,
+                __params: &__Params,
+                __input: &#input,
             ) -> ::guest_sdk::__private::Result<bool, ::guest_sdk::__private::String> {
                 #call
                 #verdict
@@ -212,9 +214,9 @@ fn filter(function: &ItemFn, signature: &Signature) -> TokenStream {
         }
     };
     quote! {
-        impl ::guest_sdk::plugin::Describe for Plugin {
+        impl ::guest_sdk::plugin::Describe for __Plugin {
             type Params = #params;
-            const READS: &'static [::guest_sdk::row::ColumnSpec] = READS;
+            const READS: &'static [::guest_sdk::row::ColumnSpec] = __READS;
         }
         #answer
     }
@@ -226,14 +228,14 @@ fn transform(function: &ItemFn, signature: &Signature) -> TokenStream {
     let answers = if signature.change { quote!(Expanded) } else { quote!(Transformed) };
     let columns = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::#answers>::COLUMNS);
     let answer = if signature.change {
-        let each = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Expanded>::each(answer, row));
+        let each = quote_spanned!(output.span()=> <#output as ::guest_sdk::output::Expanded>::each(__answer, __row));
         quote! {
-            impl ::guest_sdk::plugin::ChangeTransform for Plugin {
+            impl ::guest_sdk::plugin::ChangeTransform for __Plugin {
                 #[inline]
                 fn expand(
-                    params: &Parameters,
-                    input: &::guest_sdk::change::RawChange<'_>,
-                    row: &mut dyn FnMut(&dyn Fn(&mut ::guest_sdk::__private::ImageBuilder)),
+                    __params: &__Params,
+                    __input: &::guest_sdk::change::RawChange<'_>,
+                    __row: &mut dyn FnMut(&dyn Fn(&mut ::guest_sdk::__private::ImageBuilder)),
                 ) -> ::guest_sdk::__private::Result<(), ::guest_sdk::__private::String> {
                     #call
                     #each
@@ -242,15 +244,15 @@ fn transform(function: &ItemFn, signature: &Signature) -> TokenStream {
         }
     } else {
         let write = quote_spanned! {output.span()=>
-            <#output as ::guest_sdk::output::Transformed>::write(answer, image)
+            <#output as ::guest_sdk::output::Transformed>::write(__answer, __image)
         };
         quote! {
-            impl ::guest_sdk::plugin::Transform for Plugin {
+            impl ::guest_sdk::plugin::Transform for __Plugin {
                 #[inline]
                 fn apply(
-                    params: &Parameters,
-                    input: &::guest_sdk::row::Row<'_>,
-                    image: &mut ::guest_sdk::__private::ImageBuilder,
+                    __params: &__Params,
+                    __input: &::guest_sdk::row::Row<'_>,
+                    __image: &mut ::guest_sdk::__private::ImageBuilder,
                 ) -> ::guest_sdk::__private::Result<(), ::guest_sdk::__private::String> {
                     #call
                     #write
@@ -259,9 +261,9 @@ fn transform(function: &ItemFn, signature: &Signature) -> TokenStream {
         }
     };
     quote! {
-        impl ::guest_sdk::plugin::Describe for Plugin {
+        impl ::guest_sdk::plugin::Describe for __Plugin {
             type Params = #params;
-            const READS: &'static [::guest_sdk::row::ColumnSpec] = READS;
+            const READS: &'static [::guest_sdk::row::ColumnSpec] = __READS;
             const OUTPUT: &'static [(&'static str, ::guest_sdk::__private::Type, bool)] = #columns;
         }
         #answer
@@ -271,16 +273,16 @@ fn transform(function: &ItemFn, signature: &Signature) -> TokenStream {
 /// Makes the row struct and calls the user's function; types are inferred from its signature.
 fn call(function: &ItemFn, signature: &Signature) -> TokenStream {
     let (name, row) = (&function.sig.ident, &signature.row);
-    let params = signature.params.as_ref().map(|_| quote!(params,));
+    let params = signature.params.as_ref().map(|_| quote!(__params,));
     let read = if signature.change {
-        quote_spanned!(row.span()=> input.read::<#row>())
+        quote_spanned!(row.span()=> __input.read::<#row>())
     } else {
-        quote_spanned!(row.span()=> <#row as ::guest_sdk::row::FromRow<'_>>::from_row(input))
+        quote_spanned!(row.span()=> <#row as ::guest_sdk::row::FromRow<'_>>::from_row(__input))
     };
     quote! {
-        let _ = params;
-        let input = #read;
-        let answer = #name(#params &input);
+        let _ = __params;
+        let __input = #read;
+        let __answer = #name(#params &__input);
     }
 }
 
@@ -295,9 +297,9 @@ fn export(kind: Kind, Pass(pass): Pass, function: &ItemFn, signature: &Signature
     let line = format!("{{\"plugin\":{{\"abi\":1,\"kind\":\"{told}\"{pass},\"name\":{name}{doc}}}}}\n");
     quote! {
         #[cfg(target_arch = "wasm32")]
-        ::guest_sdk::__export!(#kind, Plugin, &[
+        ::guest_sdk::__export!(#kind, __Plugin, &[
             &[#line],
-            <Parameters as ::guest_sdk::params::Params>::MANIFEST,
+            <__Params as ::guest_sdk::params::Params>::MANIFEST,
             <#row as ::guest_sdk::row::FromRow<'_>>::MANIFEST,
         ]);
     }
