@@ -124,7 +124,43 @@ async fn a_manifest_is_attached_and_a_module_runs_without_a_server() {
     for (answer, named) in answers[2..].iter().zip(["hours", "nowhere.wasm", "modul"]) {
         assert!(answer["problem"]["detail"].as_str().unwrap().contains(named), "{answer}");
     }
+    // Text stays as it is: the module goes beside it.
+    let text = plugin("long_haul.wat");
+    std::fs::write(folder.path().join("far.wat"), &text).unwrap();
+    let manifest = r#"{"plugin":{"abi":1,"name":"far"}}
+{"param":{"name":"miles","type":"int","default":"3"}}
+{"column":{"name":"distance","type":"int"}}"#;
+    std::fs::write(folder.path().join("far.jsonl"), manifest).unwrap();
+    assert!(said(run(&["plugin", "attach", "far.wat", "--manifest", "far.jsonl"])).starts_with("far.wasm: "));
+    assert_eq!(std::fs::read(folder.path().join("far.wat")).unwrap(), text);
+    said(run(&["plugin", "push", "far.wasm"]));
+    let tried = said(run(&["plugin", "try", "far", "--rows", r#"[{"distance":3}]"#]));
+    assert!(tried.contains(r#"0  {"keep":true}"#) && tried.contains("\n1 row in "), "{tried}");
     std::fs::write(folder.path().join("bad.jsonl"), "{\"plugin\":{\"abi\":9}}").unwrap();
     let refused = complained(run(&["plugin", "attach", "late.wasm", "--manifest", "bad.jsonl"]));
     assert!(refused.contains("line 1 of the manifest"), "{refused}");
+}
+
+/// What a newcomer types first. The crates of all kinds share a target folder, so their dependencies are built once.
+#[test]
+fn a_new_crate_of_each_kind_passes_its_own_test() {
+    let folder = tempfile::tempdir().unwrap();
+    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(server::binary());
+        command.args(arguments).current_dir(folder.path());
+        command.env("CARGO_TARGET_DIR", Path::new(env!("CARGO_TARGET_TMPDIR")).join("new_crates"));
+        command.output().unwrap()
+    };
+    let sdk = tree.join("guest-sdk").display().to_string();
+    for kind in ["filter", "transform", "change-filter", "change-transform"] {
+        let name = format!("new_{}", kind.replace('-', "_"));
+        said(run(&["plugin", "new", &name, "--kind", kind, "--sdk", &sdk]));
+        // Versions that this machine has: the test asks no registry.
+        std::fs::copy(tree.join("Cargo.lock"), folder.path().join(&name).join("Cargo.lock")).unwrap();
+        let tested = said(run(&["plugin", "test", &name]));
+        assert!(tested.contains("it_works_on_the_engine ... ok"), "{tested}");
+    }
+    let nowhere = complained(run(&["plugin", "test", "nowhere"]));
+    assert!(nowhere.contains("no Cargo.toml"), "{nowhere}");
 }
