@@ -181,11 +181,17 @@ mod tests {{
     )
 }
 
+fn has_crate(folder: &Path) -> Outcome {
+    if folder.join("Cargo.toml").is_file() {
+        return Ok(());
+    }
+    let folder = folder.display();
+    Err(format!("{folder} is no crate's folder: it has no Cargo.toml; `tidegate plugin new` makes one that has"))
+}
+
 /// Builds a crate; where its module is.
 pub(super) fn build(folder: &Path) -> Result<PathBuf, String> {
-    if !folder.join("Cargo.toml").is_file() {
-        return Err(format!("{} is no crate: it has no Cargo.toml", folder.display()));
-    }
+    has_crate(folder)?;
     let mut cargo = toolchain()?;
     cargo.current_dir(folder).args(["build", "--release", "--lib", "--message-format=json-render-diagnostics"]);
     cargo.args(["--target", TARGET]).stdout(Stdio::piped());
@@ -249,6 +255,7 @@ fn toolchain() -> Result<Command, String> {
 }
 
 pub(super) fn test(folder: &Path) -> Outcome {
+    has_crate(folder)?;
     let program =
         std::env::current_exe().map_err(|error| format!("this program does not know where it is: {error}"))?;
     let status = Command::new("cargo").arg("test").current_dir(folder).env("TIDEGATE_BIN", program).status();
@@ -269,7 +276,9 @@ pub(super) fn attach(module: &Path, manifest: &Path, output: Option<&Path>) -> O
     // The limits of a server with default settings.
     let options = Config::new(Path::new(".")).plugins;
     let attached = check::attach(&options, &wasm, &text).map_err(|error| error.to_string())?;
-    let output = output.unwrap_or(module);
+    // Text stays what its author wrote.
+    let binary = module.with_extension("wasm");
+    let output = output.unwrap_or(if wasm.starts_with(check::WASM_MAGIC) { module } else { &binary });
     std::fs::write(output, &attached).map_err(|error| told(output, error))?;
     println!("{}: {} bytes, manifest of {} lines", output.display(), attached.len(), text.lines().count());
     Ok(())

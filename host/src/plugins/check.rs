@@ -26,7 +26,7 @@ pub const MAX_TABLES: u32 = 2;
 const MAX_PARAMS: usize = 64;
 const MAX_NAME_BYTES: usize = 128;
 
-const WASM_MAGIC: &[u8] = b"\0asm";
+pub const WASM_MAGIC: &[u8] = b"\0asm";
 const PAGE: u64 = 64 * 1024;
 
 /// What Rust, C, Zig and AssemblyScript compilers emit for plain wasm32. No threads, memory64, GC, exceptions, tail
@@ -56,15 +56,21 @@ pub fn upload(options: &PluginOptions, body: &[u8]) -> Result<Checked, PluginErr
         return refuse("the upload is empty: send a .wasm module or .wat text");
     }
     at_most("the upload", body.len() as u64, "bytes", options.module_bytes as u64, Some("plugins.module_bytes"))?;
+    module(options, binary(body)?)
+}
+
+/// A module as wasm, translated where it is WAT text.
+fn binary(body: &[u8]) -> Result<Bytes, PluginError> {
     if body.starts_with(WASM_MAGIC) {
-        return module(options, Bytes::copy_from_slice(body));
+        return Ok(Bytes::copy_from_slice(body));
     }
+    let no_wasm = "no WebAssembly module (it would start with \\0asm)";
     let Ok(text) = std::str::from_utf8(body) else {
-        return refuse("the upload is neither a WebAssembly module (it would start with \\0asm) nor WAT text");
+        return refuse(format!("{no_wasm}, and no WAT text, which is UTF-8"));
     };
-    let wasm =
-        wat::parse_str(text).map_err(|error| PluginError::Refused(format!("the WAT text does not parse: {error}")))?;
-    module(options, Bytes::from(wasm))
+    wat::parse_str(text)
+        .map(Bytes::from)
+        .map_err(|error| PluginError::Refused(format!("{no_wasm}, and the WAT text does not parse: {error}")))
 }
 
 /// A module as wasm, an upload or one from the store.
@@ -79,11 +85,12 @@ pub fn module(options: &PluginOptions, wasm: Bytes) -> Result<Checked, PluginErr
     Ok(Checked { sha256: hex(&Sha256::digest(&wasm)), wasm, kind, manifest })
 }
 
-/// The module with this manifest instead of whatever it had.
-pub fn attach(options: &PluginOptions, wasm: &[u8], manifest: &str) -> Result<Vec<u8>, PluginError> {
+/// The module, wasm or WAT text, as wasm with this manifest instead of whatever it had.
+pub fn attach(options: &PluginOptions, body: &[u8], manifest: &str) -> Result<Vec<u8>, PluginError> {
+    let wasm = binary(body)?;
     let mut out = Vec::with_capacity(wasm.len() + manifest.len() + 32);
     let mut from = 0;
-    for payload in Parser::new(0).parse_all(wasm) {
+    for payload in Parser::new(0).parse_all(&wasm) {
         if let Payload::CustomSection(section) = payload.map_err(invalid)?
             && section.name() == MANIFEST_SECTION
         {

@@ -18,7 +18,7 @@ fn refusals_name_what_and_the_limit() {
     let component = b"\0asm\x0d\0\x01\0".to_vec();
     for (upload, expected) in [
         (Vec::new(), "the upload is empty"),
-        (b"\xff\xfe".to_vec(), "neither a WebAssembly module"),
+        (b"\xff\xfe".to_vec(), "and no WAT text, which is UTF-8"),
         (b"(module".to_vec(), "the WAT text does not parse"),
         (component, "component"),
         (good[..good.len() - 3].to_vec(), "not valid WebAssembly"),
