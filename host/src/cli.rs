@@ -20,11 +20,11 @@ pub struct Server {
     /// The server's address.
     #[arg(long, env = "TIDEGATE_URL", value_name = "URL", default_value = "http://127.0.0.1:8433")]
     url: String,
-    /// The token of who asks.
-    #[arg(long, env = "TIDEGATE_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    /// The token of who asks [env: TIDEGATE_TOKEN].
+    #[arg(long, value_name = "TOKEN")]
     token: Option<String>,
-    /// A file with the token, such as `admin-token` in the data directory.
-    #[arg(long, env = "TIDEGATE_TOKEN_FILE", value_name = "FILE")]
+    /// A file with the token, such as `admin-token` in the data directory [env: TIDEGATE_TOKEN_FILE].
+    #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
     /// The namespace [default: main].
     #[arg(long, value_name = "NAME")]
@@ -55,7 +55,7 @@ pub struct LiveQuery {
     /// What happens to a row that a plugin fails on.
     #[arg(long, value_name = "MODE", value_parser = ["stop", "skip", "pass"])]
     on_error: Option<String>,
-    /// End when the present rows have been told.
+    /// End when the present rows have been told; a plugin that fails on them is an error.
     #[arg(long)]
     once: bool,
     #[command(flatten)]
@@ -68,27 +68,32 @@ pub enum Plugin {
     New {
         /// The name; also the folder's.
         name: String,
+        /// What it sees, rows or changes, and what it does with them.
         #[arg(long, value_name = "KIND", default_value = "filter",
               value_parser = ["filter", "transform", "change-filter", "change-transform"])]
         kind: String,
-        /// The folder of guest-sdk.
+        /// The folder of guest-sdk [default: the one this program was built beside].
         #[arg(long, value_name = "DIR")]
         sdk: Option<PathBuf>,
     },
-    /// Compiles a plugin's crate to WebAssembly.
+    /// Compiles a plugin's crate to WebAssembly; the module is put into its folder.
     Build {
+        /// The crate's.
         #[arg(default_value = ".")]
         folder: PathBuf,
+        /// Print where the module is and its size, as JSON.
         #[arg(long)]
         json: bool,
     },
     /// Runs a plugin's tests; they find this program for the real engine.
     Test {
+        /// The crate's.
         #[arg(default_value = ".")]
         folder: PathBuf,
     },
     /// Uploads a module (.wasm, .wat, or a crate's folder, which is built first), makes it active and says what it costs.
     Push {
+        /// The module, or the crate's folder.
         #[arg(default_value = ".")]
         module: PathBuf,
         /// The plugin's name [default: that of the file or crate].
@@ -113,6 +118,7 @@ pub enum Plugin {
         /// The rows before, for plugins that see changes.
         #[arg(long, value_name = "JSON", default_value = "[]")]
         old: String,
+        /// Its parameters, a JSON object.
         #[arg(long, value_name = "JSON", default_value = "{}")]
         params: String,
         /// The table whose columns the rows have [default: the columns that the plugin reads].
@@ -158,7 +164,7 @@ pub enum Plugin {
         #[command(flatten)]
         server: Server,
     },
-    /// Makes an earlier version active again.
+    /// Makes an earlier version's module active again, as a version of its own.
     Rollback {
         name: String,
         /// Which [default: the one before the active one].
@@ -175,10 +181,12 @@ pub enum Plugin {
     },
     /// Puts a manifest (JSON lines) into a module that another language's compiler made.
     Attach {
+        /// The module, .wasm or .wat.
         module: PathBuf,
+        /// The manifest, as guest-sdk/ABI.md describes it.
         #[arg(long, value_name = "FILE")]
         manifest: PathBuf,
-        /// Where to [default: the module itself].
+        /// Where to [default: the module itself; of a .wat the .wasm beside it].
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
     },

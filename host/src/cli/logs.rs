@@ -18,10 +18,14 @@ const PAGE: usize = 1_000;
 pub(super) async fn show(name: String, follow: bool, lines: usize, server: Server) -> Outcome {
     let path = format!("{}/logs", server.plugin(&name));
     let mut query = format!("?limit={}", lines.min(PAGE));
+    let mut first = !server.json && lines > 0;
     loop {
         let answer = server.ask(Method::GET, &format!("{path}{query}"), "", Vec::new()).await?;
         if answer["missed"] == json!(true) {
             eprintln!("tidegate: some lines between these are gone: the server keeps only the newest");
+        }
+        if std::mem::take(&mut first) && answer["lines"].as_array().is_none_or(Vec::is_empty) {
+            eprintln!("tidegate: {name} has said nothing that the server still knows");
         }
         for line in answer["lines"].as_array().into_iter().flatten() {
             let text = if server.json { line.to_string() } else { line_text(line) };

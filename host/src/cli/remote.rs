@@ -13,15 +13,19 @@ const JSON: &str = "application/json";
 
 impl Server {
     fn client(&self) -> Result<Client, String> {
-        let token = match (&self.token, &self.token_file) {
-            (Some(token), _) => Some(token.clone()),
-            (None, Some(file)) => Some(
-                std::fs::read_to_string(file)
-                    .map_err(|error| format!("the token file {}: {error}", file.display()))?
-                    .trim()
-                    .to_owned(),
-            ),
-            (None, None) => None,
+        let env = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        // What was typed goes first: the environment may have been set for another server.
+        let (token, file) = match (&self.token, &self.token_file) {
+            (None, None) => (env("TIDEGATE_TOKEN"), env("TIDEGATE_TOKEN_FILE").map(PathBuf::from)),
+            (token, file) => (token.clone(), file.clone()),
+        };
+        let token = match (token, file) {
+            (None, Some(file)) => {
+                let text = std::fs::read_to_string(&file);
+                let text = text.map_err(|error| format!("the token file {}: {error}", file.display()))?;
+                Some(text.trim().to_owned())
+            }
+            (token, _) => token,
         };
         Client::new(&self.url, token).map_err(|error| error.to_string())
     }
@@ -74,13 +78,32 @@ fn json_of(what: &str, text: &str) -> Result<Value, String> {
     serde_json::from_str(text).map_err(|error| format!("{what} is not JSON: {error}"))
 }
 
+/// An array, which the server would otherwise ask for by the place in a request that nobody typed.
+fn array_of(what: &str, text: &str, like: &str) -> Result<Value, String> {
+    match json_of(what, text)? {
+        array @ Value::Array(_) => Ok(array),
+        _ => Err(format!("{what} has to be a JSON array, such as {like}")),
+    }
+}
+
+fn object_of(what: &str, text: &str) -> Result<Value, String> {
+    match json_of(what, text)? {
+        object @ Value::Object(_) => Ok(object),
+        _ => Err(format!("{what} has to be a JSON object, such as {{\"minutes\":30}}")),
+    }
+}
+
+fn rows_text(count: u64) -> String {
+    if count == 1 { "1 row".to_owned() } else { format!("{count} rows") }
+}
+
 pub(super) async fn sql(args: Sql) -> Outcome {
     let mut text = args.statement;
     if text == "-" {
         text.clear();
         std::io::stdin().read_to_string(&mut text).map_err(|error| format!("stdin cannot be read: {error}"))?;
     }
-    let mut request = json!({"sql": text, "params": json_of("--params", &args.params)?});
+    let mut request = json!({"sql": text, "params": array_of("--params", &args.params, "[30]")?});
     if let Some(namespace) = &args.server.namespace {
         request["namespace"] = json!(namespace);
     }
@@ -99,9 +122,9 @@ fn result_text(result: &Value) -> String {
             let cells = |row: &Value| row.as_array().into_iter().flatten().map(cell_text).collect::<Vec<_>>();
             let mut table = vec![head.collect::<Vec<_>>()];
             table.extend(rows.iter().map(cells));
-            format!("{}\n({} rows)", table_text(&table), rows.len())
+            format!("{}\n({})", table_text(&table), rows_text(rows.len() as u64))
         }
-        (_, _, Some(affected)) => format!("{affected} rows changed"),
+        (_, _, Some(affected)) => format!("{} changed", rows_text(affected)),
         _ => result.to_string(),
     }
 }
@@ -157,6 +180,9 @@ pub(super) async fn live(args: LiveQuery) -> Outcome {
             if args.once && event.starts_with("event: uptodate") {
                 return Ok(());
             }
+            if args.once && event.starts_with("event: plugin-error") {
+                return Err("a plugin failed, so the present rows cannot be told".to_owned());
+            }
         }
     }
     match status {
@@ -183,7 +209,7 @@ pub(super) async fn push(
     params: String,
     server: Server,
 ) -> Outcome {
-    let params = json_of("--params", &params)?;
+    let params = object_of("--params", &params)?;
     let path = if module.is_dir() { craft::build(&module)? } else { module };
     let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
@@ -203,7 +229,7 @@ pub(super) async fn push(
         let state = if plugin["unchanged"] == json!(true) { "was active already" } else { "is active" };
         let (seq, upload) = (&plugin["seq"], &plugin["upload_ms"]);
         let cost = cost_text(plugin, table.as_deref());
-        format!("{}\n{cost}\n{state} from seq {seq} on; the upload took {upload} ms", version_text(plugin))
+        format!("{}\n{cost}\n{state} from seq {seq} on; the upload took {upload} ms", version_text(plugin, ""))
     });
     Ok(())
 }
@@ -215,7 +241,11 @@ async fn measured(server: &Server, name: &str, table: Option<&str>, params: Valu
         request["table"] = json!(table);
     }
     let path = format!("{}/try", server.plugin(name));
-    let mut answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await?;
+    let answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await;
+    let mut answer = answer.map_err(|reason| {
+        let hint = if reason.contains("(plugin_params,") { "; give others with --params" } else { "" };
+        format!("{reason}{hint}")
+    })?;
     if answer["nanos_per_change"].is_number() {
         return Ok(answer["nanos_per_change"].take());
     }
@@ -250,9 +280,12 @@ pub(super) async fn try_rows(
     table: Option<String>,
     server: Server,
 ) -> Outcome {
-    let mut request = json!({
-        "rows": json_of("--rows", &rows)?, "old": json_of("--old", &old)?, "params": json_of("--params", &params)?,
-    });
+    const LIKE: &str = "[{\"dep_delay\":20}]";
+    let (rows, old) = (array_of("--rows", &rows, LIKE)?, array_of("--old", &old, LIKE)?);
+    if [&rows, &old].iter().all(|rows| rows.as_array().is_none_or(Vec::is_empty)) {
+        return Err(format!("there is no row to try; give some, such as --rows '{LIKE}'"));
+    }
+    let mut request = json!({"rows": rows, "old": old, "params": object_of("--params", &params)?});
     if let Some(table) = table {
         request["table"] = json!(table);
     }
@@ -261,7 +294,7 @@ pub(super) async fn try_rows(
     server.print(&answer, |answer| {
         let results = answer["results"].as_array().cloned().unwrap_or_default();
         let lines = results.iter().enumerate().map(|(index, result)| format!("{index:>4}  {result}"));
-        let took = format!("{} rows in {} µs", results.len(), answer["elapsed_us"]);
+        let took = format!("{} in {} µs", rows_text(results.len() as u64), answer["elapsed_us"]);
         lines.chain([took]).collect::<Vec<_>>().join("\n")
     });
     Ok(())
@@ -289,16 +322,15 @@ pub(super) async fn show(name: String, server: Server) -> Outcome {
     let answer = server.ask(Method::GET, &server.plugin(&name), "", Vec::new()).await?;
     server.print(&answer, |answer| {
         let versions = answer["versions"].as_array().cloned().unwrap_or_default();
-        let text = |version: &Value| {
-            let active = if version["active"] == json!(true) { "  (active)" } else { "" };
-            format!("{}{active}", version_text(version))
-        };
+        let text =
+            |version: &Value| version_text(version, if version["active"] == json!(true) { " (active)" } else { "" });
         versions.iter().rev().map(text).collect::<Vec<_>>().join("\n\n")
     });
     Ok(())
 }
 
-fn version_text(plugin: &Value) -> String {
+/// `state` stands behind the version's number.
+fn version_text(plugin: &Value, state: &str) -> String {
     let list = |name: &str, text: &dyn Fn(&Value) -> String| {
         let entries: Vec<String> = plugin[name].as_array().into_iter().flatten().map(text).collect();
         if entries.is_empty() { "none".to_owned() } else { entries.join(", ") }
@@ -313,7 +345,7 @@ fn version_text(plugin: &Value) -> String {
     };
     let column = |column: &Value| format!("{} ({})", cell_text(&column["name"]), cell_text(&column["type"]));
     format!(
-        "{} version {}: {}, {} bytes, sha256 {}\n  parameters: {}\n  reads: {}",
+        "{} version {}{state}: {}, {} bytes, sha256 {}\n  parameters: {}\n  reads: {}",
         cell_text(&plugin["name"]),
         plugin["version"],
         cell_text(&plugin["kinds"][0]),
@@ -369,8 +401,21 @@ pub(super) async fn rollback(name: String, version: Option<u32>, server: Server)
     let request = version.map_or_else(|| json!({}), |version| json!({"version": version}));
     let path = format!("{}/rollback", server.plugin(&name));
     let answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await?;
-    server.print(&answer, |plugin| format!("{}\nis active from seq {} on", version_text(plugin), plugin["seq"]));
+    let all = server.ask(Method::GET, &server.plugin(&name), "", Vec::new()).await.unwrap_or(Value::Null);
+    server.print(&answer, |plugin| {
+        let state = if plugin["unchanged"] == json!(true) { "was active already" } else { "is active" };
+        let same = same_module(plugin, &all).map(|version| format!("\nits module is that of version {version}"));
+        let seq = &plugin["seq"];
+        format!("{}{}\n{state} from seq {seq} on", version_text(plugin, ""), same.unwrap_or_default())
+    });
     Ok(())
+}
+
+/// The earliest of all versions whose module this one has; none when it is the first with it.
+fn same_module(plugin: &Value, all: &Value) -> Option<u64> {
+    let versions = all["versions"].as_array()?.iter().filter(|other| other["sha256"] == plugin["sha256"]);
+    let first = versions.filter_map(|other| other["version"].as_u64()).min()?;
+    (Some(first) != plugin["version"].as_u64()).then_some(first)
 }
 
 pub(super) async fn remove(name: String, server: Server) -> Outcome {
@@ -388,6 +433,23 @@ mod tests {
         let result = json!({"columns": [{"name": "id"}, {"name": "name"}], "rows": [[1, "a"], [200, null]]});
         assert_eq!(result_text(&result), "id   name\n---  ----\n1    a\n200  NULL\n(2 rows)");
         assert_eq!(result_text(&json!({"affected": 3})), "3 rows changed");
+        assert_eq!(result_text(&json!({"affected": 1})), "1 row changed");
+    }
+
+    #[test]
+    fn what_is_not_of_the_asked_shape_is_said_by_its_option() {
+        assert!(array_of("--rows", "{}", "[1]").is_err_and(|said| said.contains("--rows") && said.contains("[1]")));
+        assert!(object_of("--params", "25").is_err_and(|said| said.contains("--params")));
+        assert!(json_of("--old", "x").is_err_and(|said| said.contains("--old is not JSON")));
+    }
+
+    #[test]
+    fn a_version_says_whose_module_it_has() {
+        let version = |number: u32, sha256: &str| json!({"version": number, "sha256": sha256});
+        let all = json!({"versions": [version(1, "a"), version(2, "b"), version(3, "a")]});
+        assert_eq!(same_module(&version(3, "a"), &all), Some(1));
+        assert_eq!(same_module(&version(2, "b"), &all), None);
+        assert_eq!(same_module(&version(3, "a"), &Value::Null), None);
     }
 
     #[test]
