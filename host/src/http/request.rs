@@ -73,7 +73,7 @@ fn offset(text: &str, line: usize, column: usize) -> usize {
 
 /// `POST /v1/sql` as JSON.
 pub fn sql_from_json(body: &[u8]) -> Result<SqlRequest, Problem> {
-    let raw: RawSql<'_> = parse("the request body", body)?;
+    let raw: RawSql<'_> = parse(sql_body(body), body)?;
     let params = params(raw.params.as_deref().unwrap_or_default())?;
     Ok(SqlRequest {
         sql: raw.sql,
@@ -83,6 +83,14 @@ pub fn sql_from_json(body: &[u8]) -> Result<SqlRequest, Problem> {
         one_result: false,
         idempotency: None,
     })
+}
+
+/// What the body is called when it does not parse. SQL itself is sent by mistake: then the name says how it is sent.
+fn sql_body(body: &[u8]) -> &'static str {
+    match body.trim_ascii_start().first() {
+        None | Some(b'{') => "the request body",
+        _ => "the request body (a JSON object such as {\"sql\":\"SELECT 1\"}; raw SQL goes as application/sql)",
+    }
 }
 
 /// `POST /v1/sql` as raw SQL.
@@ -431,7 +439,10 @@ fn stage(text: &str) -> Result<StageRequest, Problem> {
         return Err(Problem::bad_request("a `plugin` parameter names no plugin"));
     }
     let params = match params {
-        Some(json) => parse::<serde_json::Map<_, _>>(&format!("the parameters of plugin {plugin}"), json.as_bytes())?,
+        Some(json) => {
+            let like = r#"a JSON object, as in name:{"minutes":30}"#;
+            parse::<serde_json::Map<_, _>>(&format!("the parameters of plugin {plugin} ({like})"), json.as_bytes())?
+        }
         None => serde_json::Map::new(),
     };
     Ok(StageRequest { plugin: plugin.to_owned(), params: params.into() })
@@ -520,6 +531,7 @@ mod tests {
             ("{\"sql\":\"a\",\"sql\":\"b\"}", 16, "duplicate"),
             ("", 0, "EOF"),
             (deep.as_str(), 182, "nested deeper"),
+            ("SELECT 1", 0, "application/sql"),
         ] {
             let problem = sql_from_json(body.as_bytes()).err().unwrap();
             let said = problem.body();

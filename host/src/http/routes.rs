@@ -162,11 +162,19 @@ fn refuse_early(app: &App, request: &Request) -> Option<Problem> {
 }
 
 async fn not_found(uri: Uri) -> Problem {
-    Problem::new(404, "not_found", format!("there is nothing at {}; the calls are under /v1/", uri.path()))
+    let detail = format!(
+        "there is nothing at {}; there are /v1/sql, /v1/live, /v1/tables/{{namespace}}/{{table}}/rows, /v1/plugins, \
+         /v1/plugins/{{namespace}}/{{name}}, /v1/auth/ticket, /healthz, /readyz and /metrics",
+        uri.path()
+    );
+    Problem::new(404, "not_found", detail)
 }
 
 async fn not_allowed(method: Method, uri: Uri) -> Problem {
-    let detail = format!("{method} is not possible at {}; the Allow header names what is", uri.path());
+    let detail = format!(
+        "{method} is not possible at {}; the answer's header Allow names what is (curl -i shows it)",
+        uri.path()
+    );
     Problem::new(405, "method_not_allowed", detail)
 }
 

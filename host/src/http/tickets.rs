@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use super::auth::{Auth, hash, random_token, unauthorized};
+use super::auth::{Auth, hash, random_token};
 use super::error::Problem;
 use super::keeper::Keeper;
 use super::request::{Asked, live_from_json};
@@ -156,14 +156,14 @@ impl Tickets {
             .get(&key)
             .filter(|entry| entry.until.is_none_or(|until| until > Instant::now()))
             .filter(|entry| given.is_none_or(|given| same(given, &entry.request)))
-            .ok_or_else(unauthorized)?;
+            .ok_or_else(no_ticket)?;
         Ok(Redeemed { who: entry.who.clone(), request: entry.request.clone(), key })
     }
 
     /// The stream is open: a connection that had it before ends.
     pub fn open(&self, redeemed: &Redeemed) -> Result<TicketUse, Problem> {
         let mut entries = self.entries();
-        let entry = entries.get_mut(&redeemed.key).ok_or_else(unauthorized)?;
+        let entry = entries.get_mut(&redeemed.key).ok_or_else(no_ticket)?;
         entry.current.cancel();
         entry.current = CancellationToken::new();
         entry.until = None;
@@ -172,6 +172,13 @@ impl Tickets {
         let (opened, replaced) = (entry.opened, entry.current.clone());
         Ok(TicketUse { tickets: self.clone(), key: redeemed.key, opened, replaced })
     }
+}
+
+/// One answer for all: whoever guesses learns nothing by it.
+fn no_ticket() -> Problem {
+    let detail = "the ticket is not known, was not used in time, or is for another query than the one beside it; \
+                  POST /v1/auth/ticket gives another";
+    Problem::new(401, "unauthorized", detail)
 }
 
 impl Entry {

@@ -358,13 +358,12 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
     }
     let names: Vec<String> = tokens.iter().take(3).map_while(plain_word).collect();
     let position = offset(text, tokens[0].span.start);
+    let unknown = |start: &str| SqlError::invalid("syntax", format!("a statement cannot start with {start}; {STARTS}"));
     let Some(first) = names.first() else {
-        return Err(
-            SqlError::invalid("syntax", format!("a statement cannot start with {}", tokens[0].token)).at(position)
-        );
+        return Err(unknown(&tokens[0].token.to_string()).at(position));
     };
     if keyword_at(tokens, 0) == Keyword::NoKeyword {
-        return Err(SqlError::invalid("syntax", format!("a statement cannot start with {first}")).at(position));
+        return Err(unknown(first).at(position));
     }
     // CREATE OR REPLACE VIEW, ALTER INDEX, COPY: as many words as say what it is.
     let words = match first.as_str() {
@@ -375,6 +374,10 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
     let what = names[..words.min(names.len())].join(" ");
     Err(SqlError::unsupported(what, hint(first)).at(position))
 }
+
+/// For who has misspelled the first word.
+const STARTS: &str = "it starts with SELECT, WITH, VALUES, INSERT, UPDATE, DELETE, CREATE, ALTER, DROP, SHOW, DESCRIBE \
+                      or EXPLAIN";
 
 fn hint(first: &str) -> Option<&'static str> {
     match first {
@@ -418,6 +421,7 @@ mod tests {
 
     #[test]
     fn statements_are_allowed_by_name() {
+        let [hello, quoted] = ["HELLO", "'x'"].map(|start| format!("a statement cannot start with {start}; {STARTS}"));
         let cases = [
             ("SELECT 1", "ok"),
             ("  -- hello\n (SELECT 1)", "ok"),
@@ -447,8 +451,8 @@ mod tests {
             ("DROP FUNCTION f", "DROP FUNCTION is not supported"),
             ("SHOW ALL", "SHOW ALL is not supported"),
             ("show namespaces; SHOW COLUMNS FROM t", "ok"),
-            ("hello world", "a statement cannot start with HELLO"),
-            ("'x'", "a statement cannot start with 'x'"),
+            ("hello world", hello.as_str()),
+            ("'x'", quoted.as_str()),
         ];
         for (text, expected) in cases {
             assert_eq!(outcome(text), expected, "{text}");

@@ -36,7 +36,7 @@ impl<'de> Deserialize<'de> for Members<'de> {
             type Value = Members<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object: one row, its members named as columns")
+                f.write_str("an object, its members named as columns")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
@@ -78,7 +78,7 @@ impl Lines {
             return Err(bad(format!("the line is nested deeper than {JSON_DEPTH}")));
         }
         let Members(members) =
-            serde_json::from_str(text).map_err(|error| bad(format!("{error}, of a line that is to be one row")))?;
+            serde_json::from_str(text).map_err(|error| bad(format!("a line is one row as JSON: {error}")))?;
         self.row.fill(Said::Nothing);
         for (name, value) in members {
             let Some(at) = self.gather.column(&name) else {
