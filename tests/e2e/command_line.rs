@@ -88,6 +88,7 @@ async fn sql_live_and_plugins_from_a_shell() {
     assert!(complained(run(&["plugin", "replay", "late", "1"])).contains("no noted failure 1"));
     assert_eq!(said(run(&["plugin", "logs", "late"])), "", "it says nothing");
     assert!(complained(run(&["plugin", "logs", "nobody"])).contains("nobody"));
+    assert!(complained(run(&["plugin", "errors", "nobody"])).contains("nobody"));
     assert!(complained(run(&["plugin", "rollback", "late"])).contains("no earlier version"));
     said(run(&["plugin", "rm", "late"]));
     assert!(complained(run(&["plugin", "show", "late"])).contains("not_found"));

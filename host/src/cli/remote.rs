@@ -226,10 +226,8 @@ pub(super) async fn push(
         }
     }
     server.print(&answer, |plugin| {
-        let state = if plugin["unchanged"] == json!(true) { "was active already" } else { "is active" };
-        let (seq, upload) = (&plugin["seq"], &plugin["upload_ms"]);
-        let cost = cost_text(plugin, table.as_deref());
-        format!("{}\n{cost}\n{state} from seq {seq} on; the upload took {upload} ms", version_text(plugin, ""))
+        let (cost, upload) = (cost_text(plugin, table.as_deref()), &plugin["upload_ms"]);
+        format!("{}\n{cost}\n{}; the upload took {upload} ms", version_text(plugin, ""), since_text(plugin))
     });
     Ok(())
 }
@@ -403,12 +401,18 @@ pub(super) async fn rollback(name: String, version: Option<u32>, server: Server)
     let answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await?;
     let all = server.ask(Method::GET, &server.plugin(&name), "", Vec::new()).await.unwrap_or(Value::Null);
     server.print(&answer, |plugin| {
-        let state = if plugin["unchanged"] == json!(true) { "was active already" } else { "is active" };
         let same = same_module(plugin, &all).map(|version| format!("\nits module is that of version {version}"));
-        let seq = &plugin["seq"];
-        format!("{}{}\n{state} from seq {seq} on", version_text(plugin, ""), same.unwrap_or_default())
+        format!("{}{}\n{}", version_text(plugin, ""), same.unwrap_or_default(), since_text(plugin))
     });
     Ok(())
+}
+
+/// From when on it is active. Of one that was active before, the server says no more than that.
+fn since_text(plugin: &Value) -> String {
+    if plugin["unchanged"] == json!(true) {
+        return "was active already".to_owned();
+    }
+    format!("is active from seq {} on", plugin["seq"])
 }
 
 /// The earliest of all versions whose module this one has; none when it is the first with it.

@@ -206,6 +206,10 @@ impl Db {
                 && may_see(who, &record);
             Ok(if wanted { Some(shown(who, namespace, number, record)?) } else { None })
         })?;
+        // What one that was removed failed on stays; of one that never was, "none" would hide a misspelled name.
+        if let Some(name) = plugin.filter(|name| entries.is_empty() && catalog.plugin(namespace, name).is_none()) {
+            return Err(DbError::NotFound(format!("namespace \"{namespace}\" has no plugin \"{name}\"")));
+        }
         Ok(entries)
     }
 }

@@ -72,10 +72,9 @@ impl Db {
                 None => versions.iter().rev().nth(1),
             };
             let (Some(target), Some(active)) = (target, versions.last()) else {
-                let known: Vec<String> = versions.iter().map(|plugin| plugin.version.to_string()).collect();
                 let wanted =
                     version.map_or_else(|| "earlier version".to_owned(), |version| format!("version {version}"));
-                let message = format!("plugin \"{name}\" has no {wanted}; there are {}", known.join(", "));
+                let message = format!("plugin \"{name}\" has no {wanted}; {}", there_are(versions));
                 return Err(DbError::NotFound(message));
             };
             if target.sha256 == active.sha256 {
@@ -159,7 +158,8 @@ fn versions<'c>(catalog: &'c Catalog, namespace: &str, name: &str) -> Result<&'c
     let found = catalog.namespace(namespace).ok_or_else(|| unknown_namespace(namespace))?;
     found.plugins.get(name).map(Vec::as_slice).ok_or_else(|| {
         DbError::NotFound(format!(
-            "namespace \"{namespace}\" has no plugin \"{name}\"; upload it with PUT /v1/plugins/{namespace}/{name}"
+            "namespace \"{namespace}\" has no plugin \"{name}\" (GET /v1/plugins lists those it has); upload it with PUT \
+             /v1/plugins/{namespace}/{name}"
         ))
     })
 }
@@ -183,10 +183,19 @@ pub(super) fn stored_version(catalog: &Catalog, namespace: &str, asked: &str) ->
             }
         },
     };
-    wanted.cloned().ok_or_else(|| {
-        let known: Vec<String> = versions.iter().map(|plugin| plugin.version.to_string()).collect();
-        DbError::NotFound(format!("plugin \"{asked}\": no such version; there are {}", known.join(", ")))
-    })
+    wanted
+        .cloned()
+        .ok_or_else(|| DbError::NotFound(format!("plugin \"{asked}\": no such version; {}", there_are(versions))))
+}
+
+fn there_are(versions: &[Arc<Plugin>]) -> String {
+    match versions {
+        [only] => format!("there is {} alone", only.version),
+        _ => {
+            let known: Vec<String> = versions.iter().map(|plugin| plugin.version.to_string()).collect();
+            format!("there are {}", known.join(", "))
+        }
+    }
 }
 
 fn describe(
@@ -215,7 +224,7 @@ pub(super) fn may_install(who: &Identity) -> Result<(), DbError> {
     if who.role == Role::Admin {
         return Ok(());
     }
-    Err(DbError::Forbidden("uploading and deleting plugins needs the role admin".into()))
+    Err(DbError::Forbidden("uploading, trying, rolling back and removing plugins needs the role admin".into()))
 }
 
 /// The name stands in URLs before `@` and `:`.

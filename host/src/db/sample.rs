@@ -13,15 +13,16 @@ const NULLS: i64 = 16;
 
 const DAY_MICROS: i64 = 86_400_000_000;
 
-/// Rows with these columns; for a plugin that sees changes, updates of them.
-pub(super) fn images(kind: PluginKind, schema: &Schema) -> Images {
-    (0..ROWS).map(|row| (kind.sees_changes().then(|| image(schema, row)), Some(image(schema, row + 1)))).collect()
+/// Rows with these columns, with NULL here and there or nowhere; for a plugin that sees changes, updates of them.
+pub(super) fn images(kind: PluginKind, schema: &Schema, nulls: bool) -> Images {
+    let image = |row| image(schema, row, nulls);
+    (0..ROWS).map(|row| (kind.sees_changes().then(|| image(row)), Some(image(row + 1)))).collect()
 }
 
-fn image(schema: &Schema, row: i64) -> Vec<u8> {
+fn image(schema: &Schema, row: i64, nulls: bool) -> Vec<u8> {
     let mut image = ImageBuilder::new(schema.slots());
     for column in &schema.columns {
-        let null = column.nullable && (row + i64::from(column.id)) % NULLS == 0;
+        let null = nulls && column.nullable && (row + i64::from(column.id)) % NULLS == 0;
         if !null {
             image.set(column.id, &value(column.ty, row));
         }
@@ -66,7 +67,7 @@ mod tests {
         };
         let schema = Schema { columns: types.enumerate().map(column).collect() };
         for kind in [PluginKind::RowFilter, PluginKind::ChangeTransform] {
-            let images = images(kind, &schema);
+            let images = images(kind, &schema, true);
             assert_eq!(images.len(), ROWS as usize);
             assert!(images.iter().all(|(old, new)| old.is_some() == kind.sees_changes() && old != new));
             let rows: Vec<_> = images.iter().flat_map(|(_, new)| new).collect();
@@ -75,6 +76,12 @@ mod tests {
             assert_eq!((batch.num_rows(), batch.num_columns()), (64, schema.columns.len()));
             assert_eq!(batch.column(0).null_count(), 0);
             assert!(batch.column(1).null_count() > 0);
+
+            let whole = super::images(kind, &schema, false);
+            let rows: Vec<_> = whole.iter().flat_map(|(_, new)| new).collect();
+            let rows: Vec<_> = rows.into_iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+            let batch = crate::sql::arrow::to_batch(&schema, &rows).unwrap();
+            assert!(batch.columns().iter().all(|column| column.null_count() == 0));
         }
     }
 }
