@@ -57,11 +57,15 @@ struct Serve {
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
     /// Address and port to listen on; port 0 picks a free one [default: 127.0.0.1:8433].
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = address)]
     bind: Option<SocketAddr>,
     /// Allow plain HTTP on an address that other machines can reach.
     #[arg(long)]
     insecure_http: bool,
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "it is an IP address and a port, such as 127.0.0.1:8433".to_owned())
 }
 
 fn main() -> ExitCode {

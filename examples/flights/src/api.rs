@@ -62,8 +62,8 @@ impl Api {
         let url = self.base.join(&format!("/v1/plugins/{name}"))?;
         let request = self.client.put(url).header(header::CONTENT_TYPE, "application/wasm").body(module);
         let answer: Value = send(request).await?.json().await?;
-        let text = |field: &str| answer[field].as_str().map_or_else(|| answer[field].to_string(), str::to_owned);
-        Ok(format!("{name} version {}, {}, {} bytes", text("version"), text("kinds"), text("size")))
+        let kind = answer["kinds"][0].as_str().unwrap_or("?").replace('_', " ");
+        Ok(format!("{name} version {}, a {kind}, {} bytes", answer["version"], answer["size"]))
     }
 
     /// Opens a live query; the body is its event stream.

@@ -147,6 +147,14 @@ impl Fold {
             // A snapshot follows: what is held is void.
             "start" | "resync" => {
                 self.rows.clear();
+                if self.print && name == "resync" {
+                    println!("resync  ({}): the present rows again", text(&data, "reason"));
+                }
+                Ok(())
+            }
+            // Whoever watches may be trying a plugin out: the stream goes on with the next version.
+            "plugin-error" if self.print => {
+                println!("plugin-error  {}; upload a mended version", text(&data, "detail"));
                 Ok(())
             }
             "plugin-error" | "failed" | "closed" => Err(format!("the stream said {name}: {data}").into()),

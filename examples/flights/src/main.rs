@@ -130,7 +130,7 @@ async fn watch(api: &Api, day: &Day, speed: f64) -> Result<()> {
 }
 
 fn print_curl_lines(settings: &Settings, pipeline: &[String; 2]) {
-    let Settings { url, token_file, plugins, .. } = settings;
+    let Settings { url, token_file, .. } = settings;
     let auth = format!("-H \"Authorization: Bearer $(cat '{token_file}')\"");
     println!("\nThe server goes on, and so does the live query. Try, in another terminal:\n");
     println!(
@@ -142,6 +142,10 @@ fn print_curl_lines(settings: &Settings, pipeline: &[String; 2]) {
          id > 100000\" \\\n    --data-urlencode 'plugin=late:{{\"minutes\":120}}' --data-urlencode 'plugin={}'\n",
         pipeline[1]
     );
-    println!("  curl -s {auth} {url}/v1/plugins/late -T '{plugins}/late.wasm'\n");
+    // The same module again would change nothing.
+    println!(
+        "  # after a change to plugins/late/src/lib.rs, at the top of the repository: the streams go on through it\n  sh \
+         plugins/build.sh plugins/late && curl -s {auth} {url}/v1/plugins/late -T late.wasm\n"
+    );
     println!("Ctrl-C ends it.");
 }
