@@ -1,6 +1,9 @@
 //! Write Tidegate plugins: the user's own code between a commit and its subscribers.
 //!
-//! A plugin is one function in a crate of its own, compiled to WebAssembly. A **filter** says whether a row goes on:
+//! A plugin is one function in a crate of its own, compiled to WebAssembly. `tidegate plugin new NAME` makes one with its
+//! test, `tidegate plugin test NAME` runs that on the server's own engine, `tidegate plugin push NAME` uploads it.
+//!
+//! A **filter** says whether a row goes on:
 //!
 //! ```
 //! use guest_sdk::prelude::*;
@@ -78,7 +81,8 @@
 //! - An `Err` fails that row, with its message, and costs no instance. A panic costs the instance.
 //! - [`info!`], [`warn!`], [`error!`] and [`debug!`] write to the host's log (`tidegate plugin logs -f NAME` shows what
 //!   one plugin says), [`metric!`] adds to its counters.
-//! - The function itself stays as it was written: [`native`] runs it in ordinary tests.
+//! - The function itself stays as it was written: [`native`] runs it in ordinary tests. The crate `testkit` runs the
+//!   compiled module, as the server does.
 //!
 //! Without the default feature `std` the SDK needs `alloc` only; allocator and panic handler are then the plugin's.
 //! `ABI.md` beside this crate describes the bytes, for other languages.

@@ -189,6 +189,10 @@ fn has_crate(folder: &Path) -> Outcome {
     Err(format!("{folder} is no crate's folder: it has no Cargo.toml; `tidegate plugin new` makes one that has"))
 }
 
+fn no_cargo(error: &std::io::Error) -> String {
+    format!("cargo cannot be started ({error}); it has to be in the PATH, and rustup puts it into ~/.cargo/bin")
+}
+
 /// Builds a crate; where its module is.
 pub(super) fn build(folder: &Path) -> Result<PathBuf, String> {
     has_crate(folder)?;
@@ -198,7 +202,7 @@ pub(super) fn build(folder: &Path) -> Result<PathBuf, String> {
     let output = cargo
         .spawn()
         .and_then(std::process::Child::wait_with_output)
-        .map_err(|error| format!("cargo cannot be started: {error}"))?;
+        .map_err(|error| no_cargo(&error))?;
     if !output.status.success() {
         return Err("the plugin does not build; what the compiler said is above".to_owned());
     }
@@ -248,8 +252,8 @@ fn toolchain() -> Result<Command, String> {
             Ok(cargo)
         }
         None => Err(format!(
-            "no Rust here compiles for WebAssembly: `rustup target add {TARGET}` brings what is missing; without rustup, \
-             Debian's rustc-web cargo-web rust-web-src lld-22 do it as well"
+            "no Rust in the PATH compiles for WebAssembly (rustup puts cargo into ~/.cargo/bin): `rustup target add {TARGET}` \
+             brings what is missing; without rustup, Debian's rustc-web cargo-web rust-web-src lld-22 do it as well"
         )),
     }
 }
@@ -260,7 +264,7 @@ pub(super) fn test(folder: &Path) -> Outcome {
         std::env::current_exe().map_err(|error| format!("this program does not know where it is: {error}"))?;
     let status = Command::new("cargo").arg("test").current_dir(folder).env("TIDEGATE_BIN", program).status();
     match status {
-        Err(error) => Err(format!("cargo cannot be started: {error}")),
+        Err(error) => Err(no_cargo(&error)),
         Ok(status) if !status.success() => Err("the tests failed".to_owned()),
         Ok(_) => Ok(()),
     }
