@@ -199,10 +199,7 @@ pub(super) fn build(folder: &Path) -> Result<PathBuf, String> {
     let mut cargo = toolchain()?;
     cargo.current_dir(folder).args(["build", "--release", "--lib", "--message-format=json-render-diagnostics"]);
     cargo.args(["--target", TARGET]).stdout(Stdio::piped());
-    let output = cargo
-        .spawn()
-        .and_then(std::process::Child::wait_with_output)
-        .map_err(|error| no_cargo(&error))?;
+    let output = cargo.spawn().and_then(std::process::Child::wait_with_output).map_err(|error| no_cargo(&error))?;
     if !output.status.success() {
         return Err("the plugin does not build; what the compiler said is above".to_owned());
     }
