@@ -105,7 +105,9 @@ impl Db {
         self.check_open()?;
         let env = self.env(who, self.inner.store.snapshot(), Some(namespace.to_owned()), Vec::new())?;
         let Some(found) = env.catalog.table(namespace, table) else {
-            return Err(DbError::NotFound(format!("there is no table {table:?} in namespace {namespace:?}")));
+            return Err(DbError::NotFound(format!(
+                "there is no table {table:?} in namespace {namespace:?}; SHOW TABLES lists those that there are"
+            )));
         };
         write::may_write(who, found)?;
         if options.conflict == RowConflict::Update && found.generated_key {

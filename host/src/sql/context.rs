@@ -89,7 +89,9 @@ pub(crate) fn find_table<'a>(
         return Err(SqlError::invalid("unknown_namespace", format!("there is no namespace {namespace:?}")));
     }
     env.catalog.table(namespace, name).ok_or_else(|| {
-        SqlError::invalid("unknown_table", format!("there is no table {name:?} in namespace {namespace:?}"))
+        let message =
+            format!("there is no table {name:?} in namespace {namespace:?}; SHOW TABLES lists those that there are");
+        SqlError::invalid("unknown_table", message)
     })
 }
 

@@ -198,7 +198,10 @@ async fn write_and_read() {
             ("DELETE FROM flights", "affected 6"),
             ("SELECT * FROM flights", ""),
             ("DROP TABLE flights", "DROP TABLE main.flights"),
-            ("SELECT * FROM flights", "ERROR there is no table \"flights\" in namespace \"main\""),
+            (
+                "SELECT * FROM flights",
+                "ERROR there is no table \"flights\" in namespace \"main\"; SHOW TABLES lists those that there are",
+            ),
         ])
         .await;
     assert_eq!(bench.sql.contexts_created(), 1);
@@ -561,7 +564,10 @@ async fn ddl_takes_and_refuses_by_name() {
             ("DROP NAMESPACE IF EXISTS x", "there is no namespace x"),
             ("DROP NAMESPACE main", "ERROR the namespace \"main\" cannot be dropped"),
             ("DROP TABLE IF EXISTS nope", "there is no table nope"),
-            ("DROP TABLE nope", "ERROR there is no table \"nope\" in namespace \"main\""),
+            (
+                "DROP TABLE nope",
+                "ERROR there is no table \"nope\" in namespace \"main\"; SHOW TABLES lists those that there are",
+            ),
         ])
         .await;
 }
@@ -1227,7 +1233,10 @@ async fn who_may_be_refused_is_known_without_planning() {
         ("INSERT INTO flights SELECT * FROM nowhere", "flights"),
         ("UPDATE main.flights AS f SET nope = 1", "flights"),
         ("DELETE FROM flights WHERE false", "flights"),
-        ("DELETE FROM nowhere", "ERROR there is no table \"nowhere\" in namespace \"main\""),
+        (
+            "DELETE FROM nowhere",
+            "ERROR there is no table \"nowhere\" in namespace \"main\"; SHOW TABLES lists those that there are",
+        ),
     ] {
         let statement = bench.sql.parse(text).unwrap()[0].clone();
         let found = bench.sql.written_table(&statement, &env);
