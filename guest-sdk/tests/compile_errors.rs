@@ -27,8 +27,10 @@ fn mistakes_are_marked_where_they_are() {
         fs::write(bins.join(format!("{name}.rs")), format!("{source}\nfn main() {{}}\n")).unwrap();
         cases.push((name, at as u64 + 1, words));
     }
-    // One that is right: else a harness in which nothing compiles would pass.
-    let right = "use guest_sdk::prelude::*;\n#[filter]\nfn all(_: &Row) -> bool {\n    true\n}\nfn main() {}\n";
+    // One that is right: else a harness in which nothing compiles would pass. Its names are such as generated code has.
+    let right = "use guest_sdk::prelude::*;\n#[derive(Params)]\nstruct Parameters {}\n#[derive(Row)]\nstruct Plugin<'a> {\n    \
+                 answer: Column<'a, bool>,\n}\n#[filter]\nfn input(_: &Parameters, row: &Plugin) -> bool {\n    \
+                 row.answer.get() == Some(true)\n}\nfn main() {}\n";
     fs::write(bins.join("nothing_wrong.rs"), right).unwrap();
     let manifest = format!(
         "[package]\nname = \"compile_errors\"\nedition = \"2024\"\n\n[dependencies]\nguest-sdk = {{ path = {:?} }}\n\n[workspace]\n",
