@@ -14,6 +14,7 @@ ROOT=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
 PORT=${PORT:-8433}
 DATA=${DATA:-$ROOT/data}
 server=
+story=
 
 setup
 build_programs
@@ -38,6 +39,7 @@ busy_port() {
 # Every way out comes by here. The server flushes and closes its store on TERM; the bound is for one that does not.
 stop_server() {
     trap - EXIT INT TERM HUP
+    [ -z "$story" ] || kill -TERM "$story" 2>/dev/null || true
     [ -n "$server" ] || return 0
     kill -TERM "$server" 2>/dev/null || return 0
     tries=0
@@ -90,4 +92,7 @@ until [ -n "$url" ] && curl -fsS --noproxy '*' -o /dev/null "$url/readyz" 2>/dev
 done
 say "the server is at $url, its store in $DATA, its log in $DATA/server.log"
 
-TIDEGATE_URL=$url TIDEGATE_TOKEN_FILE=$TOKEN_FILE TIDEGATE_PLUGINS=$PLUGINS "$CARGO_TARGET_DIR/debug/flights"
+# Waited for and not run in front: a shell hears a signal sent to it alone only when what runs in front has ended.
+TIDEGATE_URL=$url TIDEGATE_TOKEN_FILE=$TOKEN_FILE TIDEGATE_PLUGINS=$PLUGINS "$CARGO_TARGET_DIR/debug/flights" &
+story=$!
+wait "$story"
