@@ -154,7 +154,7 @@ impl Fold {
             }
             // Whoever watches may be trying a plugin out: the stream goes on with the next version.
             "plugin-error" if self.print => {
-                println!("plugin-error  {}; upload a mended version", text(&data, "detail"));
+                println!("plugin-error  {}; upload a mended version", data["detail"]);
                 Ok(())
             }
             "plugin-error" | "failed" | "closed" => Err(format!("the stream said {name}: {data}").into()),
