@@ -2,6 +2,7 @@
 
 mod auth;
 mod command_line;
+mod connections;
 mod differential;
 mod dml;
 mod durability;
