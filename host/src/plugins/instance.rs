@@ -510,17 +510,20 @@ impl Instances {
         self.map.remove(&key(setup, space));
     }
 
+    /// Nobody uses the setup any more. An instance without any is only memory.
     pub fn release(&mut self, setup: &Setup, space: &Space) {
         let key = key(setup, space);
-        if let Some((_, instance)) = self.map.get_mut(&key)
-            && let Err(fault) = instance.release(setup, &space.part)
-        {
+        let Some((_, instance)) = self.map.get_mut(&key) else { return };
+        let released = instance.release(setup, &space.part);
+        if let Err(fault) = &released {
             tracing::warn!(
                 plugin = &*setup.plugin,
                 cause = fault.cause.as_str(),
                 "tg_release failed: {}",
                 fault.message
             );
+        }
+        if released.is_err() || instance.handles.is_empty() {
             self.map.remove(&key);
         }
     }
