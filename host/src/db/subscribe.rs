@@ -130,12 +130,18 @@ impl Db {
     }
 
     async fn compile(&self, who: &Identity, request: &LiveRequest) -> Result<Compiled, DbError> {
+        let permit = self.inner.compilers.clone().acquire_owned().await;
+        let permit = permit.map_err(|error| DbError::Internal(error.to_string()))?;
         let snapshot = self.inner.store.snapshot();
         let env = self.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
         let (db, request, runtime) = (self.clone(), request.clone(), Handle::current());
-        blocking(move || match db.inner.sql.live(&request.sql, &env)? {
-            Live::Incremental(plan) => db.incremental(plan, &request, &env),
-            Live::Requery(plan) => db.requery(plan, &request, &env, runtime),
+        blocking(move || {
+            // Held by the work itself, which goes on if nobody waits for it any more.
+            let _permit = permit;
+            match db.inner.sql.live(&request.sql, &env)? {
+                Live::Incremental(plan) => db.incremental(plan, &request, &env),
+                Live::Requery(plan) => db.requery(plan, &request, &env, runtime),
+            }
         })
         .await?
     }
