@@ -1,5 +1,6 @@
 //! Logs (text or JSON through `tracing`) and the metric registry. Knows no domain type.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
@@ -169,9 +170,46 @@ pub fn init(json: bool, filter: &str) -> Result<(), String> {
     done.map_err(|error| format!("logging cannot start: {error}"))
 }
 
+/// A text of somebody else, fit for a log or a terminal: what would end the line, steer the terminal or turn the writing
+/// direction is written out, such as `\n` and `\u{1b}`. Without that a guest could forge lines of other plugins.
+pub fn one_line(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(is_unsafe_to_show) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if is_unsafe_to_show(c) {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    Cow::Owned(shown)
+}
+
+fn is_unsafe_to_show(c: char) -> bool {
+    // Beside the control characters: line and paragraph separators, and what overrides the direction.
+    c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_shown_ends_its_line_or_steers_a_terminal() {
+        for (text, shown) in [
+            ("", ""),
+            ("late: 15 → 30 min, C:\\temp, \"ü\"", "late: 15 → 30 min, C:\\temp, \"ü\""),
+            ("one\r\ntwo\tthree\0", "one\\r\\ntwo\\tthree\\u{0}"),
+            ("\u{1b}[2J\u{9b}31m\u{7f}", "\\u{1b}[2J\\u{9b}31m\\u{7f}"),
+            ("a\u{2028}b\u{202e}c\u{2066}d", "a\\u{2028}b\\u{202e}c\\u{2066}d"),
+        ] {
+            assert_eq!(one_line(text), shown);
+            assert_eq!(one_line(shown), shown, "what is written out stays as it is");
+        }
+        assert!(matches!(one_line("plain"), Cow::Borrowed(_)));
+    }
 
     #[test]
     fn names_are_the_documented_ones() {

@@ -19,6 +19,7 @@ use super::registry::Shared;
 use super::window::{self, GuestWindow, Mapping, PART_ROWS_AT, Ring, WindowError, WorkerPart};
 use super::{FaultCause, PluginError, abi, check};
 use crate::catalog::NamespaceId;
+use crate::telemetry::one_line;
 
 /// What a guest's allocator may need around the window to align it.
 const WINDOW_SLACK: usize = 2 * WINDOW_ALIGN as usize;
@@ -36,21 +37,23 @@ pub struct CallFault {
     pub whole: bool,
     /// The row of the batch, where the guest named one.
     pub row: Option<usize>,
+    /// One line: parts of it are the guest's own words, and it goes to logs and terminals.
     pub message: String,
 }
 
 impl CallFault {
     pub fn new(cause: FaultCause, message: impl Into<String>) -> CallFault {
-        CallFault { cause, host: false, whole: false, row: None, message: message.into() }
+        CallFault::at(cause, None, message)
     }
 
     /// A fault that this guest, in this call, told of one row.
-    pub fn at(cause: FaultCause, row: Option<usize>, message: String) -> CallFault {
+    pub fn at(cause: FaultCause, row: Option<usize>, message: impl Into<String>) -> CallFault {
+        let message = one_line(&message.into()).into_owned();
         CallFault { cause, host: false, whole: false, row, message }
     }
 
     pub fn host(message: String) -> CallFault {
-        CallFault { cause: FaultCause::Memory, host: true, whole: true, row: None, message }
+        CallFault { host: true, whole: true, ..CallFault::new(FaultCause::Memory, message) }
     }
 
     fn whole(self) -> CallFault {
