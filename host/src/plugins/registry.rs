@@ -12,6 +12,7 @@ use wire::{Schema, abi};
 use super::engine::{Compiled, Engine};
 use super::instance::{CallFault, Instances, Map, Setup, Space, SpaceKind};
 use super::logs::Logs;
+use super::meters::{Meter, Meters};
 use super::pipeline::{OpenStage, Runner, Unit};
 use super::window::{Lease, Mapping, Ring, WorkerPart};
 use super::{
@@ -24,9 +25,14 @@ use crate::telemetry::Metrics;
 /// Counters that plugins keep through `metric`, over all plugins: more would make `/metrics` theirs to flood.
 const GUEST_METRICS: usize = 512;
 
-/// Where module bytes come from when a hash is not compiled yet.
+/// Where module bytes come from when a hash is not compiled yet, and what else only the store knows.
 pub trait ModuleSource: Send + Sync {
     fn wasm(&self, sha256: &str) -> Result<Option<bytes::Bytes>, String>;
+
+    /// What a namespace is called: a label in metrics. Without a name it is its number.
+    fn namespace_name(&self, _namespace: NamespaceId) -> Option<String> {
+        None
+    }
 
     /// A secret of this store, made once: the key under which compiled modules are kept.
     fn secret(&self) -> Result<[u8; 32], String>;
@@ -39,6 +45,7 @@ pub struct Shared {
     pub mapping: Mapping,
     pub metrics: Arc<Metrics>,
     pub logs: Arc<Logs>,
+    meters: Meters,
     source: Box<dyn ModuleSource>,
     /// Read on the commit path, so it is swapped whole; changed under `rings_change`.
     rings: ArcSwap<HashMap<NamespaceId, Arc<Ring>>>,
@@ -152,6 +159,7 @@ impl Plugins {
             options,
             engine,
             mapping,
+            meters: Meters::new(metrics.clone()),
             metrics,
             logs: Arc::new(Logs::new(rand::random())),
             source,
@@ -194,7 +202,7 @@ impl Plugins {
             let name: Arc<str> = "upload".into();
             return worker.try_start(&name, module).map_err(refused);
         }
-        let setup = setup("upload", module.clone(), "", &input)?;
+        let setup = setup("upload", self.shared.meters.unseen(), module.clone(), "", &input)?;
         let owner = Owner::shared(NamespaceId(0));
         match worker.configure(&owner, &setup)? {
             // Deliberate: it may need a column it looks up by name. Subscribing will tell.
@@ -211,6 +219,12 @@ impl Plugins {
     /// What plugins said through `log`.
     pub fn logs(&self) -> &Logs {
         &self.shared.logs
+    }
+
+    /// The plugin is gone, and one that is made again under its name is another one.
+    pub fn forget(&self, namespace: NamespaceId, plugin: &str) {
+        self.shared.logs.forget(namespace, plugin);
+        self.shared.meters.forget(namespace, plugin);
     }
 
     /// Whether a pipeline of the namespace was ever opened: only then is [`Plugins::publish`] worth finding a section for.
@@ -351,12 +365,21 @@ impl PluginWorker {
         if module.kind.sees_changes() {
             pipeline.semantics = Semantics::Feed;
         }
-        let setup = Arc::new(setup(&stage.name, module, &stage.params, input)?);
+        let meter = self.meter(pipeline.owner.namespace, &stage.name);
+        let setup = Arc::new(setup(&stage.name, meter, module, &stage.params, input)?);
         let configured = self.configure(&pipeline.owner, &setup)?;
         let schema = configured.as_ref().ok().and_then(Option::as_ref);
         let kinds = schema.map(|schema| schema.columns.iter().map(|column| column.ty.kind()).collect());
         pipeline.stages.push(OpenStage { setup: setup.clone(), kinds: kinds.unwrap_or_default() });
         configured.map_err(|fault| refused(&setup, pipeline.stages.len() - 1, fault))
+    }
+
+    fn meter(&self, namespace: NamespaceId, plugin: &str) -> Arc<Meter> {
+        if !self.with_ring {
+            return self.shared.meters.unseen();
+        }
+        let name = || self.shared.source.namespace_name(namespace).unwrap_or_else(|| namespace.0.to_string());
+        self.shared.meters.of(namespace, plugin, name)
     }
 
     /// Runs any number of rows (in batches of ≤ 64 per call) through a pipeline of row kinds. An error names the first row
@@ -404,6 +427,7 @@ impl PluginWorker {
             shared: &self.shared,
             space,
             instances: &mut self.instances,
+            origin: input.origin,
             base: input.base,
             lease,
             on_error: open.on_error,
@@ -447,6 +471,7 @@ impl PluginWorker {
             // A guest that says no to its parameters has not failed.
             if fault.cause != FaultCause::Failed {
                 self.shared.metrics.plugin_failures.inc();
+                setup.meter.failed(fault.cause);
                 self.instances.forget(setup, space);
             }
         }
@@ -541,7 +566,13 @@ fn fits(pipeline: &Pipeline, name: &str, module: &Compiled) -> Result<(), Plugin
     Ok(())
 }
 
-fn setup(plugin: &str, module: Arc<Compiled>, text: &str, input: &Schema) -> Result<Setup, PluginError> {
+fn setup(
+    plugin: &str,
+    meter: Arc<Meter>,
+    module: Arc<Compiled>,
+    text: &str,
+    input: &Schema,
+) -> Result<Setup, PluginError> {
     let (params, params_at) = params::image(plugin, &module.manifest, text)?;
     let reads = params::reads(plugin, &module.manifest, input)?;
     let input = abi::encode_schema(input).map_err(|error| PluginError::Host(format!("the input schema: {error}")))?;
@@ -550,7 +581,7 @@ fn setup(plugin: &str, module: Arc<Compiled>, text: &str, input: &Schema) -> Res
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    Ok(Setup { plugin: plugin.into(), module, key: hash.finalize().into(), params, params_at, reads, input })
+    Ok(Setup { plugin: plugin.into(), meter, module, key: hash.finalize().into(), params, params_at, reads, input })
 }
 
 /// A guest that will not be configured says what is wrong with its parameters; everything else is its fault.
