@@ -72,6 +72,7 @@ impl CallFault {
 /// A module with parameters for one input: what an instance is configured with.
 pub struct Setup {
     pub plugin: Arc<str>,
+    pub version: u32,
     /// What its calls are counted in, found here so that no call has to look for it.
     pub meter: Arc<Meter>,
     pub module: Arc<Compiled>,
@@ -396,7 +397,7 @@ impl Body {
             return Err(CallFault::at(FaultCause::Failed, row, message));
         }
         if guest.is_live() {
-            self.shared.count_guest_metrics(&setup.plugin, &mut guest.metrics);
+            setup.meter.count(setup.version, &mut guest.metrics);
         }
         Ok(answer)
     }

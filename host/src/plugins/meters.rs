@@ -9,7 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{FaultCause, Origin};
 use crate::catalog::NamespaceId;
-use crate::telemetry::{Counter, Gauge, Histogram, Labels, Metrics};
+use crate::telemetry::{Counter, Family, Gauge, Histogram, Labels, Metrics};
+
+/// Counters that one plugin keeps through `metric`: more would make `/metrics` its own to flood.
+const GUEST_METRICS: usize = 64;
 
 /// The meters of all plugins.
 pub struct Meters {
@@ -34,6 +37,9 @@ pub struct Meter {
     faults: [Counter; FaultCause::ALL.len()],
     /// Linear memory of its instances beside their windows.
     pub memory: Gauge,
+    /// What it counts itself, as series and by name.
+    guest_family: Family<Labels, Counter<f64>>,
+    guest: Mutex<GuestMetrics>,
 }
 
 // Their numbers are places in these arrays.
@@ -53,6 +59,17 @@ const _: () = {
 struct FromOrigin {
     seconds: Histogram,
     changes: Counter,
+}
+
+#[derive(Default)]
+struct GuestMetrics {
+    /// With the newest version that counted it. A name that only older versions used makes room for one of a newer one:
+    /// what a version invented without end goes with that version.
+    counters: HashMap<String, (u32, Counter<f64>)>,
+    /// The newest version that was told of the limit: once is enough.
+    warned: u32,
+    /// The plugin was deleted.
+    gone: bool,
 }
 
 impl Meters {
@@ -108,6 +125,8 @@ impl Meter {
             output_bytes: metrics.plugin_output_bytes.get_or_create_owned(&own),
             faults: FaultCause::ALL.map(fault),
             memory: metrics.plugin_memory_bytes.get_or_create_owned(&own),
+            guest_family: metrics.plugin_metrics.clone(),
+            guest: Mutex::default(),
             own,
         }
     }
@@ -133,7 +152,56 @@ impl Meter {
         self.faults[cause as usize].inc();
     }
 
+    /// Adds what a call of that version counted by itself, and empties it.
+    pub fn count(&self, version: u32, counted: &mut Vec<(String, f64)>) {
+        if counted.is_empty() {
+            return;
+        }
+        let mut guard = self.guest();
+        let guest = &mut *guard;
+        for (name, value) in counted.drain(..) {
+            if let Some((newest, counter)) = guest.counters.get_mut(&name) {
+                *newest = version.max(*newest);
+                counter.inc_by(value);
+            } else if guest.gone {
+                // Nobody would see it, and nobody would take it away.
+            } else if self.has_room(guest, version) {
+                let counter = self.guest_family.get_or_create_owned(&with(&self.own, "name", &name));
+                counter.inc_by(value);
+                guest.counters.insert(name, (version, counter));
+            } else if guest.warned < version {
+                guest.warned = version;
+                let plugin = self.own.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>().join(".");
+                tracing::warn!(
+                    target: "plugin", plugin = plugin.as_str(), version,
+                    "metric `{name}` is not counted, nor are others that are new: a plugin has at most {GUEST_METRICS}"
+                );
+            }
+        }
+    }
+
+    /// Whether another name may be counted; one of an older version goes where that is needed.
+    fn has_room(&self, guest: &mut GuestMetrics, version: u32) -> bool {
+        if guest.counters.len() < GUEST_METRICS {
+            return true;
+        }
+        let older = guest.counters.iter().find(|(_, (newest, _))| *newest < version);
+        let Some(name) = older.map(|(name, _)| name.clone()) else { return false };
+        guest.counters.remove(&name);
+        self.guest_family.remove(&with(&self.own, "name", &name));
+        true
+    }
+
+    fn guest(&self) -> MutexGuard<'_, GuestMetrics> {
+        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn remove_from(&self, metrics: &Metrics) {
+        let mut guest = self.guest();
+        guest.gone = true;
+        for (name, _) in guest.counters.drain() {
+            self.guest_family.remove(&with(&self.own, "name", &name));
+        }
         let own = &self.own;
         for origin in Origin::ALL {
             let labels = with(own, "source", origin.as_str());
@@ -219,5 +287,55 @@ mod tests {
         assert!(lines(&text).iter().all(|line| line.contains(r#"namespace="other""#)), "{text}");
         assert!(!lines(&text).is_empty());
         assert!(!Arc::ptr_eq(&meter, &meters.of(NS, "p", || "main".to_owned())), "one that is made again starts anew");
+    }
+
+    /// So many names that nobody has had yet, each counted once by this version.
+    fn invent(meter: &Meter, version: u32, names: std::ops::Range<usize>) {
+        let mut counted: Vec<(String, f64)> = names.map(|name| (format!("n{name}"), 1.0)).collect();
+        meter.count(version, &mut counted);
+        assert!(counted.is_empty());
+    }
+
+    /// One plugin with names made at random took the places of all others, for ever.
+    #[test]
+    fn what_guests_count_is_bounded_by_plugin_and_older_versions_make_room() {
+        let (metrics, exposition) = Metrics::new();
+        let meters = Meters::new(metrics);
+        let names = |plugin: &str| {
+            let text = exposition.openmetrics().unwrap();
+            let start = format!(r#"tidegate_plugin_metric_total{{namespace="main",plugin="{plugin}",name=""#);
+            let name = |line: &str| Some(line.strip_prefix(&start)?.replace("\"}", " ="));
+            let mut names: Vec<String> = text.lines().filter_map(name).collect();
+            names.sort();
+            names
+        };
+        let [flood, other] = ["flood", "p"].map(|plugin| meters.of(NS, plugin, || "main".to_owned()));
+        invent(&flood, 1, 0..1_000);
+        invent(&flood, 1, 63..65);
+        assert_eq!(names("flood").len(), GUEST_METRICS);
+        assert!(names("flood").contains(&"n63 = 2.0".to_owned()), "those it has go on");
+        assert_eq!(flood.guest().warned, 1);
+        invent(&other, 1, 0..1);
+        assert_eq!(names("p"), ["n0 = 1.0"], "another plugin has its own");
+
+        // Another version, which uses one of the names and has few of its own.
+        invent(&flood, 2, 5..6);
+        invent(&flood, 2, 2_000..2_003);
+        assert_eq!(names("flood").len(), GUEST_METRICS);
+        for kept in ["n5 = 2.0", "n2000 = 1.0", "n2001 = 1.0", "n2002 = 1.0"] {
+            assert!(names("flood").contains(&kept.to_owned()), "{kept}: {:?}", names("flood"));
+        }
+        // A stream that is pinned to the older one takes nothing away from it.
+        invent(&flood, 1, 3_000..3_100);
+        assert!(!names("flood").iter().any(|name| name.starts_with("n300")), "{:?}", names("flood"));
+        invent(&flood, 2, 4_000..5_000);
+        assert!(names("flood").contains(&"n5 = 2.0".to_owned()));
+        assert!(names("flood").contains(&"n4059 = 1.0".to_owned()), "the places of the older one, and no more");
+        assert!(!names("flood").contains(&"n4060 = 1.0".to_owned()));
+
+        meters.forget(NS, "flood");
+        invent(&flood, 2, 0..3);
+        assert!(names("flood").is_empty(), "{:?}", names("flood"));
+        assert_eq!(names("p"), ["n0 = 1.0"]);
     }
 }

@@ -1,6 +1,6 @@
 //! All plugins of the server: compiled modules by hash, rings by namespace, workers.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -21,9 +21,6 @@ use super::{
 };
 use crate::catalog::{NamespaceId, OnError, Semantics, Seq};
 use crate::telemetry::Metrics;
-
-/// Counters that plugins keep through `metric`, over all plugins: more would make `/metrics` theirs to flood.
-const GUEST_METRICS: usize = 512;
 
 /// Where module bytes come from when a hash is not compiled yet, and what else only the store knows.
 pub trait ModuleSource: Send + Sync {
@@ -50,29 +47,12 @@ pub struct Shared {
     /// Read on the commit path, so it is swapped whole; changed under `rings_change`.
     rings: ArcSwap<HashMap<NamespaceId, Arc<Ring>>>,
     rings_change: Mutex<()>,
-    guest_metrics: Mutex<HashSet<(String, String)>>,
     chaos: AtomicU64,
 }
 
 impl Shared {
     pub fn chaos(&self) -> u64 {
         self.chaos.load(Ordering::Relaxed)
-    }
-
-    /// Adds what a call counted to the plugin's counters.
-    pub fn count_guest_metrics(&self, plugin: &str, counted: &mut Vec<(String, f64)>) {
-        for (name, value) in counted.drain(..) {
-            let key = (plugin.to_owned(), name);
-            let mut known = self.guest_metrics.lock().unwrap_or_else(PoisonError::into_inner);
-            if !known.contains(&key) && known.len() >= GUEST_METRICS {
-                tracing::warn!(target: "plugin", plugin, "metric `{}` is not counted: all plugins together have {GUEST_METRICS}", key.1);
-                continue;
-            }
-            known.insert(key.clone());
-            drop(known);
-            let labels = vec![("plugin", key.0), ("name", key.1)];
-            self.metrics.plugin_metrics.get_or_create(&labels).inc_by(value);
-        }
     }
 
     /// The namespace's ring, made now where there is none.
@@ -165,7 +145,6 @@ impl Plugins {
             source,
             rings: ArcSwap::default(),
             rings_change: Mutex::new(()),
-            guest_metrics: Mutex::default(),
             chaos: AtomicU64::new(chaos),
         };
         Ok(Plugins { shared: Arc::new(shared) })
@@ -202,7 +181,7 @@ impl Plugins {
             let name: Arc<str> = "upload".into();
             return worker.try_start(&name, module).map_err(refused);
         }
-        let setup = setup("upload", self.shared.meters.unseen(), module.clone(), "", &input)?;
+        let setup = setup(&tried("upload"), self.shared.meters.unseen(), module.clone(), &input)?;
         let owner = Owner::shared(NamespaceId(0));
         match worker.configure(&owner, &setup)? {
             // Deliberate: it may need a column it looks up by name. Subscribing will tell.
@@ -366,7 +345,7 @@ impl PluginWorker {
             pipeline.semantics = Semantics::Feed;
         }
         let meter = self.meter(pipeline.owner.namespace, &stage.name);
-        let setup = Arc::new(setup(&stage.name, meter, module, &stage.params, input)?);
+        let setup = Arc::new(setup(stage, meter, module, input)?);
         let configured = self.configure(&pipeline.owner, &setup)?;
         let schema = configured.as_ref().ok().and_then(Option::as_ref);
         let kinds = schema.map(|schema| schema.columns.iter().map(|column| column.ty.kind()).collect());
@@ -566,22 +545,22 @@ fn fits(pipeline: &Pipeline, name: &str, module: &Compiled) -> Result<(), Plugin
     Ok(())
 }
 
-fn setup(
-    plugin: &str,
-    meter: Arc<Meter>,
-    module: Arc<Compiled>,
-    text: &str,
-    input: &Schema,
-) -> Result<Setup, PluginError> {
-    let (params, params_at) = params::image(plugin, &module.manifest, text)?;
-    let reads = params::reads(plugin, &module.manifest, input)?;
+/// An upload that is no version of anything yet.
+fn tried(name: &str) -> Stage {
+    Stage { name: name.to_owned(), version: 0, sha256: String::new(), params: String::new() }
+}
+
+fn setup(stage: &Stage, meter: Arc<Meter>, module: Arc<Compiled>, input: &Schema) -> Result<Setup, PluginError> {
+    let (params, params_at) = params::image(&stage.name, &module.manifest, &stage.params)?;
+    let reads = params::reads(&stage.name, &module.manifest, input)?;
     let input = abi::encode_schema(input).map_err(|error| PluginError::Host(format!("the input schema: {error}")))?;
     let mut hash = Sha256::new();
     for part in [module.sha256.as_bytes(), &params, &reads, &input] {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    Ok(Setup { plugin: plugin.into(), meter, module, key: hash.finalize().into(), params, params_at, reads, input })
+    let (plugin, key) = (stage.name.as_str().into(), hash.finalize().into());
+    Ok(Setup { plugin, version: stage.version, meter, module, key, params, params_at, reads, input })
 }
 
 /// A guest that will not be configured says what is wrong with its parameters; everything else is its fault.

@@ -461,7 +461,8 @@ fn what_plugins_say_is_counted_and_capped() {
     let id = worker.open(Owner::user(NS, "ann"), &[stage], &table(), OnError::Stop).unwrap().id;
     run(&mut worker, id, None, &values(&[1])).unwrap();
     assert_eq!(said().pop().unwrap().user.as_deref(), Some("ann"));
-    let labels = vec![("plugin", "chatty".to_owned()), ("name", "seen".to_owned())];
+    let mut labels = labels("chatty");
+    labels.push(("name", "seen".to_owned()));
     assert_eq!(fixture.metrics.plugin_metrics.get_or_create(&labels).get(), 7.5, "three calls");
 }
 
