@@ -18,7 +18,7 @@ use host::catalog::{NamespaceId, OnError, Seq, Stage};
 use host::config::Config;
 use host::plugins::registry::{Owner, PluginWorker};
 use host::plugins::window::Mapping;
-use host::plugins::{ModuleSource, PipelineId, Plugins, Rows};
+use host::plugins::{ModuleSource, Origin, PipelineId, Plugins, Rows};
 use host::telemetry::Metrics;
 use late::{Late, late};
 use wire::frame::ChangeMeta;
@@ -136,7 +136,7 @@ impl Side {
         let commit = Some(Seq(self.seq));
         self.plugins.publish(NS, Seq(self.seq), &rows.bytes);
         per_row(rows.places.len(), || {
-            let rows = Rows { commit, base: &rows.bytes, places: &rows.places };
+            let rows = Rows { origin: Origin::Live, commit, base: &rows.bytes, places: &rows.places };
             black_box(self.worker.run(self.pipeline, rows).expect("an honest filter"));
         })
     }

@@ -22,6 +22,7 @@ mod ops;
 mod oracle;
 mod overload;
 mod plugin_logs;
+mod plugin_metrics;
 mod plugin_users;
 mod plugins;
 mod power_cut;

@@ -9,10 +9,10 @@ use wire::image::ImageAt;
 use wire::{ChangeAt, FrameView, ImageRef, Schema, Scope};
 
 use super::errors::{self, PluginErrors};
-use crate::catalog::Table;
+use crate::catalog::{NamespaceId, Table};
 use crate::live::{Batch, ChangeOutput, GroupSpec, Pass, Piped, PipelineFault, Pipelines, Program, ProgramError};
 use crate::plugins::registry::{ModuleSource, Owner, PluginWorker, Plugins};
-use crate::plugins::{Changes, PipelineId, PluginError, Stage, UnitFault};
+use crate::plugins::{Changes, Origin, PipelineId, PluginError, Rows, Stage, UnitFault};
 use crate::sql::live::LivePlan;
 use crate::store::{Commit, Seq, Store, StoreError};
 
@@ -25,6 +25,11 @@ pub(super) struct StoredModules(pub(super) Store);
 impl ModuleSource for StoredModules {
     fn wasm(&self, sha256: &str) -> Result<Option<Bytes>, String> {
         self.0.plugin_wasm(sha256).map_err(|error| error.to_string())
+    }
+
+    fn namespace_name(&self, namespace: NamespaceId) -> Option<String> {
+        let catalog = self.0.catalog();
+        catalog.namespaces().find(|found| found.id == namespace).map(|found| found.name.clone())
     }
 
     fn secret(&self) -> Result<[u8; 32], String> {
@@ -147,7 +152,8 @@ impl Pipelines for WorkerPipelines {
 
     fn run(&mut self, id: u64, batch: Batch<'_>, places: &[ImageAt]) -> Result<Piped, PipelineFault> {
         let commit = self.group(id)?.in_ring(batch);
-        let piped = self.worker.run(PipelineId(id), crate::plugins::Rows { commit, base: batch.base, places });
+        let rows = Rows { origin: origin(batch.pass), commit, base: batch.base, places };
+        let piped = self.worker.run(PipelineId(id), rows);
         let group = self.group(id)?;
         let piped = piped.map_err(|error| fault(error, &group.stages))?;
         group.note(&self.errors, batch, &piped.faults, |at| (None, Some(*at)), places);
@@ -161,7 +167,8 @@ impl Pipelines for WorkerPipelines {
         changes: &[ChangeAt],
     ) -> Result<Vec<ChangeOutput>, PipelineFault> {
         let commit = self.group(id)?.in_ring(batch);
-        let piped = self.worker.run_changes(PipelineId(id), Changes { commit, base: batch.base, places: changes });
+        let input = Changes { origin: origin(batch.pass), commit, base: batch.base, places: changes };
+        let piped = self.worker.run_changes(PipelineId(id), input);
         let group = self.group(id)?;
         let piped = piped.map_err(|error| fault(error, &group.stages))?;
         group.note(&self.errors, batch, &piped.faults, |at| (at.old, at.new), changes);
@@ -176,6 +183,14 @@ impl Pipelines for WorkerPipelines {
     fn close(&mut self, id: u64) {
         self.open.remove(&id);
         self.worker.close(PipelineId(id));
+    }
+}
+
+fn origin(pass: Pass) -> Origin {
+    match pass {
+        Pass::Live => Origin::Live,
+        Pass::Replay => Origin::Replay,
+        Pass::Snapshot => Origin::Snapshot,
     }
 }
 
