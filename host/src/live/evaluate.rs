@@ -102,9 +102,9 @@ impl<'a> Rows<'a> {
     }
 
     /// Some of the changes, by their numbers.
-    pub(super) fn some(&self, changes: &[usize]) -> Self {
+    pub(super) fn some(&self, changes: impl Iterator<Item = usize>) -> Self {
         let mut rows = Rows { committed_at: self.committed_at, schema_version: self.schema_version, ..Rows::default() };
-        for change in changes.iter().map(|at| self.changes[*at]) {
+        for change in changes.map(|at| self.changes[at]) {
             let mut copy = |at: Option<usize>| at.map(|at| rows.push(self.images[at], self.places[at]));
             let (old, new) = (copy(change.old), copy(change.new));
             rows.changes.push(RowChange { old, new, ..change });

@@ -33,8 +33,8 @@ pub(super) struct Index {
 pub(super) struct Candidates {
     /// With all changes.
     pub any: Vec<u64>,
-    /// With these changes only, in order.
-    pub some: HashMap<u64, Vec<usize>>,
+    /// With some of them: groups and the numbers of their changes, in order.
+    pub some: Vec<(u64, usize)>,
     /// To be run again.
     pub requery: Vec<u64>,
 }
@@ -153,7 +153,7 @@ impl Groups {
     fn candidates(&self, rows: &Rows<'_>) -> Candidates {
         let mut found = Candidates {
             any: self.any.iter().copied().collect(),
-            some: HashMap::new(),
+            some: Vec::new(),
             requery: self.requery.iter().copied().collect(),
         };
         let (mut ids, mut before, mut after) = (Vec::new(), Vec::new(), Vec::new());
@@ -168,13 +168,11 @@ impl Groups {
                     conditions.fitting(new, &mut ids);
                 }
             }
-            for id in ids.drain(..) {
-                let changes = found.some.entry(id).or_default();
-                if changes.last() != Some(&change) {
-                    changes.push(change);
-                }
-            }
+            found.some.extend(ids.drain(..).map(|id| (id, change)));
         }
+        found.some.sort_unstable();
+        // By its old and its new row, and by several conditions of one group.
+        found.some.dedup();
         found
     }
 }

@@ -416,13 +416,16 @@ impl Worker {
             }
             let rows = Rows::of_section(section, table, committed_at);
             let candidates = self.index.candidates(table, &section.scope, &rows);
-            self.shared.metrics.live_candidates.inc_by((candidates.any.len() + candidates.some.len()) as u64);
+            let mut asked = candidates.any.len() as u64;
             for id in candidates.any {
                 self.deliver(id, source, &rows);
             }
-            for (id, changes) in candidates.some {
-                self.deliver(id, source, &rows.some(&changes));
+            for of_group in candidates.some.chunk_by(|(one, _), (other, _)| one == other) {
+                let changes = of_group.iter().map(|(_, change)| *change);
+                self.deliver(of_group[0].0, source, &rows.some(changes));
+                asked += 1;
             }
+            self.shared.metrics.live_candidates.inc_by(asked);
             for id in candidates.requery {
                 self.touch(id, seq);
             }

@@ -134,7 +134,8 @@ proptest! {
             let fits = |row: &Option<ImageRef<'_>>| row.is_some_and(|row| spec.admits(&row));
             let expected: Vec<usize> =
                 refs.iter().enumerate().filter(|(_, (old, new))| fits(old) || fits(new)).map(|(at, _)| at).collect();
-            let named = found.some.get(&(id as u64)).cloned().unwrap_or_default();
+            let of_group = found.some.iter().filter(|(group, _)| *group == id as u64);
+            let named: Vec<usize> = of_group.map(|(_, change)| *change).collect();
             match (&spec.anchors, gone[id]) {
                 (Anchors::Any, gone) => prop_assert_eq!(found.any.contains(&(id as u64)), !gone),
                 (_, true) => prop_assert!(named.is_empty()),
