@@ -65,7 +65,7 @@ use event::CommitEvents;
 use group::Registry;
 pub use index::admits;
 pub use requery::{Answer, Images, Requery, RequeryError, Rerun};
-pub use subscription::{Delivery, EndReason, Subscription};
+pub use subscription::{Delivery, EndReason, Heartbeat, Subscription};
 use tail::{CommitTail, lock};
 use worker::{Joined, Mailbox, Shared};
 
@@ -332,14 +332,13 @@ impl Live {
             let seat = shared.registry.enter(&spec, worker)?;
             match worker.join(Arc::clone(&seat.group)).await {
                 Some(Joined::Ready) => {
-                    let heartbeat = shared.options.heartbeat;
                     return Ok(match from {
-                        From::Snapshot => Subscription::snapshot(seat, None, heartbeat),
-                        From::Last(rows) => Subscription::snapshot(seat, Some(rows), heartbeat),
-                        From::After(seq) => Subscription::after(seat, seq, heartbeat),
+                        From::Snapshot => Subscription::snapshot(seat, None),
+                        From::Last(rows) => Subscription::snapshot(seat, Some(rows)),
+                        From::After(seq) => Subscription::after(seat, seq),
                         // Where a result begins is known when it has been looked at: a snapshot of no rows says it.
-                        From::Now if spec.requery.is_some() => Subscription::snapshot(seat, Some(0), heartbeat),
-                        From::Now => Subscription::after(seat, now, heartbeat),
+                        From::Now if spec.requery.is_some() => Subscription::snapshot(seat, Some(0)),
+                        From::Now => Subscription::after(seat, now),
                     });
                 }
                 Some(Joined::Ended) => {}
@@ -347,6 +346,11 @@ impl Live {
                 None => return Err(SubscribeError::Closed),
             }
         }
+    }
+
+    /// For one stream; to be made where its runtime's timers are.
+    pub fn heartbeat(&self) -> Heartbeat {
+        Heartbeat::every(self.workers.shared.options.heartbeat)
     }
 
     /// What a group has told so far, and how far behind it is; zeros where there is none.

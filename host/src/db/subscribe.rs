@@ -25,7 +25,7 @@ use super::{
 };
 use crate::catalog::{Anchors, Catalog, OnError, Semantics, Table};
 use crate::live::position::Position;
-use crate::live::{Delivery, EndReason, From, GroupSpec, OldMode, Rerun, SubscribeError, Subscription};
+use crate::live::{Delivery, EndReason, From, GroupSpec, Heartbeat, OldMode, Rerun, SubscribeError, Subscription};
 use crate::plugins::Stage;
 use crate::sql::live::requery::RequeryPlan;
 use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
@@ -54,6 +54,7 @@ pub struct LiveStream {
     queue: VecDeque<LiveOutput>,
     uses: PluginUses,
     listed: Listed,
+    heartbeat: Heartbeat,
 }
 
 enum State {
@@ -123,6 +124,7 @@ impl Db {
             unchecked: None,
             compiling: None,
             queue: VecDeque::new(),
+            heartbeat: self.inner.live.heartbeat(),
         };
         stream.join(from, opening).await?;
         stream.check_activation().await?;
@@ -400,7 +402,7 @@ impl LiveStream {
                     let delivery = tokio::select! {
                         biased;
                         () = self.listed.killed() => None,
-                        delivery = subscription.next() => Some(delivery),
+                        delivery = subscription.next(&mut self.heartbeat) => Some(delivery),
                     };
                     match delivery {
                         None => self.end(killed()),
