@@ -8,16 +8,17 @@
 //! What a connection has anyway is lent by it: a timer ([`Heartbeat`]), and the task that waits.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::PipelineFault;
 use super::group::Seat;
 use super::job::{Piece, SnapshotScan, Work};
 use super::tail::{EventsAfter, GroupEnd};
+use super::{GroupSpec, PipelineFault};
 use crate::store::Seq;
 
 /// Why a subscription ended.
@@ -154,6 +155,11 @@ impl Subscription {
     /// Commits after `cursor`.
     pub(super) fn after(seat: Seat, cursor: Seq) -> Self {
         Subscription { seat, cursor, state: State::Commits { caught_up: false } }
+    }
+
+    /// What the group is, as its first subscriber brought it.
+    pub fn spec(&self) -> &Arc<GroupSpec> {
+        &self.seat.group.spec
     }
 
     /// Waits for the next delivery. Cancel-safe. After the end it gives the end again.
