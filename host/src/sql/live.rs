@@ -140,7 +140,7 @@ impl Compiled {
     }
 
     fn evaluate(&self, rows: &[ImageRef<'_>], constants: &[ScalarValue]) -> Result<Vec<ArrayRef>, SqlError> {
-        let mut builder = RowBatchBuilder::new(&self.columns, rows.len()).with_schema(self.stored.clone());
+        let mut builder = RowBatchBuilder::with_schema(self.stored.clone(), &self.columns, rows.len());
         for row in rows {
             builder.push(row)?;
         }
