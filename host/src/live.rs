@@ -46,6 +46,7 @@ mod tail;
 mod tests;
 mod worker;
 
+use std::any::Any;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
@@ -70,12 +71,28 @@ use tail::{CommitTail, lock};
 use worker::{Joined, Mailbox, Shared};
 
 /// A compiled live query over row images of one table.
-pub trait Program: Send + Sync {
+pub trait Program: Any + Send + Sync {
     fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, ProgramError>;
+    /// The same for programs that can be asked together, `None` for one that is asked by itself.
+    fn shape(&self) -> Option<usize> {
+        None
+    }
+    /// What [`matches`](Program::matches) of each program answers, one behind the other. All are of this one's shape, and
+    /// none is asked about no rows. Where it fails they are asked one by one.
+    fn matches_each(&self, asked: &[Question<'_>]) -> Result<Vec<bool>, ProgramError> {
+        let answers = asked.iter().map(|Question { program, rows }| program.matches(rows));
+        Ok(answers.collect::<Result<Vec<_>, _>>()?.concat())
+    }
     /// The SELECT list over rows that matched.
     fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError>;
     /// Columns of `schema` (the key, or a transform's output) as a batch.
     fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError>;
+}
+
+/// Which of these rows does it match?
+pub struct Question<'a> {
+    pub program: &'a Arc<dyn Program>,
+    pub rows: &'a [ImageRef<'a>],
 }
 
 /// Evaluating a row failed (say, a cast or a division by zero): the stream fails with this message.

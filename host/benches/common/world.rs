@@ -1,6 +1,7 @@
 //! Our side, as a library: a store, the SQL engine, and live queries over them. In a folder of its own, because cargo
 //! takes every file beside the benches for one; each bench that needs it names it by its path.
 
+use std::any::Any;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use host::config::{Config, Role};
 use host::http::sse::Events;
 use host::live::{
     Batch, ChangeOutput, Delivery, GroupSpec, Heartbeat, Live, OldMode, Piped, PipelineFault, Pipelines, Program,
-    ProgramError, Subscription,
+    ProgramError, Question, Subscription,
 };
 use host::sql::live::{Live as Compiled, LivePlan};
 use host::sql::session::Sql;
@@ -133,6 +134,11 @@ impl World {
 
 struct Query(LivePlan);
 
+fn plan<'a>(asked: &Question<'a>) -> (&'a LivePlan, &'a [ImageRef<'a>]) {
+    let program: &dyn Any = &**asked.program;
+    (&program.downcast_ref::<Query>().expect("all are of this kind").0, asked.rows)
+}
+
 fn failed(error: impl std::fmt::Display) -> ProgramError {
     ProgramError(error.to_string())
 }
@@ -140,6 +146,15 @@ fn failed(error: impl std::fmt::Display) -> ProgramError {
 impl Program for Query {
     fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, ProgramError> {
         self.0.matches(rows).map_err(failed)
+    }
+
+    fn shape(&self) -> Option<usize> {
+        self.0.shape()
+    }
+
+    fn matches_each(&self, asked: &[Question<'_>]) -> Result<Vec<bool>, ProgramError> {
+        let plans: Vec<_> = asked.iter().map(plan).collect();
+        LivePlan::matches_each(&plans).map_err(failed)
     }
 
     fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
