@@ -1,5 +1,6 @@
 //! What `live` and `plugins` ask for through their small traits, answered by the other modules.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -10,7 +11,9 @@ use wire::{ChangeAt, FrameView, ImageRef, Schema, Scope};
 
 use super::errors::{self, PluginErrors};
 use crate::catalog::{NamespaceId, Table};
-use crate::live::{Batch, ChangeOutput, GroupSpec, Pass, Piped, PipelineFault, Pipelines, Program, ProgramError};
+use crate::live::{
+    Batch, ChangeOutput, GroupSpec, Pass, Piped, PipelineFault, Pipelines, Program, ProgramError, Question,
+};
 use crate::plugins::registry::{ModuleSource, Owner, PluginWorker, Plugins};
 use crate::plugins::{Changes, Origin, PipelineId, PluginError, Rows, Stage, UnitFault};
 use crate::sql::live::LivePlan;
@@ -51,6 +54,17 @@ impl Program for PlanProgram {
         self.0.matches(rows).map_err(|error| ProgramError(error.to_string()))
     }
 
+    fn shape(&self) -> Option<usize> {
+        self.0.shape()
+    }
+
+    fn matches_each(&self, asked: &[Question<'_>]) -> Result<Vec<bool>, ProgramError> {
+        let Some(asked) = asked.iter().map(plan).collect::<Option<Vec<_>>>() else {
+            return Err(ProgramError("programs of several kinds were asked together".to_owned()));
+        };
+        LivePlan::matches_each(&asked).map_err(|error| ProgramError(error.to_string()))
+    }
+
     fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
         self.0.project(rows).map_err(|error| ProgramError(error.to_string()))
     }
@@ -58,6 +72,11 @@ impl Program for PlanProgram {
     fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
         crate::sql::arrow::to_batch(schema, rows).map_err(|error| ProgramError(error.to_string()))
     }
+}
+
+fn plan<'a>(asked: &Question<'a>) -> Option<(&'a LivePlan, &'a [ImageRef<'a>])> {
+    let program: &dyn Any = &**asked.program;
+    program.downcast_ref::<PlanProgram>().map(|program| (&program.0, asked.rows))
 }
 
 /// One worker's plugins for `live`.
