@@ -37,15 +37,17 @@ const NS: NamespaceId = NamespaceId(1);
 /// Long enough for a steady figure, short enough for all 64 of them.
 const MEASURED: Duration = Duration::from_millis(300);
 
+type Column = (&'static str, Type);
+
 /// A plugin with the table it reads.
 struct Work {
     /// The name of its module, and of Extism's function.
     plugin: &'static str,
     /// The key first; the last one only makes the row long.
-    columns: &'static [(&'static str, Type)],
+    columns: &'static [Column],
     row: fn(i64, String) -> Vec<Value>,
     /// Nanoseconds a change of the plugin's own function over rows of these columns.
-    native: fn(&[(&str, Type)], &[Vec<Value>]) -> f64,
+    native: fn(&[Column], &[Vec<Value>]) -> f64,
 }
 
 /// Extism's program has the same rows.
@@ -236,7 +238,7 @@ impl Side {
     }
 }
 
-fn late_natively(columns: &[(&str, Type)], rows: &[Vec<Value>]) -> f64 {
+fn late_natively(columns: &[Column], rows: &[Vec<Value>]) -> f64 {
     let table = TestTable::new::<late::Flight>(columns).expect("the columns fit");
     let rows: Vec<_> = rows.iter().map(|row| table.row(row)).collect();
     let params = Late { minutes: 15 };
@@ -248,7 +250,7 @@ fn late_natively(columns: &[(&str, Type)], rows: &[Vec<Value>]) -> f64 {
 }
 
 /// With the output as bytes: what it borrows ends with the row, so whoever passes it on has to write it somewhere.
-fn local_units_natively(columns: &[(&str, Type)], rows: &[Vec<Value>]) -> f64 {
+fn local_units_natively(columns: &[Column], rows: &[Vec<Value>]) -> f64 {
     let table = TestTable::new::<local_units::Flight>(columns).expect("the columns fit");
     let rows: Vec<_> = rows.iter().map(|row| table.row(row)).collect();
     let params = LocalUnits { late_from: 15, very_late_from: 60 };
