@@ -7,17 +7,22 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// Rows of the large result, and bytes of each: more than a socket has room for.
-const ROWS: usize = 4_000;
+const ROWS: usize = 4_096;
 const BYTES: usize = 4_000;
+/// Rows that are written as text; the others are made of them, by doubling.
+const FIRST: usize = 32;
 
 const LIVE: &str = "/v1/live?sql=SELECT%20id%20FROM%20t%20WHERE%20id%20%3C%202";
 
 async fn table(server: &TestServer) -> Client {
     let db = server.admin();
     db.sql("CREATE TABLE t (id INT PRIMARY KEY, text TEXT)").await;
-    let values: Vec<String> = (0..ROWS).map(|id| format!("({id}, repeat('x', {BYTES}))")).collect();
-    for piece in values.chunks(500) {
-        db.sql(&format!("INSERT INTO t VALUES {}", piece.join(", "))).await;
+    let values: Vec<String> = (0..FIRST).map(|id| format!("({id}, repeat('x', {BYTES}))")).collect();
+    db.sql(&format!("INSERT INTO t VALUES {}", values.join(", "))).await;
+    let mut rows = FIRST;
+    while rows < ROWS {
+        db.sql(&format!("INSERT INTO t SELECT id + {rows}, text FROM t")).await;
+        rows *= 2;
     }
     db
 }
