@@ -16,12 +16,8 @@ torture:
 clients:
 	sh tests/clients/run.sh
 
-# By the profile that the server is built with: nothing heavy is compiled a second time.
 bench:
-	cargo bench --locked --workspace --profile dev --bench sql
-	cargo bench --locked --workspace --profile dev --bench live
-	cargo bench --locked --workspace --profile dev --bench plugins
-	cargo bench --locked --workspace --profile dev --bench ancestor
+	sh host/benches/run.sh
 
 fmt:
 	cargo fmt --all

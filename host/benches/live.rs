@@ -55,6 +55,8 @@ const MATCHES: usize = 10;
 const COMMITS: u64 = 200;
 /// What 100,000 may cost, of what 100 cost.
 const LIMIT: f64 = 1.5;
+/// Bytes that a subscription may hold.
+const SUBSCRIPTION_LIMIT: f64 = 50.0;
 
 /// One kind of live query: the text and the user of number `n`, and the row that it matches.
 struct Kind {
@@ -140,13 +142,14 @@ fn matching(world: &World, kind: &Kind, count: usize) -> (f64, usize) {
     let bytes = HELD.load(Ordering::Relaxed).saturating_sub(before) / count;
     let table = world.store.catalog().table("main", kind.table).unwrap().clone();
     let first = world.store.applied().0;
+    let mut heartbeat = world.heartbeat(&live);
     let mut times = Vec::new();
     for number in 1..=2 * COMMITS {
         let commit = commit(kind, &table, first + number);
         let started = Instant::now();
         live.published(&commit);
         for subscription in &mut open[..MATCHES] {
-            world.next_events(subscription);
+            world.next_events(subscription, &mut heartbeat);
         }
         if number > COMMITS {
             times.push(started.elapsed().as_nanos() as f64 / 1e3);
@@ -158,13 +161,14 @@ fn matching(world: &World, kind: &Kind, count: usize) -> (f64, usize) {
     (times[times.len() / 2], bytes)
 }
 
-/// Bytes that one more subscription of a group costs, its own struct apart (that is part of its connection).
+/// Bytes that one more subscription of a group costs: its struct, and what the allocator gave for anything beside it. A
+/// connection brings the rest: its request, its socket, and the timer that a quiet stream beats by.
 fn subscription_bytes(world: &World, count: usize) -> f64 {
     let live = world.live();
     let spec = world.spec("SELECT id FROM t", "admin");
     let _keeper = world.runtime.block_on(live.subscribe(spec.clone(), From::Now)).ok().unwrap();
-    let mut open: Vec<Subscription> = Vec::with_capacity(count);
     let before = HELD.load(Ordering::Relaxed);
+    let mut open: Vec<Subscription> = Vec::with_capacity(count);
     for _ in 0..count {
         open.push(world.runtime.block_on(live.subscribe(spec.clone(), From::Now)).ok().unwrap());
     }
@@ -182,7 +186,7 @@ fn main() {
     world.write("CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE)");
     world.write("CREATE TABLE u (id BIGINT PRIMARY KEY, room TEXT, heat DOUBLE) WITH (type = 'user')");
     println!("a commit of {MATCHES} rows with {MATCHES} matches, microseconds (median of {COMMITS}); bytes a group");
-    let mut over = 0;
+    let (mut over, mut large) = (0, 0);
     for kind in &KINDS {
         let (mut line, mut medians, mut bytes) = (String::new(), Vec::new(), 0);
         for size in &sizes {
@@ -197,8 +201,11 @@ fn main() {
         println!("{:>10}{line}  ratio {ratio:.2} (limit {LIMIT}: {said})  {bytes} bytes a group", kind.name);
     }
     for count in sizes.iter().filter(|size| **size >= 10_000) {
-        println!("{count} subscriptions of one group: {:.1} bytes each (limit 50)", subscription_bytes(&world, *count));
+        let bytes = subscription_bytes(&world, *count);
+        println!("{count} subscriptions of one group: {bytes:.1} bytes each (limit {SUBSCRIPTION_LIMIT})");
+        large += usize::from(bytes > SUBSCRIPTION_LIMIT);
     }
     world.store.close();
     assert_eq!(over, 0, "{over} kinds of live queries cost more as there are more of them");
+    assert_eq!(large, 0, "a subscription holds more than {SUBSCRIPTION_LIMIT} bytes");
 }

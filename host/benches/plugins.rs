@@ -1,5 +1,9 @@
-//! What one change costs in a one-column filter: read in place out of the ring, through the copying fallback, and by the
-//! same Rust function natively on rows of the same bytes.
+//! What one change costs in a one-column filter and in a transform: read in place out of the ring, through the copying
+//! fallback, by the same Rust function natively on rows of the same bytes, and by the same logic in Extism.
+//!
+//!   sh host/benches/run.sh plugins     builds the plugins and Extism's side first (`extism` beside this file)
+//!
+//! By itself, without Extism where its program was not built:
 //!
 //!   sh tests/run.sh plugins            builds the plugins, once
 //!   cargo bench --profile dev --workspace --bench plugins
@@ -7,29 +11,119 @@
 //! (The release profile is for guests; another profile here would compile every dependency again.)
 
 use std::hint::black_box;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use guest_sdk::native::{TestTable, Type as NativeType, Value as NativeValue};
+use guest_sdk::native::TestTable;
+use guest_sdk::output::Output;
 use guest_sdk::row::FromRow;
 use host::catalog::{NamespaceId, OnError, Seq, Stage};
 use host::config::Config;
 use host::plugins::registry::{Owner, PluginWorker};
 use host::plugins::window::Mapping;
-use host::plugins::{ModuleSource, PipelineId, Plugins, Rows};
+use host::plugins::{ModuleSource, Origin, PipelineId, Plugins, Rows};
 use host::telemetry::Metrics;
 use late::{Late, late};
+use local_units::{Local, LocalUnits, local_units};
 use wire::frame::ChangeMeta;
 use wire::image::ImageAt;
-use wire::{ColumnDecl, FrameBuilder, FrameView, ImageBuilder, Kind, Schema, Scope, Type};
+use wire::{ColumnDecl, FrameBuilder, FrameView, ImageBuilder, Kind, Schema, Scope, Type, Value};
 
 const NS: NamespaceId = NamespaceId(1);
-const KINDS: [Kind; 3] = [Kind::Int, Kind::Float, Kind::Text];
 
-/// Long enough for a steady figure, short enough for all 24 of them.
+/// Long enough for a steady figure, short enough for all 64 of them.
 const MEASURED: Duration = Duration::from_millis(300);
+
+type Column = (&'static str, Type);
+
+/// A plugin with the table it reads.
+struct Work {
+    /// The name of its module, and of Extism's function.
+    plugin: &'static str,
+    /// The key first; the last one only makes the row long.
+    columns: &'static [Column],
+    row: fn(i64, String) -> Vec<Value>,
+    /// Nanoseconds a change of the plugin's own function over rows of these columns.
+    native: fn(&[Column], &[Vec<Value>]) -> f64,
+}
+
+/// Extism's program has the same rows.
+static WORKS: [Work; 2] = [
+    Work {
+        plugin: "late",
+        columns: &[("id", Type::BigInt), ("dep_delay", Type::Double), ("pad", Type::Text)],
+        row: |id, pad| vec![Value::Int(id), delay(id), Value::Text(pad)],
+        native: late_natively,
+    },
+    Work {
+        plugin: "local_units",
+        columns: &[
+            ("id", Type::BigInt),
+            ("carrier", Type::Text),
+            ("flight", Type::Int),
+            ("origin", Type::Text),
+            ("dest", Type::Text),
+            ("distance", Type::Double),
+            ("dep_delay", Type::Double),
+            ("pad", Type::Text),
+        ],
+        row: |id, pad| {
+            let text = |text: &str| Value::Text(text.to_owned());
+            let [carrier, origin, dest] = ["UA", "EWR", "IAH"].map(text);
+            let (flight, distance) = (Value::Int(1545), Value::Float(1400.0));
+            vec![Value::Int(id), carrier, flight, origin, dest, distance, delay(id), Value::Text(pad)]
+        },
+        native: local_units_natively,
+    },
+];
+
+fn delay(id: i64) -> Value {
+    Value::Float((id % 40) as f64)
+}
+
+fn main() {
+    let extism = extism_program();
+    for work in &WORKS {
+        work.measure(extism.as_deref());
+    }
+    if extism.is_none() {
+        println!("Extism was not measured; `sh host/benches/run.sh plugins` builds it.");
+    }
+}
+
+impl Work {
+    fn measure(&self, extism: Option<&Path>) {
+        let wasm = module(self.plugin);
+        let [mut in_place, mut copying] = [Mapping::InPlace, Mapping::Copy].map(|way| Side::new(self, &wasm, way));
+        println!("{}", self.plugin);
+        println!(
+            "{:>8} {:>6} {:>14} {:>14} {:>14} {:>14} {:>10} {:>10} {:>10}",
+            "bytes", "batch", "in place", "copying", "native", "extism", "in/native", "copy/in", "extism/in"
+        );
+        for size in [256, 1024, 16 * 1024, 64 * 1024] {
+            for batch in [1, 64] {
+                let rows: Vec<_> = (0..batch).map(|id| (self.row)(id, "x".repeat(size))).collect();
+                let section = Section::new(self, &rows);
+                let [in_place, copying] = [in_place.nanos(&section), copying.nanos(&section)];
+                let native = (self.native)(self.columns, &rows);
+                let extism = extism.map(|program| in_extism(program, self.plugin, size, rows.len()));
+                let [nanos, ratio] = match extism {
+                    Some(extism) => [format!("{extism:.1} ns"), format!("{:.2}", extism / in_place)],
+                    None => ["-", "-"].map(str::to_owned),
+                };
+                println!(
+                    "{size:>8} {batch:>6} {in_place:>11.1} ns {copying:>11.1} ns {native:>11.1} ns {nanos:>14} \
+                     {:>10.2} {:>10.2} {ratio:>10}",
+                    in_place / native,
+                    copying / in_place
+                );
+            }
+        }
+    }
+}
 
 struct Module(Bytes);
 
@@ -43,58 +137,55 @@ impl ModuleSource for Module {
     }
 }
 
-fn main() {
-    let wasm = module();
-    let sides = [Mapping::InPlace, Mapping::Copy].map(|mapping| Side::new(&wasm, mapping));
-    let [mut in_place, mut copying] = sides;
-    println!(
-        "{:>8} {:>6} {:>14} {:>14} {:>14} {:>10} {:>10}",
-        "bytes", "batch", "in place", "copying", "native", "in/native", "copy/in"
-    );
-    for size in [256, 1024, 16 * 1024, 64 * 1024] {
-        for batch in [1, 64] {
-            let rows = Section::new(size, batch);
-            let [in_place, copying] = [in_place.nanos(&rows), copying.nanos(&rows)];
-            let native = native(size, batch);
-            println!(
-                "{size:>8} {batch:>6} {:>11.1} ns {:>11.1} ns {:>11.1} ns {:>10.2} {:>10.2}",
-                in_place,
-                copying,
-                native,
-                in_place / native,
-                copying / in_place
-            );
-        }
-    }
+/// The folder that cargo builds into.
+fn target() -> PathBuf {
+    let this = std::env::current_exe().expect("this program has a path");
+    this.ancestors().nth(3).expect("benches lie in deps/ of the profile's folder").to_owned()
 }
 
-fn module() -> Bytes {
-    let folder = std::env::var_os("TIDEGATE_PLUGINS").map(PathBuf::from).unwrap_or_else(|| {
-        let this = std::env::current_exe().expect("this program has a path");
-        this.ancestors().nth(3).expect("benches lie in deps/ of the profile's folder").join("plugins")
-    });
-    let path = folder.join("late.wasm");
+fn module(plugin: &str) -> Bytes {
+    let folder = std::env::var_os("TIDEGATE_PLUGINS").map_or_else(|| target().join("plugins"), PathBuf::from);
+    let path = folder.join(plugin).with_extension("wasm");
     let bytes = std::fs::read(&path).unwrap_or_else(|error| {
         panic!("{}: {error}; `sh tests/run.sh plugins` builds it", path.display());
     });
     bytes.into()
 }
 
-/// Rows of about so many bytes as one commit's shared section.
+/// Extism's side, where it was built: a program of its own, since Extism brings a wasmtime of its own.
+fn extism_program() -> Option<PathBuf> {
+    match std::env::var_os("TIDEGATE_EXTISM_BENCH") {
+        Some(path) => Some(path.into()),
+        None => Some(target().join("extism/debug/extism-bench")).filter(|path| path.exists()),
+    }
+}
+
+/// Nanoseconds a change. Started for each figure, so that all figures of a line are measured one after another.
+fn in_extism(program: &Path, plugin: &str, size: usize, batch: usize) -> f64 {
+    let output = Command::new(program).args([plugin, &size.to_string(), &batch.to_string()]).output();
+    let output = output.unwrap_or_else(|error| panic!("{}: {error}", program.display()));
+    let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
+    assert!(output.status.success(), "{}: {err}", program.display());
+    let nanos = out.split_whitespace().nth(3).and_then(|nanos| nanos.parse().ok());
+    nanos.unwrap_or_else(|| panic!("{} said: {out}", program.display()))
+}
+
+/// Rows as one commit's shared section.
 struct Section {
     bytes: Vec<u8>,
     places: Vec<ImageAt>,
 }
 
 impl Section {
-    fn new(size: usize, rows: usize) -> Section {
+    fn new(work: &Work, rows: &[Vec<Value>]) -> Section {
+        let kinds: Vec<Kind> = work.columns.iter().map(|(_, ty)| ty.kind()).collect();
         let mut frame = FrameBuilder::new(NS.0, [1; 16], 0);
-        for id in 0..rows {
-            let mut image = ImageBuilder::new(3);
-            image.set_int(0, id as i64);
-            image.set_float(1, (id % 40) as f64);
-            image.set_bytes(2, &vec![b'x'; size]);
-            let meta = ChangeMeta { table: 1, schema_version: 1, kinds: &KINDS };
+        for row in rows {
+            let mut image = ImageBuilder::new(kinds.len() as u16);
+            for (column, value) in row.iter().enumerate() {
+                image.set(column as u16, value);
+            }
+            let meta = ChangeMeta { table: 1, schema_version: 1, kinds: &kinds };
             frame.change(&Scope::Shared, meta, None, Some(&image.finish())).expect("an image just built");
         }
         let frame = frame.finish().expect("a frame just built");
@@ -114,17 +205,22 @@ struct Side {
 }
 
 impl Side {
-    fn new(wasm: &Bytes, mapping: Mapping) -> Side {
-        let mut options = Config::new(std::path::Path::new(".")).plugins;
+    fn new(work: &Work, wasm: &Bytes, mapping: Mapping) -> Side {
+        let mut options = Config::new(Path::new(".")).plugins;
         // Room for 64 rows of 64 KiB, in the ring and in the worker part.
         (options.ring_bytes, options.worker_bytes) = (16 << 20, 8 << 20);
         let source = Box::new(Module(wasm.clone()));
         let plugins = Plugins::mapped(options, source, Arc::new(Metrics::default()), mapping).expect("an engine");
-        let sha256 = plugins.inspect(wasm).expect("late.wasm is a plugin").sha256;
-        let stage = Stage { name: "late".to_owned(), version: 1, sha256, params: String::new() };
-        let column = |id, name: &str, ty| ColumnDecl { id, name: name.to_owned(), ty, nullable: true, key: id == 0 };
-        let columns =
-            vec![column(0, "id", Type::BigInt), column(1, "dep_delay", Type::Double), column(2, "pad", Type::Text)];
+        let sha256 = plugins.inspect(wasm).expect("a module of plugins/").sha256;
+        let stage = Stage { name: work.plugin.to_owned(), version: 1, sha256, params: String::new() };
+        let column = |(id, (name, ty)): (usize, &(&str, Type))| ColumnDecl {
+            id: id as u16,
+            name: (*name).to_owned(),
+            ty: *ty,
+            nullable: true,
+            key: id == 0,
+        };
+        let columns = work.columns.iter().enumerate().map(column).collect();
         let mut worker = plugins.worker(0);
         let opened = worker.open(Owner::shared(NS), &[stage], &Schema { columns }, OnError::Stop);
         Side { plugins, worker, pipeline: opened.expect("the pipeline opens").id, seq: 0 }
@@ -136,23 +232,37 @@ impl Side {
         let commit = Some(Seq(self.seq));
         self.plugins.publish(NS, Seq(self.seq), &rows.bytes);
         per_row(rows.places.len(), || {
-            let rows = Rows { commit, base: &rows.bytes, places: &rows.places };
-            black_box(self.worker.run(self.pipeline, rows).expect("an honest filter"));
+            let rows = Rows { origin: Origin::Live, commit, base: &rows.bytes, places: &rows.places };
+            black_box(self.worker.run(self.pipeline, rows).expect("an honest plugin"));
         })
     }
 }
 
-fn native(size: usize, batch: usize) -> f64 {
-    let columns = [("id", NativeType::BigInt), ("dep_delay", NativeType::Double), ("pad", NativeType::Text)];
-    let table = TestTable::new::<late::Flight>(&columns).expect("the columns fit");
-    let pad = NativeValue::Text("x".repeat(size));
-    let rows: Vec<_> = (0..batch)
-        .map(|id| table.row(&[NativeValue::Int(id as i64), NativeValue::Float((id % 40) as f64), pad.clone()]))
-        .collect();
+fn late_natively(columns: &[Column], rows: &[Vec<Value>]) -> f64 {
+    let table = TestTable::new::<late::Flight>(columns).expect("the columns fit");
+    let rows: Vec<_> = rows.iter().map(|row| table.row(row)).collect();
     let params = Late { minutes: 15 };
-    per_row(batch, || {
+    per_row(rows.len(), || {
         for row in &rows {
             black_box(row.read(|row| late(&params, &FromRow::from_row(row))));
+        }
+    })
+}
+
+/// With the output as bytes: what it borrows ends with the row, so whoever passes it on has to write it somewhere.
+fn local_units_natively(columns: &[Column], rows: &[Vec<Value>]) -> f64 {
+    let table = TestTable::new::<local_units::Flight>(columns).expect("the columns fit");
+    let rows: Vec<_> = rows.iter().map(|row| table.row(row)).collect();
+    let params = LocalUnits { late_from: 15, very_late_from: 60 };
+    let mut image = ImageBuilder::new(Local::COLUMNS.len() as u16);
+    let mut output = Vec::new();
+    per_row(rows.len(), || {
+        for row in &rows {
+            image.clear();
+            output.clear();
+            row.read(|row| local_units(&params, &FromRow::from_row(row)).write(&mut image));
+            image.finish_into(&mut output);
+            black_box(&output);
         }
     })
 }

@@ -234,6 +234,9 @@ struct Inner {
     live_options: crate::config::LiveOptions,
     /// Live queries that are run as a whole, at the same time.
     requeries: Arc<Semaphore>,
+    /// Live queries compiled at once. Ten thousand that come back together would else be compiled on as many threads as
+    /// the runtime has for blocking work, and each of those keeps the memory it once used.
+    compilers: Arc<Semaphore>,
     sources: system::Sources,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
@@ -287,6 +290,7 @@ impl Db {
             metrics,
             live_options: config.live.clone(),
             requeries: Arc::new(Semaphore::new(config.live.requery_runs)),
+            compilers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2)),
             sources,
             turn: RwLock::new(()),
             writes: Semaphore::new(config.store.write_queue),

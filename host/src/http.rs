@@ -1,6 +1,6 @@
 //! hyper under axum: routes, JSON, SSE framing, identity, errors to status.
 //!
-//! - [`server`]: connections. [`stall`] cuts those whose client stops reading.
+//! - [`server`]: connections. [`stall`] cuts those whose client stops reading. [`socket`]: what they write to.
 //! - [`routes`]: which call does what; [`plugins`] are the calls about plugins.
 //! - [`auth`], [`tickets`] (kept by [`keeper`]): who asks. [`request`], [`body`]: what they ask for. [`rows`]: rows in many.
 //! - [`json`], [`csv`], [`results`]: rows out. [`sse`], [`stream`], [`several`]: live events. [`error`]: problems.
@@ -22,6 +22,7 @@ pub mod routes;
 pub mod rows;
 pub mod server;
 pub mod several;
+pub mod socket;
 pub mod sse;
 pub mod stall;
 pub mod stream;

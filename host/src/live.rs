@@ -46,6 +46,7 @@ mod tail;
 mod tests;
 mod worker;
 
+use std::any::Any;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
@@ -65,17 +66,33 @@ use event::CommitEvents;
 use group::Registry;
 pub use index::admits;
 pub use requery::{Answer, Images, Requery, RequeryError, Rerun};
-pub use subscription::{Delivery, EndReason, Subscription};
+pub use subscription::{Delivery, EndReason, Heartbeat, Subscription};
 use tail::{CommitTail, lock};
 use worker::{Joined, Mailbox, Shared};
 
 /// A compiled live query over row images of one table.
-pub trait Program: Send + Sync {
+pub trait Program: Any + Send + Sync {
     fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, ProgramError>;
+    /// The same for programs that can be asked together, `None` for one that is asked by itself.
+    fn shape(&self) -> Option<usize> {
+        None
+    }
+    /// What [`matches`](Program::matches) of each program answers, one behind the other. All are of this one's shape, and
+    /// none is asked about no rows. Where it fails they are asked one by one.
+    fn matches_each(&self, asked: &[Question<'_>]) -> Result<Vec<bool>, ProgramError> {
+        let answers = asked.iter().map(|Question { program, rows }| program.matches(rows));
+        Ok(answers.collect::<Result<Vec<_>, _>>()?.concat())
+    }
     /// The SELECT list over rows that matched.
     fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError>;
     /// Columns of `schema` (the key, or a transform's output) as a batch.
     fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError>;
+}
+
+/// Which of these rows does it match?
+pub struct Question<'a> {
+    pub program: &'a Arc<dyn Program>,
+    pub rows: &'a [ImageRef<'a>],
 }
 
 /// Evaluating a row failed (say, a cast or a division by zero): the stream fails with this message.
@@ -332,14 +349,13 @@ impl Live {
             let seat = shared.registry.enter(&spec, worker)?;
             match worker.join(Arc::clone(&seat.group)).await {
                 Some(Joined::Ready) => {
-                    let heartbeat = shared.options.heartbeat;
                     return Ok(match from {
-                        From::Snapshot => Subscription::snapshot(seat, None, heartbeat),
-                        From::Last(rows) => Subscription::snapshot(seat, Some(rows), heartbeat),
-                        From::After(seq) => Subscription::after(seat, seq, heartbeat),
+                        From::Snapshot => Subscription::snapshot(seat, None),
+                        From::Last(rows) => Subscription::snapshot(seat, Some(rows)),
+                        From::After(seq) => Subscription::after(seat, seq),
                         // Where a result begins is known when it has been looked at: a snapshot of no rows says it.
-                        From::Now if spec.requery.is_some() => Subscription::snapshot(seat, Some(0), heartbeat),
-                        From::Now => Subscription::after(seat, now, heartbeat),
+                        From::Now if spec.requery.is_some() => Subscription::snapshot(seat, Some(0)),
+                        From::Now => Subscription::after(seat, now),
                     });
                 }
                 Some(Joined::Ended) => {}
@@ -347,6 +363,11 @@ impl Live {
                 None => return Err(SubscribeError::Closed),
             }
         }
+    }
+
+    /// For one stream; to be made where its runtime's timers are.
+    pub fn heartbeat(&self) -> Heartbeat {
+        Heartbeat::every(self.workers.shared.options.heartbeat)
     }
 
     /// What a group has told so far, and how far behind it is; zeros where there is none.

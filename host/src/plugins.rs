@@ -5,7 +5,7 @@
 //! interrupting), [`compiler`] (the child that compiles), [`check`] (uploads), then [`guest`], [`abi`] and [`params`] for the details.
 //!
 //! Plugins are pure: instances are dropped and made again whenever that is convenient. What failed is remembered, and
-//! what fails too often rests: [`health`]. What they log is kept for a while: [`logs`].
+//! what fails too often rests: [`health`]. What they log is kept for a while: [`logs`]. What they do is counted: [`meters`].
 
 pub mod abi;
 mod cache;
@@ -16,6 +16,7 @@ pub mod guest;
 pub mod health;
 pub mod instance;
 pub mod logs;
+pub mod meters;
 pub mod params;
 pub mod pipeline;
 pub mod registry;
@@ -81,6 +82,17 @@ pub enum FaultCause {
 }
 
 impl FaultCause {
+    /// In the order of their numbers.
+    pub const ALL: [FaultCause; 7] = [
+        FaultCause::Trap,
+        FaultCause::Deadline,
+        FaultCause::Memory,
+        FaultCause::Output,
+        FaultCause::WindowWrite,
+        FaultCause::Failed,
+        FaultCause::Abi,
+    ];
+
     pub fn as_str(self) -> &'static str {
         match self {
             FaultCause::Trap => "trap",
@@ -115,8 +127,33 @@ pub struct Measured {
     pub instance_bytes: usize,
 }
 
+/// Why something is run through a pipeline: the label `source` in metrics, and of no meaning to the pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A commit, when it is new.
+    Live,
+    /// A commit out of the change log.
+    Replay,
+    /// Present rows, or those of a result.
+    Snapshot,
+}
+
+impl Origin {
+    /// In the order of their numbers.
+    pub const ALL: [Origin; 3] = [Origin::Live, Origin::Replay, Origin::Snapshot];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Origin::Live => "live",
+            Origin::Replay => "replay",
+            Origin::Snapshot => "snapshot",
+        }
+    }
+}
+
 /// What is to be run through a pipeline: where it lies, and whether the ring has it.
 pub struct Input<'a, At> {
+    pub origin: Origin,
     /// Set for commits: the one whose shared section `base` is; the ring may hold the same bytes.
     pub commit: Option<Seq>,
     /// Bytes that the places count from.

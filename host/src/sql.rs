@@ -18,6 +18,7 @@ pub mod live;
 pub mod lookup;
 pub mod planner;
 pub mod plans;
+mod pool;
 pub mod provider;
 pub mod range;
 mod row_exprs;

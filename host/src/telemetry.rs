@@ -1,15 +1,21 @@
 //! Logs (text or JSON through `tracing`) and the metric registry. Knows no domain type.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 pub use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
+pub use prometheus_client::metrics::family::Family;
 pub use prometheus_client::metrics::gauge::Gauge;
+pub use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::histogram::exponential_buckets;
 use prometheus_client::registry::Registry;
 use tracing_subscriber::EnvFilter;
+
+/// Names and values.
+pub type Labels = Vec<(&'static str, String)>;
 
 /// All metrics of one server; no globals, so many servers fit in one test process. Names in `/metrics` start with `tidegate_`.
 #[derive(Default)]
@@ -29,11 +35,22 @@ pub struct Metrics {
     /// CPU nanoseconds in guests.
     pub plugin_nanos: Counter,
     pub plugin_failures: Counter,
-    /// The same by plugin and cause.
-    pub plugin_failure_causes: Family<Vec<(&'static str, String)>, Counter>,
     pub plugin_instances: Gauge,
+    /// What live queries cost and get in one plugin. These have the labels `namespace` and `plugin`, and the ones named.
+    /// `source`: from calls for live commits, for a replay of the log, for present rows. Their count is that of the calls.
+    pub plugin_call_seconds: CallSeconds,
+    /// `source`: rows and changes that a plugin answered for.
+    pub plugin_changes: Family<Labels, Counter>,
+    /// `verdict`: of those, what went on and what did not.
+    pub plugin_verdicts: Family<Labels, Counter>,
+    /// `cause`: failed calls.
+    pub plugin_failure_causes: Family<Labels, Counter>,
+    /// Bytes that transforms answered.
+    pub plugin_output_bytes: Family<Labels, Counter>,
+    /// Linear memory of instances beside their windows.
+    pub plugin_memory_bytes: Family<Labels, Gauge>,
     /// Counters that plugins keep themselves, by plugin and name.
-    pub plugin_metrics: Family<Vec<(&'static str, String)>, Counter<f64>>,
+    pub plugin_metrics: Family<Labels, Counter<f64>>,
     pub subscriptions: Gauge,
     pub groups: Gauge,
     /// Bytes of frames the rings hold now.
@@ -76,7 +93,17 @@ impl Metrics {
         for (name, help, gauge) in metrics.gauges() {
             registry.register(name, help, gauge.clone());
         }
+        let seconds = metrics.plugin_call_seconds.0.clone();
+        registry.register("plugin_call_seconds", "Time of calls into a plugin, failed ones too", seconds);
+        let changes = metrics.plugin_changes.clone();
+        registry.register("plugin_changes", "Rows and changes that a plugin answered for", changes);
+        let verdicts = metrics.plugin_verdicts.clone();
+        registry.register("plugin_verdicts", "What a plugin let go on, and what it did not", verdicts);
         registry.register("plugin_faults", "Failures of plugins by cause", metrics.plugin_failure_causes.clone());
+        let bytes = metrics.plugin_output_bytes.clone();
+        registry.register("plugin_output_bytes", "Bytes that a transform answered", bytes);
+        let memory = metrics.plugin_memory_bytes.clone();
+        registry.register("plugin_memory_bytes", "Memory of a plugin's instances beside their windows", memory);
         registry.register("plugin_metric", "Counters that plugins keep themselves", metrics.plugin_metrics.clone());
         registry.register_collector(Box::new(PluginSeconds(metrics.plugin_nanos.clone())));
         (metrics, Exposition(registry))
@@ -131,6 +158,21 @@ impl Metrics {
     }
 }
 
+/// Times of calls.
+pub struct CallSeconds(pub Family<Labels, Histogram>);
+
+impl Default for CallSeconds {
+    fn default() -> CallSeconds {
+        let make: fn() -> Histogram = call_seconds;
+        CallSeconds(Family::new_with_constructor(make))
+    }
+}
+
+/// From 1 µs (a small filter, one row) by fours to 0.26 s, more than a batch may take.
+fn call_seconds() -> Histogram {
+    Histogram::new(exponential_buckets(1e-6, 4.0, 10))
+}
+
 const PLUGIN_SECONDS: &str = "Seconds spent in calls of plugins";
 
 /// Counted in nanoseconds (an integer add on the hot path), shown in seconds.
@@ -169,9 +211,46 @@ pub fn init(json: bool, filter: &str) -> Result<(), String> {
     done.map_err(|error| format!("logging cannot start: {error}"))
 }
 
+/// A text of somebody else, fit for a log or a terminal: what would end the line, steer the terminal or turn the writing
+/// direction is written out, such as `\n` and `\u{1b}`. Without that a guest could forge lines of other plugins.
+pub fn one_line(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(is_unsafe_to_show) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if is_unsafe_to_show(c) {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    Cow::Owned(shown)
+}
+
+fn is_unsafe_to_show(c: char) -> bool {
+    // Beside the control characters: line and paragraph separators, and what overrides the direction.
+    c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_shown_ends_its_line_or_steers_a_terminal() {
+        for (text, shown) in [
+            ("", ""),
+            ("late: 15 → 30 min, C:\\temp, \"ü\"", "late: 15 → 30 min, C:\\temp, \"ü\""),
+            ("one\r\ntwo\tthree\0", "one\\r\\ntwo\\tthree\\u{0}"),
+            ("\u{1b}[2J\u{9b}31m\u{7f}", "\\u{1b}[2J\\u{9b}31m\\u{7f}"),
+            ("a\u{2028}b\u{202e}c\u{2066}d", "a\\u{2028}b\\u{202e}c\\u{2066}d"),
+        ] {
+            assert_eq!(one_line(text), shown);
+            assert_eq!(one_line(shown), shown, "what is written out stays as it is");
+        }
+        assert!(matches!(one_line("plain"), Cow::Borrowed(_)));
+    }
 
     #[test]
     fn names_are_the_documented_ones() {

@@ -73,8 +73,10 @@ async fn skipped_rows_are_out_of_the_result_and_noted() {
     assert_eq!(shown(updated), json!([{"id": 1, "v": -7}, "failed", "below zero", "skipped", 1]));
     let present = noted.last().unwrap();
     assert_eq!((&present["row"], &present["table"]), (&json!({"id": 2, "v": -5}), &json!("t")));
-    let metrics = db.get("/metrics").send().await.unwrap().text().await.unwrap();
-    assert!(metrics.contains(r#"tidegate_plugin_faults_total{plugin="sour",cause="failed"}"#), "{metrics}");
+    let faults =
+        |cause: &str| format!(r#"tidegate_plugin_faults_total{{namespace="main",plugin="sour",cause="{cause}"}}"#);
+    assert!(db.metric(&faults("failed")).await >= 3.0);
+    assert_eq!(db.metric(&faults("trap")).await, 0.0);
 
     server.kill9();
     server.restart().await;

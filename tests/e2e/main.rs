@@ -2,6 +2,7 @@
 
 mod auth;
 mod command_line;
+mod connections;
 mod differential;
 mod dml;
 mod durability;
@@ -21,6 +22,7 @@ mod ops;
 mod oracle;
 mod overload;
 mod plugin_logs;
+mod plugin_metrics;
 mod plugin_users;
 mod plugins;
 mod power_cut;

@@ -231,6 +231,8 @@ async fn more_connections_than_files_are_turned_away() {
     let db = table(&server).await;
     let mut live = db.live(SQL).await;
     live.until_uptodate().await;
+    // A connection beside the stream's, which is there before the flood is.
+    assert_eq!(db.metric("tidegate_http_refused_total").await, 0.0);
     let mut flood = Vec::new();
     for _ in 0..CONNECTIONS {
         flood.push(TcpStream::connect(address(&db)).await.expect("the kernel takes it"));

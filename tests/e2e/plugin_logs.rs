@@ -10,6 +10,8 @@ use tests::client::expect_problem;
 use tests::live::seq;
 use tests::{Client, LiveQuery, PATIENCE, TestServer, server};
 
+use crate::command_line::{said, tidegate};
+
 /// Keeps every row and says so, once a call.
 const CHATTY: &str = r#"(module
   (import "tidegate" "log" (func $log (param i32 i32 i32)))
@@ -143,6 +145,31 @@ async fn what_a_plugin_says_is_kept_and_followed() {
     assert!(!follower.child.wait().unwrap().success());
     db.put_plugin("chatty", CHATTY.into()).await;
     assert!(lines(&logs(&db, "").await).is_empty(), "one that is made again begins with nothing");
+}
+
+/// What a guest says must not look like lines of the server, nor steer a terminal that shows them.
+#[tokio::test]
+async fn a_guest_cannot_forge_lines_or_steer_a_terminal() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    let wat = CHATTY.replace("looked at rows", "ok\\0a\\1b[31mforged");
+    db.put_plugin("chatty", wat.into()).await;
+    let mut live = db.live(LiveQuery::new("SELECT id FROM t").plugin("chatty")).await;
+    live.until_seq(seq(&db.sql("INSERT INTO t VALUES (1)").await)).await;
+    assert_eq!(lines(&logs(&db, "").await)[0]["message"], "ok\n\u{1b}[31mforged", "as it was said");
+
+    let told = r"ok\n\u{1b}[31mforged";
+    let logged = async {
+        while !server.output().lines().any(|line| line.contains(told)) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, logged).await.expect("the server's log has it");
+    assert!(!server.output().contains('\u{1b}'), "{:?}", server.output());
+    let folder = tempfile::tempdir().unwrap();
+    let printed = said(tidegate(&server, folder.path(), &["plugin", "logs", "chatty"]));
+    assert!(!printed.is_empty() && printed.lines().all(|line| line.ends_with(told)), "{printed:?}");
 }
 
 #[tokio::test]

@@ -359,7 +359,7 @@ async fn versions_change_while_changes_flow() {
 }
 
 async fn run(mut random: StdRng) {
-    let server = TestServer::with(Options { heartbeat_ms: 20, ..Options::default() }).await;
+    let server = TestServer::with(Options { heartbeat_ms: 50, ..Options::default() }).await;
     let db = server.admin();
     db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY, v BIGINT NOT NULL)").await;
     let [feed, map] =

@@ -106,10 +106,15 @@ impl Client {
         expect_problem(query.into().request(self, None), status, code).await
     }
 
-    /// The value of a metric without labels.
-    pub async fn metric(&self, name: &str) -> f64 {
+    /// Everything that is counted.
+    pub async fn metrics(&self) -> String {
         let response = self.get("/metrics").timeout(PATIENCE).send().await.expect("/metrics answers");
-        let text = response.text().await.expect("/metrics is text");
+        response.text().await.expect("/metrics is text")
+    }
+
+    /// The value of a metric; one with labels is named with them, in their order.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let text = self.metrics().await;
         let mut values =
             text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok());
         values.next_back().unwrap_or_else(|| panic!("no metric {name} in\n{text}"))

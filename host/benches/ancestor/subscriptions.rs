@@ -1,6 +1,10 @@
 //! What a subscription holds. The ancestor's: a struct with the strings it was asked with, its filter as an
 //! expression, and a channel, in a map; since its fix without the query's text and the counter. Ours: a cursor into a
-//! group, and the group once. Counted is all of it, the structs themselves included.
+//! group, and the group once.
+//!
+//! Counted by the allocator is all of it, the structs themselves included. A connection's own part is counted with whole
+//! streams alone: its request, its place in the list of open streams, and the timer by which it says that it is quiet,
+//! which a subscription borrows while it waits. The socket and what HTTP holds of it are counted nowhere here.
 
 use std::collections::HashMap;
 use std::sync::Arc;

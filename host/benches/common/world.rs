@@ -1,6 +1,7 @@
 //! Our side, as a library: a store, the SQL engine, and live queries over them. In a folder of its own, because cargo
 //! takes every file beside the benches for one; each bench that needs it names it by its path.
 
+use std::any::Any;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,8 +11,8 @@ use host::catalog::{OnError, Semantics};
 use host::config::{Config, Role};
 use host::http::sse::Events;
 use host::live::{
-    Batch, ChangeOutput, Delivery, GroupSpec, Live, OldMode, Piped, PipelineFault, Pipelines, Program, ProgramError,
-    Subscription,
+    Batch, ChangeOutput, Delivery, GroupSpec, Heartbeat, Live, OldMode, Piped, PipelineFault, Pipelines, Program,
+    ProgramError, Question, Subscription,
 };
 use host::sql::live::{Live as Compiled, LivePlan};
 use host::sql::session::Sql;
@@ -113,10 +114,16 @@ impl World {
         })
     }
 
+    /// For subscribers who are asked one after the other.
+    pub fn heartbeat(&self, live: &Live) -> Heartbeat {
+        let _timers = self.runtime.enter();
+        live.heartbeat()
+    }
+
     /// The bytes that a subscriber is given next.
-    pub fn next_events(&self, subscription: &mut Subscription) -> bytes::Bytes {
+    pub fn next_events(&self, subscription: &mut Subscription, heartbeat: &mut Heartbeat) -> bytes::Bytes {
         loop {
-            match self.runtime.block_on(subscription.next()) {
+            match self.runtime.block_on(subscription.next(heartbeat)) {
                 Delivery::Events { bytes, .. } => return bytes,
                 Delivery::UpToDate(_) => {}
                 other => panic!("{other:?}"),
@@ -127,6 +134,11 @@ impl World {
 
 struct Query(LivePlan);
 
+fn plan<'a>(asked: &Question<'a>) -> (&'a LivePlan, &'a [ImageRef<'a>]) {
+    let program: &dyn Any = &**asked.program;
+    (&program.downcast_ref::<Query>().expect("all are of this kind").0, asked.rows)
+}
+
 fn failed(error: impl std::fmt::Display) -> ProgramError {
     ProgramError(error.to_string())
 }
@@ -134,6 +146,15 @@ fn failed(error: impl std::fmt::Display) -> ProgramError {
 impl Program for Query {
     fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, ProgramError> {
         self.0.matches(rows).map_err(failed)
+    }
+
+    fn shape(&self) -> Option<usize> {
+        self.0.shape()
+    }
+
+    fn matches_each(&self, asked: &[Question<'_>]) -> Result<Vec<bool>, ProgramError> {
+        let plans: Vec<_> = asked.iter().map(plan).collect();
+        LivePlan::matches_each(&plans).map_err(failed)
     }
 
     fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {

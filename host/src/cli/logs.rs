@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::remote::{cell_text, say};
 use super::{Outcome, Server};
 use crate::http::client::{Method, encode};
+use crate::telemetry::one_line;
 
 /// Between two questions of a follower.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -48,7 +49,8 @@ pub(super) async fn show(name: String, follow: bool, lines: usize, server: Serve
 fn line_text(line: &Value) -> String {
     let version = line["version"].as_u64().map_or_else(|| "-".to_owned(), |version| format!("v{version}"));
     let [at, level, message] = ["at", "level", "message"].map(|name| cell_text(&line[name]));
-    format!("{at}  {version:<4} {level:<5}  {message}")
+    // Said by a guest: it is not to steer this terminal, nor to look like a line of its own.
+    format!("{at}  {version:<4} {level:<5}  {}", one_line(&message))
 }
 
 #[cfg(test)]
@@ -61,5 +63,7 @@ mod tests {
         assert_eq!(line_text(&line), "2013-01-01T05:15:00.000000Z  v3   warn   late again");
         let gone = json!({"at": "-", "level": "error", "message": "x", "version": null});
         assert_eq!(line_text(&gone), "-  -    error  x");
+        let forged = json!({"at": "-", "level": "info", "message": "x\n-  v1   error  \u{1b}[31my", "version": 1});
+        assert_eq!(line_text(&forged), r"-  v1   info   x\n-  v1   error  \u{1b}[31my");
     }
 }

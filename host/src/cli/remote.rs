@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{LiveQuery, Outcome, Server, Sql, craft};
 use crate::catalog::DEFAULT_NAMESPACE;
 use crate::http::client::{Answer, Client, Method, encode, next_piece};
+use crate::telemetry::one_line;
 
 const JSON: &str = "application/json";
 
@@ -137,6 +138,16 @@ pub(super) fn cell_text(value: &Value) -> String {
     }
 }
 
+/// The same of what a plugin says: it is not to steer this terminal, nor to look like lines of its own.
+fn guest_text(value: &Value) -> String {
+    one_line(&cell_text(value)).into_owned()
+}
+
+/// As JSON. By itself that writes out the control characters of ASCII, and no others.
+fn json_text(value: &Value) -> String {
+    one_line(&value.to_string()).into_owned()
+}
+
 /// Columns under one another; the first line is the head.
 fn table_text(lines: &[Vec<String>]) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
@@ -196,7 +207,7 @@ fn event_text(event: &str, as_json: bool) -> Option<String> {
     let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
     let (name, data) = (field("event")?, field("data").unwrap_or("{}"));
     if !as_json {
-        return Some(format!("{name:<12} {data}"));
+        return Some(format!("{name:<12} {}", one_line(data)));
     }
     let data: Value = serde_json::from_str(data).unwrap_or(Value::Null);
     Some(json!({"event": name, "id": field("id"), "data": data}).to_string())
@@ -251,7 +262,7 @@ async fn measured(server: &Server, name: &str, table: Option<&str>, params: Valu
     let failed = results.map(|result| &result["error"]).find(|error| error.is_object());
     Err(match failed {
         Some(error) => {
-            format!("it fails on made-up rows ({}: {})", cell_text(&error["cause"]), cell_text(&error["message"]))
+            format!("it fails on made-up rows ({}: {})", cell_text(&error["cause"]), guest_text(&error["message"]))
         }
         None => "the server does not measure".to_owned(),
     })
@@ -291,7 +302,7 @@ pub(super) async fn try_rows(
     let answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await?;
     server.print(&answer, |answer| {
         let results = answer["results"].as_array().cloned().unwrap_or_default();
-        let lines = results.iter().enumerate().map(|(index, result)| format!("{index:>4}  {result}"));
+        let lines = results.iter().enumerate().map(|(index, result)| format!("{index:>4}  {}", json_text(result)));
         let took = format!("{} in {} µs", rows_text(results.len() as u64), answer["elapsed_us"]);
         lines.chain([took]).collect::<Vec<_>>().join("\n")
     });
@@ -337,11 +348,11 @@ fn version_text(plugin: &Value, state: &str) -> String {
         let default = if parameter["required"] == json!(true) {
             "required".to_owned()
         } else {
-            format!("default {}", parameter["default"])
+            format!("default {}", json_text(&parameter["default"]))
         };
-        format!("{} ({}, {default})", cell_text(&parameter["name"]), cell_text(&parameter["type"]))
+        format!("{} ({}, {default})", guest_text(&parameter["name"]), cell_text(&parameter["type"]))
     };
-    let column = |column: &Value| format!("{} ({})", cell_text(&column["name"]), cell_text(&column["type"]));
+    let column = |column: &Value| format!("{} ({})", guest_text(&column["name"]), cell_text(&column["type"]));
     format!(
         "{} version {}{state}: {}, {} bytes, sha256 {}\n  parameters: {}\n  reads: {}",
         cell_text(&plugin["name"]),
@@ -363,8 +374,8 @@ pub(super) async fn errors(name: String, server: Server) -> Outcome {
         }
         let line = |entry: &Value| {
             let names = ["number", "at", "table", "seq", "cause", "action", "message"];
-            let cells = names.map(|name| cell_text(&entry[name]));
-            format!("{}  {}", cells.join("  "), entry["row"])
+            let cells = names.map(|name| guest_text(&entry[name]));
+            format!("{}  {}", cells.join("  "), json_text(&entry["row"]))
         };
         entries.iter().map(line).collect::<Vec<_>>().join("\n")
     });
@@ -376,9 +387,9 @@ pub(super) async fn replay(name: String, number: u64, server: Server) -> Outcome
     let answer = server.ask(Method::POST, &path, JSON, json!({"number": number}).to_string().into_bytes()).await?;
     server.print(&answer, |answer| {
         let noted = &answer["noted"];
-        let said = |entry: &Value| format!("{}: {}", cell_text(&entry["cause"]), cell_text(&entry["message"]));
+        let said = |entry: &Value| format!("{}: {}", cell_text(&entry["cause"]), guest_text(&entry["message"]));
         let now = match &answer["result"]["error"] {
-            Value::Null => answer["result"].to_string(),
+            Value::Null => json_text(&answer["result"]),
             error => format!("fails still, {}", said(error)),
         };
         format!(
@@ -387,8 +398,8 @@ pub(super) async fn replay(name: String, number: u64, server: Server) -> Outcome
             noted["seq"],
             cell_text(&noted["table"]),
             said(noted),
-            noted["old"],
-            noted["row"],
+            json_text(&noted["old"]),
+            json_text(&noted["row"]),
             answer["version"],
         )
     });

@@ -1,5 +1,6 @@
 //! What `live` and `plugins` ask for through their small traits, answered by the other modules.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -9,10 +10,12 @@ use wire::image::ImageAt;
 use wire::{ChangeAt, FrameView, ImageRef, Schema, Scope};
 
 use super::errors::{self, PluginErrors};
-use crate::catalog::Table;
-use crate::live::{Batch, ChangeOutput, GroupSpec, Pass, Piped, PipelineFault, Pipelines, Program, ProgramError};
+use crate::catalog::{NamespaceId, Table};
+use crate::live::{
+    Batch, ChangeOutput, GroupSpec, Pass, Piped, PipelineFault, Pipelines, Program, ProgramError, Question,
+};
 use crate::plugins::registry::{ModuleSource, Owner, PluginWorker, Plugins};
-use crate::plugins::{Changes, PipelineId, PluginError, Stage, UnitFault};
+use crate::plugins::{Changes, Origin, PipelineId, PluginError, Rows, Stage, UnitFault};
 use crate::sql::live::LivePlan;
 use crate::store::{Commit, Seq, Store, StoreError};
 
@@ -25,6 +28,11 @@ pub(super) struct StoredModules(pub(super) Store);
 impl ModuleSource for StoredModules {
     fn wasm(&self, sha256: &str) -> Result<Option<Bytes>, String> {
         self.0.plugin_wasm(sha256).map_err(|error| error.to_string())
+    }
+
+    fn namespace_name(&self, namespace: NamespaceId) -> Option<String> {
+        let catalog = self.0.catalog();
+        catalog.namespaces().find(|found| found.id == namespace).map(|found| found.name.clone())
     }
 
     fn secret(&self) -> Result<[u8; 32], String> {
@@ -46,6 +54,17 @@ impl Program for PlanProgram {
         self.0.matches(rows).map_err(|error| ProgramError(error.to_string()))
     }
 
+    fn shape(&self) -> Option<usize> {
+        self.0.shape()
+    }
+
+    fn matches_each(&self, asked: &[Question<'_>]) -> Result<Vec<bool>, ProgramError> {
+        let Some(asked) = asked.iter().map(plan).collect::<Option<Vec<_>>>() else {
+            return Err(ProgramError("programs of several kinds were asked together".to_owned()));
+        };
+        LivePlan::matches_each(&asked).map_err(|error| ProgramError(error.to_string()))
+    }
+
     fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
         self.0.project(rows).map_err(|error| ProgramError(error.to_string()))
     }
@@ -53,6 +72,11 @@ impl Program for PlanProgram {
     fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
         crate::sql::arrow::to_batch(schema, rows).map_err(|error| ProgramError(error.to_string()))
     }
+}
+
+fn plan<'a>(asked: &Question<'a>) -> Option<(&'a LivePlan, &'a [ImageRef<'a>])> {
+    let program: &dyn Any = &**asked.program;
+    program.downcast_ref::<PlanProgram>().map(|program| (&program.0, asked.rows))
 }
 
 /// One worker's plugins for `live`.
@@ -147,7 +171,8 @@ impl Pipelines for WorkerPipelines {
 
     fn run(&mut self, id: u64, batch: Batch<'_>, places: &[ImageAt]) -> Result<Piped, PipelineFault> {
         let commit = self.group(id)?.in_ring(batch);
-        let piped = self.worker.run(PipelineId(id), crate::plugins::Rows { commit, base: batch.base, places });
+        let rows = Rows { origin: origin(batch.pass), commit, base: batch.base, places };
+        let piped = self.worker.run(PipelineId(id), rows);
         let group = self.group(id)?;
         let piped = piped.map_err(|error| fault(error, &group.stages))?;
         group.note(&self.errors, batch, &piped.faults, |at| (None, Some(*at)), places);
@@ -161,7 +186,8 @@ impl Pipelines for WorkerPipelines {
         changes: &[ChangeAt],
     ) -> Result<Vec<ChangeOutput>, PipelineFault> {
         let commit = self.group(id)?.in_ring(batch);
-        let piped = self.worker.run_changes(PipelineId(id), Changes { commit, base: batch.base, places: changes });
+        let input = Changes { origin: origin(batch.pass), commit, base: batch.base, places: changes };
+        let piped = self.worker.run_changes(PipelineId(id), input);
         let group = self.group(id)?;
         let piped = piped.map_err(|error| fault(error, &group.stages))?;
         group.note(&self.errors, batch, &piped.faults, |at| (at.old, at.new), changes);
@@ -176,6 +202,14 @@ impl Pipelines for WorkerPipelines {
     fn close(&mut self, id: u64) {
         self.open.remove(&id);
         self.worker.close(PipelineId(id));
+    }
+}
+
+fn origin(pass: Pass) -> Origin {
+    match pass {
+        Pass::Live => Origin::Live,
+        Pass::Replay => Origin::Replay,
+        Pass::Snapshot => Origin::Snapshot,
     }
 }
 

@@ -126,7 +126,7 @@ impl Db {
             }
             let write = CatalogWrite::DropPlugin { namespace: namespace.to_owned(), name: name.to_owned() };
             if let Some(seq) = self.catalog_commit(plugin.namespace, snapshot.seq(), write).await? {
-                self.inner.plugins.logs().forget(plugin.namespace, name);
+                self.inner.plugins.forget(plugin.namespace, name);
                 return Ok(seq);
             }
         }

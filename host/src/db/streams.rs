@@ -1,15 +1,17 @@
 //! Which live queries are open and whose, for `system.live_queries`; and KILL, which ends them.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
 use super::kills::{KIND, Kills};
-use super::{Db, DbError, Identity, blocking};
+use super::{Db, DbError, Identity, LiveRequest, blocking};
 use crate::catalog::Stage;
 use crate::config::Role;
 use crate::live::{GroupSpec, Live};
+use crate::sql::OutputColumn;
 use crate::store::{Seq, Store, StoreError};
 
 /// The live queries of this server.
@@ -23,11 +25,26 @@ pub(super) struct Streams {
     saving: Mutex<()>,
 }
 
-/// One live query: what all its streams have in common, once.
+/// One live query.
 struct Open {
-    spec: Arc<GroupSpec>,
-    sql: Arc<str>,
+    common: Arc<Common>,
     users: HashMap<Arc<str>, usize>,
+}
+
+/// What the streams of one live query have in common, once for all of them who asked in the same words.
+pub(super) struct Common {
+    pub spec: Arc<GroupSpec>,
+    pub shown: Shown,
+    /// Without a position: that is the stream's own.
+    pub request: LiveRequest,
+}
+
+/// What streams say of their rows.
+#[derive(PartialEq)]
+pub(super) struct Shown {
+    pub columns: Vec<OutputColumn>,
+    /// Names of the key's parts.
+    pub key: Vec<String>,
 }
 
 /// An open live query as it is shown.
@@ -86,17 +103,18 @@ impl Streams {
             .iter()
             .filter(|(_, open)| all || open.users.contains_key(user))
             .map(|(live_id, open)| {
-                let counters = live.counters(&open.spec);
+                let spec = &open.common.spec;
+                let counters = live.counters(spec);
                 let mine = |(of, count): (&Arc<str>, &usize)| (all || of == user).then(|| (of.to_string(), *count));
                 let (mut users, counts): (Vec<String>, Vec<usize>) = open.users.iter().filter_map(mine).unzip();
                 users.sort();
                 LiveQueryInfo {
                     live_id: live_id.clone(),
-                    namespace: open.spec.table.namespace_name.clone(),
-                    sql: open.sql.to_string(),
-                    mode: mode(&open.spec),
-                    index: open.spec.index.clone(),
-                    pipeline: pipeline(&open.spec),
+                    namespace: spec.table.namespace_name.clone(),
+                    sql: open.common.request.sql.clone(),
+                    mode: mode(spec),
+                    index: spec.index.clone(),
+                    pipeline: pipeline(spec),
                     users,
                     subscribers: counts.iter().sum::<usize>() as u64,
                     events: counters.events,
@@ -117,6 +135,27 @@ impl Streams {
             (None, _) => 0,
             (Some(users), None) => users.values().sum(),
             (Some(users), Some(user)) => users.get(user).copied().unwrap_or_default(),
+        }
+    }
+
+    /// Counts a stream in. What it has in common with those that are open already it is given in the place of its own.
+    fn enter(&self, who: &Identity, mut common: Common) -> Arc<Common> {
+        match self.open().entry(common.spec.live_id.clone()) {
+            Entry::Occupied(mut entry) => {
+                let open = entry.get_mut();
+                *open.users.entry(who.user.clone()).or_default() += 1;
+                let known = &open.common;
+                if known.request == common.request && known.shown == common.shown {
+                    return known.clone();
+                }
+                common.spec = known.spec.clone();
+                Arc::new(common)
+            }
+            Entry::Vacant(entry) => {
+                let common = Arc::new(common);
+                entry.insert(Open { common: common.clone(), users: HashMap::from([(who.user.clone(), 1)]) });
+                common
+            }
         }
     }
 
@@ -179,7 +218,7 @@ fn pipeline(spec: &GroupSpec) -> String {
 /// One stream's entry; dropping it takes it out.
 pub(super) struct Listed {
     db: Db,
-    spec: Arc<GroupSpec>,
+    pub common: Arc<Common>,
     user: Arc<str>,
     bell: watch::Receiver<u64>,
     /// Kills up to this one came before the stream.
@@ -187,19 +226,12 @@ pub(super) struct Listed {
 }
 
 impl Listed {
-    pub(super) fn new(db: &Db, who: &Identity, spec: &Arc<GroupSpec>, sql: &str) -> Self {
+    pub(super) fn new(db: &Db, who: &Identity, common: Common) -> Self {
         let streams = &db.inner.streams;
         let bell = streams.bell.subscribe();
         let since = *bell.borrow();
-        let mut open = streams.open();
-        let entry = open.entry(spec.live_id.clone()).or_insert_with(|| Open {
-            spec: spec.clone(),
-            sql: sql.into(),
-            users: HashMap::new(),
-        });
-        *entry.users.entry(who.user.clone()).or_default() += 1;
-        drop(open);
-        Listed { db: db.clone(), spec: spec.clone(), user: who.user.clone(), bell, since }
+        let common = streams.enter(who, common);
+        Listed { db: db.clone(), common, user: who.user.clone(), bell, since }
     }
 
     /// Resolves when the stream has been killed. Cancel-safe.
@@ -211,7 +243,7 @@ impl Listed {
             }
             // What was told since the kill shall not be a way around it.
             let (streams, now) = (&self.db.inner.streams, self.db.inner.store.applied());
-            let (ended, changed) = streams.kills().ends(self.since, &self.spec.live_id, &self.user, now);
+            let (ended, changed) = streams.kills().ends(self.since, &self.common.spec.live_id, &self.user, now);
             if changed {
                 streams.save_soon();
             }
@@ -225,7 +257,7 @@ impl Listed {
 impl Drop for Listed {
     fn drop(&mut self) {
         let mut streams = self.db.inner.streams.open();
-        let Some(open) = streams.get_mut(&self.spec.live_id) else { return };
+        let Some(open) = streams.get_mut(&self.common.spec.live_id) else { return };
         if let Some(count) = open.users.get_mut(&self.user) {
             *count -= 1;
             if *count == 0 {
@@ -233,7 +265,7 @@ impl Drop for Listed {
             }
         }
         if open.users.is_empty() {
-            streams.remove(&self.spec.live_id);
+            streams.remove(&self.common.spec.live_id);
         }
     }
 }

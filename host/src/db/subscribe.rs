@@ -1,8 +1,8 @@
 //! A live stream from request to end: compile, find or make the group, and what follows when the group ends.
 //!
-//! [`LiveStream`] owns the request, because a resync compiles it again: a plugin may have another version, a position
-//! may be older than the log. Between two deliveries the stream is a request and a cursor; rows and encoded events
-//! belong to the group.
+//! [`LiveStream`] keeps the request, because a resync compiles it again: a plugin may have another version, a position
+//! may be older than the log. Between two deliveries the stream is a cursor and a timer; rows and encoded events belong
+//! to the group, and the request and what it was compiled to are one for all who asked the same.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,14 +18,14 @@ use super::adapters::PlanProgram;
 use super::fingerprint::{Fingerprint, Same};
 use super::install::stored_version;
 use super::rerun::{QueryRunner, WholeProgram};
-use super::streams::{Listed, mode};
+use super::streams::{Common, Listed, Shown, mode};
 use super::{
     Db, DbError, Identity, LiveOutput, LiveRequest, ResyncReason, SqlAnswer, SqlRequest, StageRequest, StatementResult,
     blocking,
 };
 use crate::catalog::{Anchors, Catalog, OnError, Semantics, Table};
 use crate::live::position::Position;
-use crate::live::{Delivery, EndReason, From, GroupSpec, OldMode, Rerun, SubscribeError, Subscription};
+use crate::live::{Delivery, EndReason, From, GroupSpec, Heartbeat, OldMode, Rerun, SubscribeError, Subscription};
 use crate::plugins::Stage;
 use crate::sql::live::requery::RequeryPlan;
 use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
@@ -43,8 +43,10 @@ const MAX_STAGES: usize = 8;
 pub struct LiveStream {
     db: Db,
     who: Identity,
-    request: LiveRequest,
-    compiled: Compiled,
+    /// What the client holds was made by this.
+    spec: Arc<GroupSpec>,
+    /// The version of the catalog that it was compiled against.
+    catalog_version: u64,
     state: State,
     /// Where it was joined, until it is known that no plugin was activated meanwhile.
     unchecked: Option<From>,
@@ -54,6 +56,7 @@ pub struct LiveStream {
     queue: VecDeque<LiveOutput>,
     uses: PluginUses,
     listed: Listed,
+    heartbeat: Heartbeat,
 }
 
 enum State {
@@ -91,38 +94,39 @@ enum Opening {
 /// A request compiled against one catalog.
 struct Compiled {
     spec: Arc<GroupSpec>,
-    columns: Vec<OutputColumn>,
-    /// Names of the key's parts.
-    key: Vec<String>,
+    shown: Shown,
     /// The version of the catalog that was compiled against.
     catalog_version: u64,
 }
 
 impl Db {
     /// Opens a live query. Everything that can be wrong with the request is said here, before the stream starts.
-    pub async fn subscribe(&self, who: &Identity, request: LiveRequest) -> Result<LiveStream, DbError> {
+    pub async fn subscribe(&self, who: &Identity, mut request: LiveRequest) -> Result<LiveStream, DbError> {
         self.check_open()?;
-        let compiled = self.compile(who, &request).await?;
-        if compiled.spec.semantics == Semantics::Feed && (request.snapshot == Some(true) || request.last_rows.is_some())
-        {
+        let Compiled { spec, shown, catalog_version } = self.compile(who, &request).await?;
+        if spec.semantics == Semantics::Feed && (request.snapshot == Some(true) || request.last_rows.is_some()) {
             return Err(DbError::BadRequest(
                 "a pipeline that sees changes has no snapshot: leave `snapshot` and `last_rows` out, or say \
                  `snapshot=false`"
                     .into(),
             ));
         }
-        let (from, opening) = self.resolve_position(who, &request, &compiled.spec)?;
+        let (from, opening) = self.resolve_position(who, &request, &spec)?;
+        // Said and done; with it hardly two requests would be the same.
+        request.position = None;
+        let listed = Listed::new(self, who, Common { spec: spec.clone(), shown, request });
         let mut stream = LiveStream {
             db: self.clone(),
             who: who.clone(),
-            uses: PluginUses::new(self, &compiled.spec),
-            listed: Listed::new(self, who, &compiled.spec, &request.sql),
-            request,
-            compiled,
+            spec,
+            catalog_version,
+            uses: PluginUses::new(self, &listed.common.spec),
+            listed,
             state: State::Done,
             unchecked: None,
             compiling: None,
             queue: VecDeque::new(),
+            heartbeat: self.inner.live.heartbeat(),
         };
         stream.join(from, opening).await?;
         stream.check_activation().await?;
@@ -130,12 +134,18 @@ impl Db {
     }
 
     async fn compile(&self, who: &Identity, request: &LiveRequest) -> Result<Compiled, DbError> {
+        let permit = self.inner.compilers.clone().acquire_owned().await;
+        let permit = permit.map_err(|error| DbError::Internal(error.to_string()))?;
         let snapshot = self.inner.store.snapshot();
         let env = self.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
         let (db, request, runtime) = (self.clone(), request.clone(), Handle::current());
-        blocking(move || match db.inner.sql.live(&request.sql, &env)? {
-            Live::Incremental(plan) => db.incremental(plan, &request, &env),
-            Live::Requery(plan) => db.requery(plan, &request, &env, runtime),
+        blocking(move || {
+            // Held by the work itself, which goes on if nobody waits for it any more.
+            let _permit = permit;
+            match db.inner.sql.live(&request.sql, &env)? {
+                Live::Incremental(plan) => db.incremental(plan, &request, &env),
+                Live::Requery(plan) => db.requery(plan, &request, &env, runtime),
+            }
         })
         .await?
     }
@@ -152,10 +162,10 @@ impl Db {
                 (checked.output, checked.semantics)
             }
         };
-        let columns = shown(&plan.columns, output.as_ref());
+        let key = table.key_schema().columns.into_iter().map(|column| column.name).collect();
+        let shown = Shown { columns: shown(&plan.columns, output.as_ref()), key };
         let sources = [(&plan.table, &plan.scope)].into_iter();
         let fingerprint = Fingerprint::new(plan.fingerprint, sources, &stages, request, semantics);
-        let key = table.key_schema().columns.into_iter().map(|column| column.name).collect();
         let spec = GroupSpec {
             key: fingerprint.key(),
             live_id: fingerprint.live_id(),
@@ -174,7 +184,7 @@ impl Db {
             output,
             old: request.old,
         };
-        Ok(Compiled { spec: Arc::new(spec), columns, key, catalog_version: env.catalog.version })
+        Ok(Compiled { spec: Arc::new(spec), shown, catalog_version: env.catalog.version })
     }
 
     /// A query that is run again as a whole.
@@ -204,7 +214,8 @@ impl Db {
         let sources = plan.tables.iter().map(|(table, scope)| (table, scope));
         let fingerprint = Fingerprint::new(plan.fingerprint, sources, &stages, request, Semantics::Map);
         let fingerprint = fingerprint.asked_as(&request.pipeline);
-        let (columns, key, plan) = (shown(&plan.columns, output.as_ref()), plan.key.clone(), Arc::new(plan));
+        let shown = Shown { columns: shown(&plan.columns, output.as_ref()), key: plan.key.clone() };
+        let plan = Arc::new(plan);
         let runner = QueryRunner {
             store: self.inner.store.clone(),
             sql: self.inner.sql.clone(),
@@ -237,7 +248,7 @@ impl Db {
             output,
             old: request.old,
         };
-        Ok(Compiled { spec: Arc::new(spec), columns, key, catalog_version: env.catalog.version })
+        Ok(Compiled { spec: Arc::new(spec), shown, catalog_version: env.catalog.version })
     }
 
     /// Checks a pipeline over the rows of results: what goes into it, and what a transform makes of that.
@@ -367,7 +378,7 @@ impl Db {
         let mut said = vec![
             ("mode", mode(spec).to_owned()),
             ("semantics", spec.semantics.as_str().to_owned()),
-            ("key", compiled.key.join(", ")),
+            ("key", compiled.shown.key.join(", ")),
             ("index", spec.index.clone()),
             ("plugins_see", plugins_see.to_owned()),
             ("group", spec.live_id.clone()),
@@ -386,6 +397,10 @@ impl LiveStream {
     pub async fn next(&mut self) -> Option<LiveOutput> {
         loop {
             if let Some(output) = self.queue.pop_front() {
+                // Its room is that of several events, and what comes all the time never lies here.
+                if self.queue.is_empty() {
+                    self.queue = VecDeque::new();
+                }
                 return Some(output);
             }
             if self.unchecked.is_some() {
@@ -400,16 +415,22 @@ impl LiveStream {
                     let delivery = tokio::select! {
                         biased;
                         () = self.listed.killed() => None,
-                        delivery = subscription.next() => Some(delivery),
+                        delivery = subscription.next(&mut self.heartbeat) => Some(delivery),
                     };
                     match delivery {
                         None => self.end(killed()),
-                        Some(delivery) => self.deliver(delivery),
+                        Some(Delivery::Events { bytes, .. }) => return Some(LiveOutput::Encoded(bytes)),
+                        Some(Delivery::UpToDate(seq)) => {
+                            return Some(LiveOutput::UpToDate { position: self.position(seq), seq });
+                        }
+                        Some(Delivery::Expired) => self.expired(),
+                        Some(Delivery::End(reason)) => self.ended(reason),
                     }
                 }
                 State::Rejoin(rejoin) => {
                     let rejoin = *rejoin;
-                    if let Err(error) = self.rejoin(rejoin).await {
+                    // In a box: it is seldom, and its locals would be a part of every stream that waits.
+                    if let Err(error) = Box::pin(self.rejoin(rejoin)).await {
                         self.end(match rejoin {
                             Rejoin::Resync(ResyncReason::Schema) if !matches!(error, DbError::Closed) => {
                                 self.closed_by_schema(&error)
@@ -446,8 +467,8 @@ impl LiveStream {
         loop {
             let begun_before = self.compiling.is_some();
             let task = self.compiling.get_or_insert_with(|| {
-                let (db, who, request) = (self.db.clone(), self.who.clone(), self.request.clone());
-                tokio::spawn(async move { db.compile(&who, &request).await })
+                let (db, who, common) = (self.db.clone(), self.who.clone(), self.listed.common.clone());
+                tokio::spawn(async move { db.compile(&who, &common.request).await })
             });
             let joined = task.await;
             self.compiling = None;
@@ -464,12 +485,12 @@ impl LiveStream {
         let (live, from) = (&self.db.inner.live, self.start(from));
         // Looked at first: what is committed from here on comes as events.
         let now = self.db.inner.store.applied();
-        let (subscription, from, opening) = match live.subscribe(self.compiled.spec.clone(), from).await {
+        let (subscription, from, opening) = match live.subscribe(self.spec.clone(), from).await {
             Ok(subscription) => (subscription, from, opening),
             // The log was trimmed between our look at it and the group's.
             Err(SubscribeError::Expired) => {
-                let from = self.start(present(&self.request));
-                let subscription = live.subscribe(self.compiled.spec.clone(), from).await.map_err(subscribe_error)?;
+                let from = self.start(present(&self.listed.common.request));
+                let subscription = live.subscribe(self.spec.clone(), from).await.map_err(subscribe_error)?;
                 (subscription, from, Opening::Resync(ResyncReason::Expired))
             }
             Err(error) => return Err(subscribe_error(error)),
@@ -478,17 +499,27 @@ impl LiveStream {
         match opening {
             Opening::Plain => {}
             Opening::Resync(reason) => self.queue.push_back(LiveOutput::Resync(reason)),
-            Opening::OtherVersions => self.queue.extend(self.compiled.spec.stages.iter().map(another_version)),
+            Opening::OtherVersions => self.queue.extend(self.spec.stages.iter().map(another_version)),
+        }
+        self.run(subscription, from);
+        Ok(())
+    }
+
+    /// The group's spec takes the place of the one that was compiled to find the group by: they say the same, and one of
+    /// its own would be most of what a stream holds. (A group may know another version of a plugin, with the same bytes;
+    /// then the stream keeps its own.)
+    fn run(&mut self, subscription: Subscription, from: From) {
+        if subscription.spec().stages == self.spec.stages {
+            self.spec = subscription.spec().clone();
         }
         self.state = State::Running(subscription);
         self.unchecked = Some(from);
-        Ok(())
     }
 
     /// A feed has no present rows: it starts with the next commit.
     fn start(&self, from: From) -> From {
         match from {
-            From::Snapshot | From::Last(_) | From::Now if self.compiled.spec.semantics == Semantics::Feed => {
+            From::Snapshot | From::Last(_) | From::Now if self.spec.semantics == Semantics::Feed => {
                 From::After(self.db.inner.store.applied())
             }
             from => from,
@@ -502,11 +533,11 @@ impl LiveStream {
             From::Now => Some(self.position(now)),
             From::Snapshot | From::Last(_) => None,
         };
-        let spec = &self.compiled.spec;
+        let spec = &self.spec;
         self.queue.push_back(LiveOutput::Start {
             live_id: spec.live_id.clone(),
-            columns: self.compiled.columns.clone(),
-            key: self.compiled.key.clone(),
+            columns: self.listed.common.shown.columns.clone(),
+            key: self.listed.common.shown.key.clone(),
             semantics: spec.semantics,
             requery: spec.requery.as_ref().map(|_| self.db.inner.live_options.requery_interval),
             from,
@@ -517,13 +548,13 @@ impl LiveStream {
     /// already: then nobody would tell this stream. Seen here, it compiles again.
     async fn check_activation(&mut self) -> Result<(), DbError> {
         let Some(from) = self.unchecked else { return Ok(()) };
-        let same = self.db.inner.store.catalog().version == self.compiled.catalog_version;
-        if !same && !self.compiled.spec.stages.is_empty() {
+        let same = self.db.inner.store.catalog().version == self.catalog_version;
+        if !same && !self.spec.stages.is_empty() {
             let now = self.compile().await?;
-            if now.spec.fingerprint != self.compiled.spec.fingerprint {
+            if now.spec.fingerprint != self.spec.fingerprint {
                 // A feed has delivered nothing since `from`: it goes on from there.
                 self.state = State::Rejoin(match from {
-                    From::After(seq) if self.compiled.spec.semantics == Semantics::Feed => Rejoin::Plugin(seq),
+                    From::After(seq) if self.spec.semantics == Semantics::Feed => Rejoin::Plugin(seq),
                     _ => Rejoin::Resync(ResyncReason::Plugin),
                 });
             }
@@ -532,7 +563,7 @@ impl LiveStream {
         Ok(())
     }
 
-    /// What the client holds was made by `self.compiled`, so that is replaced in the very step that also notes what the
+    /// What the client holds was made by `self.spec`, so that is replaced in the very step that also notes what the
     /// client has to be told. Were there an `await` between the two, a stream dropped there would compare the new one
     /// with itself when it is asked again, and tell nobody of the version.
     async fn rejoin(&mut self, rejoin: Rejoin) -> Result<(), DbError> {
@@ -553,35 +584,36 @@ impl LiveStream {
         };
         self.replace(compiled);
         self.state = State::Rejoin(Rejoin::Resync(reason));
-        self.join(present(&self.request), Opening::Resync(reason)).await
+        self.join(present(&self.listed.common.request), Opening::Resync(reason)).await
     }
 
     /// From a position on with other versions, which the client is told.
     fn go_on(&mut self, compiled: Compiled, subscription: Subscription, seq: Seq) {
-        let before = self.replace(compiled);
-        let stages = before.spec.stages.iter().zip(&self.compiled.spec.stages);
+        let (spec, common) = (self.spec.clone(), self.listed.common.clone());
+        self.replace(compiled);
+        let stages = spec.stages.iter().zip(&self.spec.stages);
         let other = stages.filter(|(before, now)| before != now).map(|(_, now)| another_version(now));
         self.queue.extend(other.collect::<Vec<_>>());
         let from = From::After(seq);
-        if before.columns != self.compiled.columns {
+        if common.shown != self.listed.common.shown {
             self.say_start(from, seq);
         }
-        self.state = State::Running(subscription);
-        self.unchecked = Some(from);
+        self.run(subscription, from);
     }
 
-    /// The one that was before.
-    fn replace(&mut self, compiled: Compiled) -> Compiled {
-        self.uses = PluginUses::new(&self.db, &compiled.spec);
-        if compiled.spec.live_id != self.compiled.spec.live_id {
-            self.listed = Listed::new(&self.db, &self.who, &compiled.spec, &self.request.sql);
+    fn replace(&mut self, compiled: Compiled) {
+        let Compiled { spec, shown, catalog_version } = compiled;
+        if spec.live_id != self.spec.live_id {
+            let request = self.listed.common.request.clone();
+            self.listed = Listed::new(&self.db, &self.who, Common { spec: spec.clone(), shown, request });
         }
-        std::mem::replace(&mut self.compiled, compiled)
+        self.uses = PluginUses::new(&self.db, &self.listed.common.spec);
+        (self.spec, self.catalog_version) = (spec, catalog_version);
     }
 
     /// Whether what the client holds at a position is still good.
     fn goes_on(&self, now: &Compiled, seq: Seq) -> bool {
-        let (before, now) = (&self.compiled.spec, &now.spec);
+        let (before, now) = (&self.spec, &now.spec);
         match (before.semantics, now.semantics) {
             // A feed holds nothing: it goes on with the other version, each change through one of the two. What was
             // logged before the table was altered the new plan cannot read.
@@ -596,7 +628,7 @@ impl LiveStream {
     /// After a failure: goes on once the pipeline would be another one.
     async fn retry_plugin(&mut self, seq: Seq) {
         match self.compile().await {
-            Ok(compiled) if compiled.spec.fingerprint != self.compiled.spec.fingerprint => {
+            Ok(compiled) if compiled.spec.fingerprint != self.spec.fingerprint => {
                 self.state = State::Rejoin(Rejoin::Plugin(seq));
             }
             Ok(_) => {
@@ -608,22 +640,12 @@ impl LiveStream {
         }
     }
 
-    fn deliver(&mut self, delivery: Delivery) {
-        match delivery {
-            Delivery::Events { bytes, .. } => self.queue.push_back(LiveOutput::Encoded(bytes)),
-            Delivery::UpToDate(seq) => {
-                let position = self.position(seq);
-                self.queue.push_back(LiveOutput::UpToDate { position, seq });
-            }
-            Delivery::Expired => {
-                let reason = match self.compiled.spec.requery {
-                    None => ResyncReason::Expired,
-                    Some(_) => ResyncReason::Requery,
-                };
-                self.state = State::Rejoin(Rejoin::Resync(reason));
-            }
-            Delivery::End(reason) => self.ended(reason),
-        }
+    fn expired(&mut self) {
+        let reason = match self.spec.requery {
+            None => ResyncReason::Expired,
+            Some(_) => ResyncReason::Requery,
+        };
+        self.state = State::Rejoin(Rejoin::Resync(reason));
     }
 
     fn ended(&mut self, reason: EndReason) {
@@ -643,7 +665,7 @@ impl LiveStream {
             EndReason::Program { message, .. } => self.end(LiveOutput::Failed { message }),
             EndReason::TableDropped => self.end(LiveOutput::Closed {
                 code: "table_dropped",
-                message: format!("table \"{}\" was dropped", self.compiled.spec.table.name),
+                message: format!("table \"{}\" was dropped", self.spec.table.name),
             }),
             EndReason::TableAltered => self.state = State::Rejoin(Rejoin::Resync(ResyncReason::Schema)),
             EndReason::PluginDropped { name } => self
@@ -658,7 +680,7 @@ impl LiveStream {
 
     /// The altered table and the query no longer fit together.
     fn closed_by_schema(&self, error: &DbError) -> LiveOutput {
-        let table = &self.compiled.spec.table.name;
+        let table = &self.spec.table.name;
         let message = format!("table \"{table}\" was altered, and the live query no longer fits it: {error}");
         LiveOutput::Closed { code: "schema", message }
     }
@@ -670,7 +692,7 @@ impl LiveStream {
     }
 
     fn position(&self, seq: Seq) -> String {
-        let spec = &self.compiled.spec;
+        let spec = &self.spec;
         Position { epoch: spec.epoch.0, seq: seq.0, fingerprint: spec.fingerprint.clone() }.to_string()
     }
 }
@@ -755,32 +777,98 @@ fn resolve_stage(catalog: &Catalog, namespace: &str, stage: &StageRequest) -> Re
 /// Counts a stream as a user of its plugins for as long as it lives.
 struct PluginUses {
     db: Db,
-    names: Vec<(String, String)>,
+    spec: Arc<GroupSpec>,
 }
 
 impl PluginUses {
-    fn new(db: &Db, spec: &GroupSpec) -> Self {
-        let namespace = &spec.table.namespace_name;
-        let names: Vec<_> = spec.stages.iter().map(|stage| (namespace.clone(), stage.name.clone())).collect();
+    fn new(db: &Db, spec: &Arc<GroupSpec>) -> Self {
         let mut uses = db.inner.plugin_uses.lock().expect("no panic while counting");
-        for name in &names {
-            *uses.entry(name.clone()).or_default() += 1;
+        for name in Self::names(spec) {
+            *uses.entry(name).or_default() += 1;
         }
         drop(uses);
-        PluginUses { db: db.clone(), names }
+        PluginUses { db: db.clone(), spec: spec.clone() }
+    }
+
+    fn names(spec: &GroupSpec) -> impl Iterator<Item = (String, String)> {
+        spec.stages.iter().map(move |stage| (spec.table.namespace_name.clone(), stage.name.clone()))
     }
 }
 
 impl Drop for PluginUses {
     fn drop(&mut self) {
         let mut uses = self.db.inner.plugin_uses.lock().expect("no panic while counting");
-        for name in &self.names {
-            if let Some(count) = uses.get_mut(name) {
+        for name in Self::names(&self.spec) {
+            if let Some(count) = uses.get_mut(&name) {
                 *count -= 1;
                 if *count == 0 {
-                    uses.remove(name);
+                    uses.remove(&name);
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Role};
+    use crate::live::Encoder;
+    use crate::live::event::CommitEvents;
+    use crate::telemetry::Metrics;
+
+    struct Silent;
+
+    impl Encoder for Silent {
+        fn encode(&self, _: &GroupSpec, _: &CommitEvents, _: &mut Vec<u8>) {}
+    }
+
+    fn request(sql: &str, position: Option<String>) -> LiveRequest {
+        LiveRequest {
+            sql: sql.to_owned(),
+            params: Vec::new(),
+            namespace: None,
+            pipeline: Vec::new(),
+            on_error: OnError::Stop,
+            snapshot: None,
+            last_rows: None,
+            old: OldMode::default(),
+            position,
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn streams_hold_once_what_they_have_in_common() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(&Config::new(dir.path()), Arc::new(Silent), Arc::new(Metrics::default())).unwrap();
+        let admin = Identity { user: "admin".into(), role: Role::Admin };
+        let user = Identity { user: "alice".into(), role: Role::User };
+        let create = SqlRequest {
+            sql: "CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT)".to_owned(),
+            params: Vec::new(),
+            namespace: None,
+            read_only: false,
+            idempotency: None,
+            one_result: false,
+        };
+        db.execute(&admin, create).await.unwrap();
+        let text = "SELECT id, room FROM t WHERE room = 'a'";
+        let mut first = db.subscribe(&admin, request(text, None)).await.unwrap();
+        let position = first.position(db.inner.store.applied());
+        let again = db.subscribe(&user, request(text, Some(position))).await.unwrap();
+        let in_other_words = db.subscribe(&user, request("select id, room from t where room='a'", None)).await.unwrap();
+        for other in [&again, &in_other_words] {
+            assert!(Arc::ptr_eq(&first.spec, &other.spec), "one group, one spec");
+        }
+        assert!(Arc::ptr_eq(&first.listed.common, &again.listed.common), "the position is no part of what was asked");
+        let (one, two) = (&first.listed.common, &in_other_words.listed.common);
+        assert!(!Arc::ptr_eq(one, two) && Arc::ptr_eq(&one.spec, &two.spec), "each its own words");
+        assert!(size_of::<LiveStream>() <= 320, "{} bytes", size_of::<LiveStream>());
+
+        assert!(matches!(first.next().await, Some(LiveOutput::Start { .. })));
+        assert_eq!(first.queue.capacity(), 0, "what was said leaves no room behind");
+        drop((first, again, in_other_words));
+        assert!(db.inner.streams.visible(&db.inner.live, &admin.user, Role::Admin).is_empty());
+        db.close();
     }
 }

@@ -13,7 +13,7 @@ use super::install::{may_install, stored_version};
 use super::{Db, DbError, Identity, blocking, sample, unknown_namespace};
 use crate::catalog::{NamespaceId, OnError, Semantics, Stage};
 use crate::plugins::registry::{Owner, Plugins};
-use crate::plugins::{Changes, FaultCause, PluginError, Rows, UnitFault};
+use crate::plugins::{Changes, FaultCause, Origin, PluginError, Rows, UnitFault};
 
 /// The most rows of one trial: each may take its whole time limit.
 const MAX_ROWS: usize = 256;
@@ -144,14 +144,15 @@ impl Job<'_> {
         let (base, changes) = section.map_or((&[][..], &[][..]), |found| (found.bytes, &found.changes[..]));
         let rows: Vec<_> = changes.iter().filter_map(|change| Some(change.new?.1)).collect();
         let changes: Vec<_> = changes.iter().map(|change| change.at()).collect();
+        let origin = Origin::Snapshot;
         let mut once = || -> Result<(Made, Vec<UnitFault>), PluginError> {
             if opened.semantics == Semantics::Map {
-                let piped = worker.run(opened.id, Rows { commit: None, base, places: &rows })?;
+                let piped = worker.run(opened.id, Rows { origin, commit: None, base, places: &rows })?;
                 let kept = piped.keep.iter().enumerate().filter(|(_, keep)| **keep).map(|(index, _)| index);
                 let mut images = piped.output.unwrap_or_default().into_iter();
                 return Ok((kept.map(|index| (index, images.next())).collect(), piped.faults));
             }
-            let piped = worker.run_changes(opened.id, Changes { commit: None, base, places: &changes })?;
+            let piped = worker.run_changes(opened.id, Changes { origin, commit: None, base, places: &changes })?;
             let outputs = piped.outputs.into_iter().map(|output| (output.index, output.image));
             Ok((outputs.collect(), piped.faults))
         };

@@ -21,7 +21,7 @@ use super::request::Asked;
 use super::results::{self, Format};
 use super::several::Streams;
 use super::stall::paced;
-use super::stream::{self, Subscriber};
+use super::stream::{self, Handover, Subscriber};
 use super::tickets::Tickets;
 use super::{plugins, request, rows};
 use crate::config::{Config, HttpOptions};
@@ -108,9 +108,13 @@ pub fn router(app: App) -> Router {
         .with_state(app)
 }
 
-/// Where a connection comes from.
-#[derive(Clone, Copy)]
-pub struct Peer(pub std::net::SocketAddr);
+/// The connection that a request came by.
+#[derive(Clone)]
+pub struct Peer {
+    pub address: std::net::SocketAddr,
+    /// Set where the connection would send a live stream itself.
+    pub handover: Option<Handover>,
+}
 
 /// One request, whole: identity first, so that nothing below sees a credential; then the router.
 pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
@@ -199,7 +203,7 @@ async fn metrics(
     peer: Option<axum::Extension<Peer>>,
     caller: Result<Caller, Problem>,
 ) -> Result<Response, Problem> {
-    let local = peer.is_some_and(|peer| peer.0.0.ip().to_canonical().is_loopback());
+    let local = peer.is_some_and(|peer| peer.address.ip().to_canonical().is_loopback());
     if !local && caller?.0.role != crate::config::Role::Admin {
         return Err(Problem::new(403, "forbidden", "metrics are for administrators"));
     }
@@ -327,7 +331,7 @@ async fn subscribe(
     asked: Asked,
     ticket: Option<&super::tickets::Redeemed>,
 ) -> Result<Response, Problem> {
-    let address = peer.map(|peer| peer.0.0.ip().to_canonical());
+    let address = peer.as_ref().map(|peer| peer.address.ip().to_canonical());
     // Counted before anything is opened: what is turned away has cost nothing.
     let opened = match app.limits.open(&who.user, address, asked.queries.len()) {
         Ok(counted) => open(app, &who, &asked).await.map(|streams| (counted, streams)),
@@ -340,7 +344,7 @@ async fn subscribe(
         }
         Err(problem) => return Err(problem),
     };
-    Ok(stream::respond(Subscriber {
+    let subscriber = Subscriber {
         streams,
         // `live` sends progress every heartbeat; this is for the times when it cannot, say while it waits for a plugin.
         idle: app.heartbeat * 2,
@@ -349,7 +353,8 @@ async fn subscribe(
         metrics: app.metrics.clone(),
         open: app.streams.token(),
         counted,
-    }))
+    };
+    Ok(stream::respond(subscriber, peer.and_then(|peer| peer.0.handover)))
 }
 
 /// All queries of a stream or none.

@@ -6,23 +6,28 @@
 
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use axum::http::{Method, Version};
+use axum::response::Response;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::routes::{App, Peer, handle, router};
+use super::socket::Socket;
 use super::stall::Stalling;
-use super::stream::CLOSE_SPREAD;
+use super::stream::{self, CLOSE_SPREAD, Handover, Sender};
+use crate::telemetry::Metrics;
 
 /// After the streams' spread, how long running requests may take to finish; longer than the default query deadline.
 const FINISH: Duration = Duration::from_secs(8);
@@ -109,7 +114,7 @@ impl Server {
             match listener.accept().await {
                 Ok((stream, peer)) => {
                     back_off = BACK_OFF;
-                    self.admit(stream, Peer(peer));
+                    self.admit(stream, peer);
                 }
                 // The client's own hurry: the next one is waiting already.
                 Err(error) if is_connection_error(&error) => {}
@@ -122,7 +127,7 @@ impl Server {
         }
     }
 
-    fn admit(&self, stream: TcpStream, peer: Peer) {
+    fn admit(&self, stream: TcpStream, peer: SocketAddr) {
         let Ok(permit) = self.free.clone().try_acquire_owned() else {
             self.app.metrics.http_refused.inc();
             return turn_away(&stream);
@@ -134,12 +139,41 @@ impl Server {
             closing: self.closing.clone(),
             aborting: self.aborting.clone(),
         };
+        let open = Open::new(permit, &self.app.metrics);
+        let (connections, aborting) = (self.connections.clone(), self.aborting.clone());
+        let stall_limit = self.app.options.stall_limit;
         self.connections.spawn(async move {
-            connection.app.metrics.http_connections.inc();
-            connection.serve(stream, peer).await;
-            connection.app.metrics.http_connections.dec();
-            drop(permit);
+            // Events are small and each is worth its own packet.
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "TCP_NODELAY");
+            }
+            let socket = Socket::new(stream);
+            let Some((response, sender)) = connection.serve(socket.clone(), peer).await else { return };
+            // A task of its own: this one has hyper's connection in its frame, for as long as it lives.
+            connections.spawn(async move {
+                let _open = open;
+                aborting.run_until_cancelled(stream::run(response, sender, socket, stall_limit)).await;
+            });
         });
+    }
+}
+
+/// Counted as an open connection until it is dropped.
+struct Open {
+    _permit: OwnedSemaphorePermit,
+    metrics: Arc<Metrics>,
+}
+
+impl Open {
+    fn new(permit: OwnedSemaphorePermit, metrics: &Arc<Metrics>) -> Open {
+        metrics.http_connections.inc();
+        Open { _permit: permit, metrics: metrics.clone() }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.metrics.http_connections.dec();
     }
 }
 
@@ -205,22 +239,34 @@ struct Connection {
 }
 
 impl Connection {
-    async fn serve(&self, stream: TcpStream, peer: Peer) {
-        // Events are small and each is worth its own packet.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY");
-        }
+    /// Until the connection ends, or a live stream takes it over.
+    async fn serve(&self, socket: Socket, peer: SocketAddr) -> Option<(Response, Box<Sender>)> {
         let options = &self.app.options;
-        let io = TokioIo::new(Stalling::new(stream, options.stall_limit, self.app.metrics.http_stalled.clone()));
+        let stalling = Stalling::new(socket.clone(), options.stall_limit, self.app.metrics.http_stalled.clone());
+        let io = TokioIo::new(stalling);
+        let (hand, mut handed) = mpsc::channel(1);
         let spoke = Arc::new(AtomicBool::new(false));
         let (app, router, heard) = (self.app.clone(), self.router.clone(), spoke.clone());
         let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             heard.store(true, Ordering::Relaxed);
             let mut request = request.map(Body::new);
-            request.extensions_mut().insert(peer);
+            // What hyper still has of an earlier response (to a client that did not wait for it) is not to be overtaken.
+            let alone =
+                request.version() == Version::HTTP_11 && request.method() != Method::HEAD && !socket.is_blocked();
+            let handover = alone.then(Handover::default);
+            request.extensions_mut().insert(Peer { address: peer, handover: handover.clone() });
             // Owned, as HTTP/2 runs each request as a task.
-            let (app, router) = (app.clone(), router.clone());
-            async move { Ok::<_, std::convert::Infallible>(handle(&app, &router, request).await) }
+            let (app, router, hand) = (app.clone(), router.clone(), hand.clone());
+            async move {
+                let response = handle(&app, &router, request).await;
+                if let Some(sender) = handover.and_then(|handover| handover.take()) {
+                    // It has room: a connection over HTTP/1.1 has one request at a time, and this is the last.
+                    let _ = hand.send((response, sender)).await;
+                    std::future::pending::<()>().await;
+                    return Ok(Response::default());
+                }
+                Ok::<_, std::convert::Infallible>(response)
+            }
         });
         let mut connection = std::pin::pin!(self.builder.serve_connection(io, service));
         // hyper's own timer starts when it knows the protocol; until then a silent client is ours to cut.
@@ -232,8 +278,9 @@ impl Connection {
                     if let Err(error) = result {
                         tracing::debug!(%error, "connection ended");
                     }
-                    return;
+                    return None;
                 }
+                stream = handed.recv() => return stream,
                 () = self.closing.cancelled(), if !closing => {
                     closing = true;
                     connection.as_mut().graceful_shutdown();
@@ -241,10 +288,10 @@ impl Connection {
                 () = silence.as_mut(), if listening => {
                     listening = false;
                     if !spoke.load(Ordering::Relaxed) {
-                        return;
+                        return None;
                     }
                 }
-                () = self.aborting.cancelled() => return,
+                () = self.aborting.cancelled() => return None,
             }
         }
     }

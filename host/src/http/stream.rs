@@ -1,14 +1,16 @@
 //! A live stream as a response: hello at once, then what `db` delivers, until one side ends it.
 
 use std::future::Future;
+use std::io::{self, IoSlice, Write};
 use std::pin::Pin;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use rand::Rng;
+use tokio::io::AsyncWriteExt;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -16,7 +18,9 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use super::error::Problem;
 use super::limits::Counted;
 use super::several::Streams;
+use super::socket::Socket;
 use super::sse;
+use super::stall::Stalling;
 use super::tickets::TicketUse;
 use crate::db::DbError;
 use crate::telemetry::Metrics;
@@ -45,36 +49,110 @@ enum Step {
     End,
 }
 
-pub fn respond(subscriber: Subscriber) -> Response {
-    let sender = Sender {
-        hello: Some(sse::hello(sse::RETRY)),
-        quiet: Box::pin(tokio::time::sleep(subscriber.idle)),
-        sent: Instant::now(),
-        draining: Box::pin(subscriber.draining.clone().cancelled_owned()),
-        replaced: match &subscriber.ticket {
-            Some(ticket) => Box::pin(ticket.replaced().clone().cancelled_owned()),
-            None => Box::pin(std::future::pending()),
-        },
-        end: None,
-        subscriber,
-    };
+/// The stream as a response. Over HTTP/1.1 its connection takes it, where it offers to: see [`Handover`].
+pub fn respond(subscriber: Subscriber, handover: Option<Handover>) -> Response {
+    let sender = Sender::new(subscriber);
+    if let Some(handover) = handover {
+        handover.give(sender);
+        return event_stream(Body::empty());
+    }
     let events = futures::stream::unfold(Some(sender), |sender| async move {
         let mut sender = sender?;
-        let (bytes, sender) = match sender.step().await {
-            Step::Send(bytes) => (bytes, Some(sender)),
-            Step::Close(problem) => (sse::closed(&problem), None),
-            Step::End => return None,
-        };
-        if let Some(sender) = &sender {
-            sender.subscriber.metrics.event_bytes_sent.inc_by(bytes.len() as u64);
+        match sender.step().await {
+            Step::Send(bytes) => Some((Ok::<_, std::convert::Infallible>(bytes), Some(sender))),
+            Step::Close(problem) => Some((Ok(sse::closed(&problem)), None)),
+            Step::End => None,
         }
-        Some((Ok::<_, std::convert::Infallible>(bytes), sender))
     });
     event_stream(Body::from_stream(events))
 }
 
+/// Where a connection over HTTP/1.1 finds the stream that it shall send from now on.
+///
+/// Such a connection has nothing else to do until it closes, and hyper is made for those that do: its buffers, and the
+/// way of every event through body, encoder and queue, cost more than the event. So [`run`] writes to the socket itself.
+#[derive(Clone, Default)]
+pub struct Handover(Arc<Mutex<Option<Box<Sender>>>>);
+
+impl Handover {
+    fn give(&self, sender: Sender) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(sender));
+    }
+
+    pub fn take(&self) -> Option<Box<Sender>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Sends a stream in chunks of HTTP/1.1 until it ends, the client goes, or stops reading.
+pub async fn run(response: Response, mut sender: Box<Sender>, socket: Socket, stall_limit: Duration) {
+    let cut = sender.subscriber.metrics.http_stalled.clone();
+    let mut to = Stalling::new(socket.clone(), stall_limit, cut);
+    let mut before = head(&response);
+    loop {
+        let step = tokio::select! {
+            biased;
+            step = sender.step() => step,
+            () = socket.closed() => return,
+        };
+        let (bytes, last) = match step {
+            Step::Send(bytes) => (bytes, false),
+            Step::Close(problem) => (sse::closed(&problem), true),
+            Step::End => (Bytes::new(), true),
+        };
+        // An empty chunk would be the last.
+        if !bytes.is_empty() {
+            write!(before, "{:x}\r\n", bytes.len()).expect("writing to memory cannot fail");
+        }
+        let after: &[u8] = match (bytes.is_empty(), last) {
+            (false, false) => b"\r\n",
+            (false, true) => b"\r\n0\r\n\r\n",
+            (true, false) => b"",
+            (true, true) => b"0\r\n\r\n",
+        };
+        let written = write_whole(&mut to, [&before, &bytes, after]).await;
+        if last || written.is_err() {
+            // Whoever has gone does not care.
+            let _ = to.shutdown().await;
+            return;
+        }
+        before.clear();
+    }
+}
+
+async fn write_whole(to: &mut Stalling<Socket>, parts: [&[u8]; 3]) -> io::Result<()> {
+    let mut slices = parts.map(IoSlice::new);
+    let mut left = &mut slices[..];
+    while left.iter().any(|slice| !slice.is_empty()) {
+        let taken = to.write_vectored(left).await?;
+        if taken == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        IoSlice::advance_slices(&mut left, taken);
+    }
+    Ok(())
+}
+
+/// The head of the response, as hyper would write it.
+fn head(response: &Response) -> Vec<u8> {
+    let mut head = format!("HTTP/1.1 {}\r\n", response.status()).into_bytes();
+    for (name, value) in response.headers() {
+        // The body that is sent is not the response's own.
+        if *name != header::CONTENT_LENGTH {
+            head.extend_from_slice(name.as_ref());
+            head.extend_from_slice(b": ");
+            head.extend_from_slice(value.as_bytes());
+            head.extend_from_slice(b"\r\n");
+        }
+    }
+    let date = httpdate::fmt_http_date(SystemTime::now());
+    let rest = format!("transfer-encoding: chunked\r\nconnection: close\r\ndate: {date}\r\n\r\n");
+    head.extend_from_slice(rest.as_bytes());
+    head
+}
+
 /// What waits beside the events is made once a stream: registering it again for every event would cost more than the event.
-struct Sender {
+pub struct Sender {
     subscriber: Subscriber,
     hello: Option<Bytes>,
     /// Rings when the stream may have been quiet for long; whether it was is seen by `sent`.
@@ -88,10 +166,34 @@ struct Sender {
 }
 
 impl Sender {
-    async fn step(&mut self) -> Step {
-        if let Some(hello) = self.hello.take() {
-            return Step::Send(hello);
+    fn new(subscriber: Subscriber) -> Sender {
+        Sender {
+            hello: Some(sse::hello(sse::RETRY)),
+            quiet: Box::pin(tokio::time::sleep(subscriber.idle)),
+            sent: Instant::now(),
+            draining: Box::pin(subscriber.draining.clone().cancelled_owned()),
+            replaced: match &subscriber.ticket {
+                Some(ticket) => Box::pin(ticket.replaced().clone().cancelled_owned()),
+                None => Box::pin(std::future::pending()),
+            },
+            end: None,
+            subscriber,
         }
+    }
+
+    /// Cancel-safe.
+    async fn step(&mut self) -> Step {
+        let step = match self.hello.take() {
+            Some(hello) => Step::Send(hello),
+            None => self.next().await,
+        };
+        if let Step::Send(bytes) = &step {
+            self.subscriber.metrics.event_bytes_sent.inc_by(bytes.len() as u64);
+        }
+        step
+    }
+
+    async fn next(&mut self) -> Step {
         loop {
             let draining = self.end.is_none();
             tokio::select! {

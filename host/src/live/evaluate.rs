@@ -13,7 +13,7 @@ use wire::image::ImageAt;
 use wire::{ChangeAt, ImageRef, Op, Schema};
 
 use super::event::{CommitEvents, EventOp, EventRow};
-use super::{Batch, GroupSpec, Pass, Piped, PipelineFault, Pipelines, ProgramError};
+use super::{Batch, GroupSpec, Pass, Piped, PipelineFault, Pipelines, ProgramError, Question};
 use crate::catalog::{Semantics, TableId};
 use crate::store::Seq;
 
@@ -80,6 +80,11 @@ impl<'a> Rows<'a> {
         rows
     }
 
+    /// How many there are to be looked at.
+    pub(super) fn count(&self) -> usize {
+        self.images.len()
+    }
+
     /// Old and new image of every change.
     pub(super) fn pairs(&self) -> impl Iterator<Item = (Option<ImageRef<'a>>, Option<ImageRef<'a>>)> {
         let image = |at: Option<usize>| at.map(|at| self.images[at]);
@@ -102,9 +107,9 @@ impl<'a> Rows<'a> {
     }
 
     /// Some of the changes, by their numbers.
-    pub(super) fn some(&self, changes: &[usize]) -> Self {
+    pub(super) fn some(&self, changes: impl Iterator<Item = usize>) -> Self {
         let mut rows = Rows { committed_at: self.committed_at, schema_version: self.schema_version, ..Rows::default() };
-        for change in changes.iter().map(|at| self.changes[*at]) {
+        for change in changes.map(|at| self.changes[at]) {
             let mut copy = |at: Option<usize>| at.map(|at| rows.push(self.images[at], self.places[at]));
             let (old, new) = (copy(change.old), copy(change.new));
             rows.changes.push(RowChange { old, new, ..change });
@@ -139,6 +144,14 @@ pub(super) struct Query<'a> {
     pub spec: &'a GroupSpec,
     pub key: &'a Schema,
     pub pipeline: Option<(&'a mut dyn Pipelines, u64)>,
+    /// Which images the predicate takes, where it has been asked already (see [`matching_each`]).
+    pub known: Option<Vec<bool>>,
+}
+
+impl Query<'_> {
+    fn matching(&mut self, rows: &Rows<'_>) -> Result<Vec<bool>, ProgramError> {
+        self.known.take().map_or_else(|| matching(self.spec, rows), Ok)
+    }
 }
 
 /// The events of `rows` for one group, or `None` when they do not concern it.
@@ -174,10 +187,10 @@ pub(super) fn evaluate(
 /// Feed semantics: what the pipeline makes of the changes, one event each.
 fn outputs(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result<Option<CommitEvents>, Fault> {
     let spec = query.spec;
+    let matching = query.matching(rows)?;
     let Some((pipelines, id)) = &mut query.pipeline else {
         return Err(ProgramError("a feed without a pipeline".to_owned()).into());
     };
-    let matching = matching(spec, rows)?;
     let (mut changes, mut places) = (Vec::new(), Vec::new());
     for change in &rows.changes {
         // The predicate speaks of rows: an image that does not match is no part of the change.
@@ -248,6 +261,30 @@ fn matching(spec: &GroupSpec, rows: &Rows<'_>) -> Result<Vec<bool>, ProgramError
     Ok(taken)
 }
 
+/// [`matching`] of several groups of one shape, each with rows of its own, in one evaluation. `None`: they have to be
+/// asked one by one, be it because only that can say which of them fails.
+pub(super) fn matching_each(asked: &[(&GroupSpec, &Rows<'_>)]) -> Option<Vec<Vec<bool>>> {
+    let mut taken: Vec<Vec<bool>> = Vec::with_capacity(asked.len());
+    let mut fit: Vec<Vec<ImageRef<'_>>> = Vec::with_capacity(asked.len());
+    for (spec, rows) in asked {
+        let admitted: Vec<bool> = rows.images.iter().map(|image| spec.admits(image)).collect();
+        fit.push(rows.images.iter().zip(&admitted).filter(|(_, fits)| **fits).map(|(image, _)| *image).collect());
+        taken.push(admitted);
+    }
+    let questions = asked.iter().zip(&fit).filter(|(_, rows)| !rows.is_empty());
+    let questions: Vec<Question<'_>> =
+        questions.map(|((spec, _), rows)| Question { program: &spec.program, rows }).collect();
+    let Some(first) = questions.first() else { return Some(taken) };
+    let answers = first.program.matches_each(&questions).ok()?;
+    if answers.len() != fit.iter().map(Vec::len).sum::<usize>() {
+        return None;
+    }
+    for (image, matches) in taken.iter_mut().flatten().filter(|image| **image).zip(answers) {
+        *image = matches;
+    }
+    Some(taken)
+}
+
 /// What a change is to somebody who holds the earlier result. `old` and `new` are the output rows before and after, if
 /// the row was (is) in the result; `present` says whether the row is still in the table.
 fn decide(
@@ -274,7 +311,7 @@ struct Shown {
 /// `None`: no image is in the result, which is the answer for most commits of a table with many groups.
 fn show(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result<Option<Shown>, Fault> {
     let spec = query.spec;
-    let matching = matching(spec, rows)?;
+    let matching = query.matching(rows)?;
     let mut kept: Vec<usize> = (0..rows.images.len()).filter(|image| matching[*image]).collect();
     let mut output = None;
     if let Some((pipelines, id)) = &mut query.pipeline

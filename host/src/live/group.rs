@@ -26,7 +26,8 @@ pub(super) struct Group {
     pub worker: Arc<Mailbox>,
     tail: Mutex<GroupTail>,
     changed: Notify,
-    budget: Arc<TailBudget>,
+    /// Which has the group only while there are seats, so neither keeps the other for ever.
+    registry: Arc<Registry>,
     events: AtomicU64,
     bytes: AtomicU64,
 }
@@ -43,11 +44,11 @@ impl Group {
         self.bytes.fetch_add(events.len() as u64, Ordering::Relaxed);
         let mut tail = lock(&self.tail);
         let before = tail.bytes();
-        tail.append(seq, events, self.budget.group);
-        if !self.budget.replace(before, tail.bytes()) {
+        tail.append(seq, events, self.registry.budget.group);
+        if !self.registry.budget.replace(before, tail.bytes()) {
             let before = tail.bytes();
             tail.forget_older(Duration::ZERO);
-            self.budget.replace(before, tail.bytes());
+            self.registry.budget.replace(before, tail.bytes());
         }
         drop(tail);
         self.changed.notify_waiters();
@@ -62,7 +63,7 @@ impl Group {
         let mut tail = lock(&self.tail);
         let before = tail.bytes();
         tail.forget_older(age);
-        self.budget.replace(before, tail.bytes());
+        self.registry.budget.replace(before, tail.bytes());
     }
 
     pub(super) fn end(&self, end: GroupEnd) {
@@ -121,7 +122,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        self.budget.replace(lock(&self.tail).bytes(), 0);
+        self.registry.budget.replace(lock(&self.tail).bytes(), 0);
     }
 }
 
@@ -153,7 +154,7 @@ impl TailBudget {
 /// Which groups there are and how many subscriptions each has.
 pub(super) struct Registry {
     groups: Mutex<Groups>,
-    budget: Arc<TailBudget>,
+    budget: TailBudget,
     max_subscriptions: usize,
     next_id: AtomicU64,
     metrics: Arc<Metrics>,
@@ -170,7 +171,7 @@ impl Registry {
     pub(super) fn new(group_tail_bytes: usize, max_subscriptions: usize, metrics: Arc<Metrics>) -> Self {
         Registry {
             groups: Mutex::default(),
-            budget: Arc::new(TailBudget::new(group_tail_bytes)),
+            budget: TailBudget::new(group_tail_bytes),
             max_subscriptions,
             next_id: AtomicU64::new(1),
             metrics,
@@ -202,10 +203,10 @@ impl Registry {
                 Arc::clone(&entry.insert((self.make(spec, worker), 1)).0)
             }
         };
-        Ok(Seat { group, registry: Arc::clone(self) })
+        Ok(Seat { group })
     }
 
-    fn make(&self, spec: &Arc<GroupSpec>, worker: &Arc<Mailbox>) -> Arc<Group> {
+    fn make(self: &Arc<Self>, spec: &Arc<GroupSpec>, worker: &Arc<Mailbox>) -> Arc<Group> {
         Arc::new(Group {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
             spec: Arc::clone(spec),
@@ -213,7 +214,7 @@ impl Registry {
             worker: Arc::clone(worker),
             tail: Mutex::new(GroupTail::new()),
             changed: Notify::new(),
-            budget: Arc::clone(&self.budget),
+            registry: Arc::clone(self),
             events: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         })
@@ -274,15 +275,14 @@ impl Registry {
     }
 }
 
-/// One subscription's place in its group; dropping it leaves.
+/// One subscription's place in its group; dropping it leaves. One pointer: everything else the group knows.
 pub(super) struct Seat {
     pub group: Arc<Group>,
-    registry: Arc<Registry>,
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        if self.registry.leave(&self.group) {
+        if self.group.registry.leave(&self.group) {
             self.group.worker.leave(self.group.id);
         }
     }

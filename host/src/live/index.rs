@@ -19,7 +19,7 @@ use super::GroupSpec;
 use super::evaluate::Rows;
 use crate::catalog::{Anchor, Anchors, Holds, NamespaceId, Table, TableId};
 use intervals::Intervals;
-use order::{Cell, cell, sorted};
+use order::{Cell, cell, sortable, sorted};
 
 /// All groups of one worker.
 #[derive(Default)]
@@ -33,8 +33,8 @@ pub(super) struct Index {
 pub(super) struct Candidates {
     /// With all changes.
     pub any: Vec<u64>,
-    /// With these changes only, in order.
-    pub some: HashMap<u64, Vec<usize>>,
+    /// With some of them: groups and the numbers of their changes, in order.
+    pub some: Vec<(u64, usize)>,
     /// To be run again.
     pub requery: Vec<u64>,
 }
@@ -153,7 +153,7 @@ impl Groups {
     fn candidates(&self, rows: &Rows<'_>) -> Candidates {
         let mut found = Candidates {
             any: self.any.iter().copied().collect(),
-            some: HashMap::new(),
+            some: Vec::new(),
             requery: self.requery.iter().copied().collect(),
         };
         let (mut ids, mut before, mut after) = (Vec::new(), Vec::new(), Vec::new());
@@ -168,13 +168,11 @@ impl Groups {
                     conditions.fitting(new, &mut ids);
                 }
             }
-            for id in ids.drain(..) {
-                let changes = found.some.entry(id).or_default();
-                if changes.last() != Some(&change) {
-                    changes.push(change);
-                }
-            }
+            found.some.extend(ids.drain(..).map(|id| (id, change)));
         }
+        found.some.sort_unstable();
+        // By its old and its new row, and by several conditions of one group.
+        found.some.dedup();
         found
     }
 }
@@ -246,17 +244,35 @@ fn place(holds: &Holds) -> Place {
 /// Whether a row fits: the same question as the index answers, for one group.
 pub fn admits(anchors: &Anchors, table: &Table, row: &ImageRef<'_>) -> bool {
     let Anchors::OneOf(anchors) = anchors else { return true };
-    let mut scratch = Vec::new();
+    let (mut of_row, mut of_anchor) = (Vec::new(), Vec::new());
     anchors.iter().any(|anchor| {
         let kind = table.column_by_id(anchor.column).map_or(Kind::Int, |column| column.ty.kind());
-        match (cell(row, anchor.column, kind, &mut scratch), place(&anchor.holds)) {
-            (Cell::Null, place) => matches!(place, Place::Null),
-            (Cell::Odd, place) => !matches!(place, Place::Null),
-            (Cell::Value(_), Place::Null) => false,
-            (Cell::Value(value), Place::Value(wanted)) => *value == *wanted,
-            (Cell::Value(value), Place::Range(low, high)) => *low <= *value && high.is_none_or(|high| *value <= *high),
-        }
+        fits(cell(row, anchor.column, kind, &mut of_row), &anchor.holds, &mut of_anchor)
     })
+}
+
+/// As [`place`] and [`Conditions::fitting`] have it, without a copy of the constants: this is asked of every row that
+/// comes to a group, for each value of an IN list.
+fn fits(cell: Cell<'_>, holds: &Holds, scratch: &mut Vec<u8>) -> bool {
+    let value = match (cell, holds) {
+        (Cell::Null, Holds::Value(wanted)) => return sortable(wanted, scratch).is_none(),
+        (Cell::Null, _) => return false,
+        (Cell::Odd, Holds::Value(wanted)) => return sortable(wanted, scratch).is_some(),
+        (Cell::Odd, _) => return true,
+        (Cell::Value(value), _) => value,
+    };
+    match holds {
+        Holds::Value(wanted) => sortable(wanted, scratch) == Some(value),
+        Holds::Range { least, most } => {
+            let low = least.as_ref().and_then(|least| sortable(least, scratch));
+            if low.is_some_and(|low| value < low) {
+                return false;
+            }
+            let high = most.as_ref().and_then(|most| sortable(most, scratch));
+            high.is_none_or(|high| value <= high)
+        }
+        Holds::Prefix(start) => value.starts_with(start.as_bytes()),
+    }
 }
 
 /// Group ids: mostly one, sometimes very many, and then leaving must not look through them all.

@@ -3,18 +3,22 @@
 //! A subscription owns no queue: a cursor, its seat in the group, and at most one piece under way. The states: present
 //! rows (if asked for), then whatever lies after the cursor: from the group's tail where that reaches back far enough,
 //! else replayed from the change log until it does.
+//!
+//! Its struct is all that the live side keeps of a client, 40 bytes, and one that only waits holds no memory elsewhere.
+//! What a connection has anyway is lent by it: a timer ([`Heartbeat`]), and the task that waits.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::PipelineFault;
 use super::group::Seat;
 use super::job::{Piece, SnapshotScan, Work};
 use super::tail::{EventsAfter, GroupEnd};
+use super::{GroupSpec, PipelineFault};
 use crate::store::Seq;
 
 /// Why a subscription ended.
@@ -95,11 +99,6 @@ pub struct Subscription {
     seat: Seat,
     cursor: Seq,
     state: State,
-    /// The piece under way; kept here so that dropping a `next()` half-way loses nothing.
-    asked: Option<oneshot::Receiver<Piece>>,
-    heartbeat: Duration,
-    /// Made once: registering a timer anew for every event would cost more than the event.
-    next_heartbeat: Pin<Box<Sleep>>,
 }
 
 enum State {
@@ -107,8 +106,13 @@ enum State {
     Start {
         last: Option<u64>,
     },
-    /// They are being sent; `None` while a piece is under way.
+    /// They are being sent; `None` only while the next piece is being asked for.
     Snapshot(Option<Box<SnapshotScan>>),
+    /// A piece is under way. Kept here so that dropping a `next()` half-way loses nothing; `caught_up` as below.
+    Asked {
+        piece: oneshot::Receiver<Piece>,
+        caught_up: bool,
+    },
     /// Commits after the cursor; `caught_up` once the subscriber was told so.
     Commits {
         caught_up: bool,
@@ -116,91 +120,106 @@ enum State {
     Ended(Box<Delivery>),
 }
 
+/// When a quiet stream says how far it is. It lasts as long as the stream, over the subscriptions that follow each other
+/// in it: registering a timer anew for every event would cost more than the event.
+pub struct Heartbeat {
+    period: Duration,
+    next: Pin<Box<Sleep>>,
+}
+
+impl Heartbeat {
+    pub(super) fn every(period: Duration) -> Self {
+        let period = period.max(Duration::from_millis(1));
+        // A random phase: streams that were opened together shall not beat together.
+        Heartbeat { period, next: Box::pin(sleep(period.mul_f64(rand::random()))) }
+    }
+
+    /// Resolves when it is time. Cancel-safe: a beat that nobody waited for comes at the next call.
+    async fn beat(&mut self) {
+        self.next.as_mut().await;
+        // The next one keeps the phase, however late this one was.
+        let (now, mut next) = (Instant::now(), self.next.deadline());
+        while next <= now {
+            next += self.period;
+        }
+        self.next.as_mut().reset(next);
+    }
+}
+
 impl Subscription {
     /// From the present rows on.
-    pub(super) fn snapshot(seat: Seat, last: Option<u64>, heartbeat: Duration) -> Self {
-        Self::new(seat, Seq::default(), State::Start { last }, heartbeat)
+    pub(super) fn snapshot(seat: Seat, last: Option<u64>) -> Self {
+        Subscription { seat, cursor: Seq::default(), state: State::Start { last } }
     }
 
     /// Commits after `cursor`.
-    pub(super) fn after(seat: Seat, cursor: Seq, heartbeat: Duration) -> Self {
-        Self::new(seat, cursor, State::Commits { caught_up: false }, heartbeat)
+    pub(super) fn after(seat: Seat, cursor: Seq) -> Self {
+        Subscription { seat, cursor, state: State::Commits { caught_up: false } }
     }
 
-    fn new(seat: Seat, cursor: Seq, state: State, heartbeat: Duration) -> Self {
-        let heartbeat = heartbeat.max(Duration::from_millis(1));
-        // A random phase: streams that were opened together shall not beat together.
-        let next_heartbeat = Box::pin(sleep(heartbeat.mul_f64(rand::random())));
-        Subscription { seat, cursor, state, asked: None, heartbeat, next_heartbeat }
+    /// What the group is, as its first subscriber brought it.
+    pub fn spec(&self) -> &Arc<GroupSpec> {
+        &self.seat.group.spec
     }
 
     /// Waits for the next delivery. Cancel-safe. After the end it gives the end again.
-    pub async fn next(&mut self) -> Delivery {
+    pub async fn next(&mut self, heartbeat: &mut Heartbeat) -> Delivery {
         loop {
-            if let Some(answer) = &mut self.asked {
-                let piece = answer.await;
-                self.asked = None;
-                if let Some(delivery) = self.received(piece.ok()) {
-                    return delivery;
-                }
-            }
-            match &mut self.state {
+            let delivery = match &mut self.state {
                 State::Ended(delivery) => return Delivery::clone(delivery),
+                State::Asked { piece, caught_up } => {
+                    let caught_up = *caught_up;
+                    let piece = piece.await.ok();
+                    self.received(piece, caught_up)
+                }
                 State::Start { last } => {
                     let work = Work::Snapshot { last: *last };
-                    if let Some(delivery) = self.ask(work) {
-                        return delivery;
-                    }
+                    self.ask(work, false)
                 }
                 State::Snapshot(scan) => {
                     // Only taken together with asking: what was taken and not asked for would be lost.
-                    let Some(scan) = scan.take() else { unreachable!("a piece is under way or the scan is here") };
-                    if let Some(delivery) = self.ask(Work::Rows(scan)) {
-                        return delivery;
-                    }
+                    let Some(scan) = scan.take() else { unreachable!("what takes the scan asks for a piece") };
+                    self.ask(Work::Rows(scan), false)
                 }
                 State::Commits { caught_up } => {
                     let caught_up = *caught_up;
-                    if let Some(delivery) = self.commits(caught_up).await {
-                        return delivery;
-                    }
+                    self.commits(caught_up, heartbeat).await
                 }
+            };
+            if let Some(delivery) = delivery {
+                return delivery;
             }
         }
     }
 
     /// Asks the worker for a piece, unless the group has ended.
-    fn ask(&mut self, work: Work) -> Option<Delivery> {
+    fn ask(&mut self, work: Work, caught_up: bool) -> Option<Delivery> {
         let group = &self.seat.group;
         match group.ended() {
             Some(end) => Some(self.end(end, true)),
             None => {
-                self.asked = Some(group.worker.ask(group.id, work));
+                self.state = State::Asked { piece: group.worker.ask(group.id, work), caught_up };
                 None
             }
         }
     }
 
-    fn received(&mut self, piece: Option<Piece>) -> Option<Delivery> {
+    /// Takes a piece in; `None`: the worker no longer has the group.
+    fn received(&mut self, piece: Option<Piece>, caught_up: bool) -> Option<Delivery> {
         match piece {
-            Some(Piece::Rows { bytes, seq, rest }) => {
-                self.state = match rest {
-                    Some(scan) => State::Snapshot(Some(scan)),
-                    None => State::Commits { caught_up: false },
-                };
-                if matches!(self.state, State::Commits { .. }) {
-                    self.cursor = seq;
-                }
+            Some(Piece::Rows { bytes, seq, rest: Some(scan) }) => {
+                self.state = State::Snapshot(Some(scan));
                 (!bytes.is_empty()).then_some(Delivery::Events { bytes, seq })
             }
-            Some(Piece::Commits { bytes, seq }) => {
+            Some(Piece::Rows { bytes, seq, rest: None } | Piece::Commits { bytes, seq }) => {
                 self.cursor = seq;
+                self.state = State::Commits { caught_up };
                 (!bytes.is_empty()).then_some(Delivery::Events { bytes, seq })
             }
             Some(Piece::Expired) => Some(self.end(GroupEnd::Expired, true)),
             Some(Piece::Failed(reason)) => Some(self.end(GroupEnd::Reason(reason), true)),
-            // The worker no longer has the group; where it says no reason, it has stopped.
             None => {
+                // Where the group says no reason, the worker has stopped.
                 let end = self.seat.group.ended().unwrap_or(GroupEnd::Reason(EndReason::Shutdown));
                 Some(self.end(end, true))
             }
@@ -208,7 +227,7 @@ impl Subscription {
     }
 
     /// What lies after the cursor; waits while there is nothing. `None`: look again.
-    async fn commits(&mut self, caught_up: bool) -> Option<Delivery> {
+    async fn commits(&mut self, caught_up: bool, heartbeat: &mut Heartbeat) -> Option<Delivery> {
         let group = &self.seat.group;
         // Before looking: what is appended between looking and waiting wakes all the same.
         let changed = group.changed();
@@ -220,7 +239,7 @@ impl Subscription {
             }
             EventsAfter::Behind { floor } => {
                 drop(changed);
-                return self.ask(Work::Replay { after: self.cursor, until: floor });
+                return self.ask(Work::Replay { after: self.cursor, until: floor }, caught_up);
             }
             EventsAfter::Ended { end, behind } => {
                 drop(changed);
@@ -235,26 +254,16 @@ impl Subscription {
         }
         tokio::select! {
             () = changed => None,
-            () = self.next_heartbeat.as_mut() => {
+            () = heartbeat.beat() => {
                 // The worker may have passed many commits without events: look again, then say how far it is.
                 let (waiting, processed) = self.seat.group.after(self.cursor, 0);
                 if !matches!(waiting, EventsAfter::Nothing) {
                     return None;
                 }
                 self.cursor = self.cursor.max(processed);
-                self.beat();
                 Some(Delivery::UpToDate(self.cursor))
             }
         }
-    }
-
-    /// The next beat keeps the phase, however late this one was.
-    fn beat(&mut self) {
-        let (now, mut next) = (Instant::now(), self.next_heartbeat.deadline());
-        while next <= now {
-            next += self.heartbeat;
-        }
-        self.next_heartbeat.as_mut().reset(next);
     }
 
     /// The last delivery. `behind`: the group was further than this subscription.
@@ -264,7 +273,6 @@ impl Subscription {
             GroupEnd::Reason(reason) if behind => Delivery::End(reason.at(self.cursor)),
             GroupEnd::Reason(reason) => Delivery::End(reason.not_before(self.cursor)),
         };
-        self.asked = None;
         self.state = State::Ended(Box::new(delivery.clone()));
         delivery
     }

@@ -9,9 +9,11 @@
 //! groups in; one behind the log itself ends its groups as expired, and their subscribers start afresh.
 
 mod rerun;
+mod together;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::ControlFlow;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, mpsc};
@@ -35,6 +37,7 @@ use super::{Encoder, GroupSpec, LiveOptions, Pass, PipelineFault, Pipelines};
 use crate::catalog::{Catalog, NamespaceId, TableId};
 use crate::store::{Seq, Store, StoreError};
 use crate::telemetry::Metrics;
+use together::Asked;
 
 /// Commits taken before a job gets its turn.
 const TURN_COMMITS: usize = 64;
@@ -414,14 +417,17 @@ impl Worker {
             if !self.index.concerns(table, &section.scope) {
                 continue;
             }
-            let rows = Rows::of_section(section, table, committed_at);
+            let rows = Rc::new(Rows::of_section(section, table, committed_at));
             let candidates = self.index.candidates(table, &section.scope, &rows);
-            self.shared.metrics.live_candidates.inc_by((candidates.any.len() + candidates.some.len()) as u64);
-            for id in candidates.any {
-                self.deliver(id, source, &rows);
+            let mut asked: Vec<Asked<'_>> = candidates.any.iter().map(|id| Asked::new(*id, rows.clone())).collect();
+            for of_group in candidates.some.chunk_by(|(one, _), (other, _)| one == other) {
+                let changes = of_group.iter().map(|(_, change)| *change);
+                asked.push(Asked::new(of_group[0].0, Rc::new(rows.some(changes))));
             }
-            for (id, changes) in candidates.some {
-                self.deliver(id, source, &rows.some(&changes));
+            self.shared.metrics.live_candidates.inc_by(asked.len() as u64);
+            self.ask_together(&mut asked);
+            for group in asked.into_iter().filter(Asked::may_match) {
+                self.deliver(group, source);
             }
             for id in candidates.requery {
                 self.touch(id, seq);
@@ -429,14 +435,11 @@ impl Worker {
         }
     }
 
-    fn deliver(&mut self, id: u64, source: Source<'_>, rows: &Rows<'_>) {
-        let Some(member) = self.members.get(&id) else { return };
-        // A group planned after an ALTER starts behind it: commits before that are none of its own, and their rows have
-        // other columns.
-        if Some(member.group.spec.table.schema_version) != rows.schema_version() {
-            return;
-        }
-        match evaluate(&mut member.query(&mut *self.pipelines), source, rows) {
+    fn deliver(&mut self, Asked { id, rows, known }: Asked<'_>, source: Source<'_>) {
+        let Some(member) = self.members.get(&id).filter(|member| member.knows(&rows)) else { return };
+        let query = member.query(&mut *self.pipelines);
+        let evaluated = evaluate(&mut Query { known, ..query }, source, &rows);
+        match evaluated {
             Ok(None) => {}
             Ok(Some(events)) => append(&self.shared, &member.group, source.seq, &events),
             // Everything up to `processed` is in the tail; nothing of this commit is.
@@ -567,7 +570,13 @@ fn replay(
 impl Member {
     fn query<'a>(&'a self, pipelines: &'a mut dyn Pipelines) -> Query<'a> {
         let pipeline = self.pipeline.map(|id| (pipelines, id));
-        Query { spec: &self.group.spec, key: &self.group.key_schema, pipeline }
+        Query { spec: &self.group.spec, key: &self.group.key_schema, pipeline, known: None }
+    }
+
+    /// A group planned after an ALTER starts behind it: commits before that are none of its own, and their rows have
+    /// other columns.
+    fn knows(&self, rows: &Rows<'_>) -> bool {
+        rows.schema_version() == Some(self.group.spec.table.schema_version)
     }
 }
 

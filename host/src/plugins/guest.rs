@@ -10,6 +10,7 @@ use wire::abi::import;
 
 use super::logs::Speaker;
 use super::{PluginOptions, window};
+use crate::telemetry::one_line;
 
 /// Wall time that a call may take, as a multiple of its CPU time: a busy machine is not the guest's fault, a guest
 /// that sleeps in a page fault for ever is nobody else's problem.
@@ -118,13 +119,15 @@ impl Guest {
             return;
         }
         self.log_left -= cost;
+        // The server's log is read by line, and on terminals. What is kept stays as it was said.
+        let shown = one_line(message);
         match level {
             // A measurement runs the same rows a thousand times: the server's log is not the place for that.
-            _ if !self.is_live() => tracing::debug!(target: "plugin", plugin = &*self.plugin, "in a trial: {message}"),
-            0 => tracing::error!(target: "plugin", plugin = &*self.plugin, "{message}"),
-            1 => tracing::warn!(target: "plugin", plugin = &*self.plugin, "{message}"),
-            2 => tracing::info!(target: "plugin", plugin = &*self.plugin, "{message}"),
-            _ => tracing::debug!(target: "plugin", plugin = &*self.plugin, "{message}"),
+            _ if !self.is_live() => tracing::debug!(target: "plugin", plugin = &*self.plugin, "in a trial: {shown}"),
+            0 => tracing::error!(target: "plugin", plugin = &*self.plugin, "{shown}"),
+            1 => tracing::warn!(target: "plugin", plugin = &*self.plugin, "{shown}"),
+            2 => tracing::info!(target: "plugin", plugin = &*self.plugin, "{shown}"),
+            _ => tracing::debug!(target: "plugin", plugin = &*self.plugin, "{shown}"),
         }
         self.keep(["error", "warn", "info"].get(level as usize).copied().unwrap_or("debug"), message);
     }

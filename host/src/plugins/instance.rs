@@ -15,10 +15,12 @@ use wire::image::ImageAt;
 use super::engine::Compiled;
 use super::guest::{self, Guest, Misuse, OutOfTime};
 use super::logs::Speaker;
+use super::meters::Meter;
 use super::registry::Shared;
 use super::window::{self, GuestWindow, Mapping, PART_ROWS_AT, Ring, WindowError, WorkerPart};
-use super::{FaultCause, PluginError, abi, check};
+use super::{FaultCause, Origin, PluginError, abi, check};
 use crate::catalog::NamespaceId;
+use crate::telemetry::{Gauge, Histogram, one_line};
 
 /// What a guest's allocator may need around the window to align it.
 const WINDOW_SLACK: usize = 2 * WINDOW_ALIGN as usize;
@@ -36,21 +38,23 @@ pub struct CallFault {
     pub whole: bool,
     /// The row of the batch, where the guest named one.
     pub row: Option<usize>,
+    /// One line: parts of it are the guest's own words, and it goes to logs and terminals.
     pub message: String,
 }
 
 impl CallFault {
     pub fn new(cause: FaultCause, message: impl Into<String>) -> CallFault {
-        CallFault { cause, host: false, whole: false, row: None, message: message.into() }
+        CallFault::at(cause, None, message)
     }
 
     /// A fault that this guest, in this call, told of one row.
-    pub fn at(cause: FaultCause, row: Option<usize>, message: String) -> CallFault {
+    pub fn at(cause: FaultCause, row: Option<usize>, message: impl Into<String>) -> CallFault {
+        let message = one_line(&message.into()).into_owned();
         CallFault { cause, host: false, whole: false, row, message }
     }
 
     pub fn host(message: String) -> CallFault {
-        CallFault { cause: FaultCause::Memory, host: true, whole: true, row: None, message }
+        CallFault { host: true, whole: true, ..CallFault::new(FaultCause::Memory, message) }
     }
 
     fn whole(self) -> CallFault {
@@ -68,6 +72,9 @@ impl CallFault {
 /// A module with parameters for one input: what an instance is configured with.
 pub struct Setup {
     pub plugin: Arc<str>,
+    pub version: u32,
+    /// What its calls are counted in, found here so that no call has to look for it.
+    pub meter: Arc<Meter>,
     pub module: Arc<Compiled>,
     /// Of everything below: equal keys share a handle.
     pub key: [u8; 32],
@@ -120,6 +127,7 @@ impl Space {
 /// What one call is made with.
 pub struct Batch<'a> {
     pub setup: &'a Setup,
+    pub origin: Origin,
     /// What [`Instances::get`] gave for the setup.
     pub handle: u32,
     /// How many descriptors stand at the front of the worker part.
@@ -149,6 +157,9 @@ struct Body {
     store: Store<Guest>,
     memory: Memory,
     window: GuestWindow,
+    /// What its own memory is a part of, and how much of it: nothing until it is configured.
+    weighed_in: Gauge,
+    weight: i64,
 }
 
 impl Instance {
@@ -171,7 +182,7 @@ impl Instance {
         store.limiter(|guest| guest);
         guest::watch_deadline(&mut store);
 
-        let call = Call { shared, plugin, budget: shared.options.init_time, rows: 0 };
+        let call = Call { shared, plugin, budget: shared.options.init_time, rows: 0, seconds: None };
         let instance = start(&call, &mut store, module)?;
         let open: TypedFunc<u32, u32> = func(&instance, &mut store, export::WINDOW)?;
         let addr = call.run(&mut store, |store| open.call(store, window_bytes))?;
@@ -188,7 +199,7 @@ impl Instance {
         let release = release.then(|| func(&instance, &mut store, export::RELEASE)).transpose()?;
         shared.metrics.plugin_instances.inc();
         let shared = shared.clone();
-        let body = Body { shared, store, memory, window };
+        let body = Body { shared, store, memory, window, weighed_in: Gauge::default(), weight: 0 };
         Ok(Instance { body, configure, release, run, handles: Map::default() })
     }
 
@@ -197,10 +208,15 @@ impl Instance {
         if let Some(handle) = self.handles.get(&setup.key) {
             return Ok(handle.number);
         }
+        // Plugins of the same bytes share an instance. One that nobody uses any more may have been of a plugin that is
+        // gone, and its series with it.
+        if self.handles.is_empty() {
+            self.body.weigh_in(&setup.meter.memory);
+        }
         let used = self.write_configure(setup, part)?;
         let at = self.part_at() + PART_ROWS_AT as u32;
-        let (configure, time) = (&self.configure, self.body.shared.options.init_time);
-        let packed = self.body.call(&setup.plugin, time, 0, part, used, |store| configure.call(store, at))?;
+        let configure = &self.configure;
+        let packed = self.body.call(setup, None, part, used, |store| configure.call(store, at))?;
         let Some(Configured { handle: number, schema }) = Configured::unpack(packed) else {
             return Err(CallFault::new(
                 FaultCause::Failed,
@@ -266,8 +282,7 @@ impl Instance {
 
     /// Bytes of linear memory beside the window.
     pub fn own_memory(&self) -> usize {
-        let Body { memory, store, window, .. } = &self.body;
-        memory.data_size(store).saturating_sub(window.len as usize)
+        self.body.own_memory()
     }
 
     /// Bytes of the guest's memory, outside the window.
@@ -289,6 +304,7 @@ impl Instance {
                 format!("tg_filter set bits beyond the {} rows of its batch ({kept:#x})", batch.rows),
             ));
         }
+        batch.setup.meter.judged(batch.origin, batch.rows, kept.count_ones() as usize);
         Ok(kept)
     }
 
@@ -296,15 +312,23 @@ impl Instance {
     pub fn transform(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<Vec<Vec<u8>>, CallFault> {
         let output = self.output(batch, part)?;
         let schema = self.transformed(batch.setup)?;
-        abi::output_images(&output, batch.rows, schema).map_err(|message| CallFault::new(FaultCause::Output, message))
+        let images = abi::output_images(&output, batch.rows, schema);
+        let images = images.map_err(|message| CallFault::new(FaultCause::Output, message))?;
+        batch.setup.meter.judged(batch.origin, batch.rows, images.len());
+        batch.setup.meter.answered(output.len());
+        Ok(images)
     }
 
     /// `tg_transform` of a change transform: for each change the images it was made into.
     pub fn expand(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<Vec<Vec<Vec<u8>>>, CallFault> {
         let output = self.output(batch, part)?;
         let (schema, most) = (self.transformed(batch.setup)?, self.body.shared.options.output_bytes);
-        abi::output_changes(&output, batch.rows, schema, most)
-            .map_err(|message| CallFault::new(FaultCause::Output, message))
+        let changes = abi::output_changes(&output, batch.rows, schema, most);
+        let changes = changes.map_err(|message| CallFault::new(FaultCause::Output, message))?;
+        let kept = changes.iter().filter(|images| !images.is_empty()).count();
+        batch.setup.meter.judged(batch.origin, batch.rows, kept);
+        batch.setup.meter.answered(output.len());
+        Ok(changes)
     }
 
     /// The bytes that `tg_transform` answers, copied once.
@@ -327,11 +351,10 @@ impl Instance {
 
     fn run(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<u64, CallFault> {
         let arguments = (batch.handle, self.part_at(), batch.rows as u32);
-        let (run, time) = (&self.run, self.body.shared.options.batch_time);
-        let (plugin, rows) = (&batch.setup.plugin, batch.rows);
-        let answer = self.body.call(plugin, time, rows, part, batch.used, |store| run.call(store, arguments))?;
+        let run = &self.run;
+        let answer = self.body.call(batch.setup, Some(batch), part, batch.used, |store| run.call(store, arguments))?;
         self.body.shared.metrics.plugin_calls.inc();
-        self.body.shared.metrics.plugin_rows.inc_by(rows as u64);
+        self.body.shared.metrics.plugin_rows.inc_by(batch.rows as u64);
         Ok(answer)
     }
 
@@ -339,17 +362,16 @@ impl Instance {
     pub fn release(&mut self, setup: &Setup, part: &WorkerPart) -> Result<(), CallFault> {
         let Some(handle) = self.handles.remove(&setup.key) else { return Ok(()) };
         let Some(release) = &self.release else { return Ok(()) };
-        let time = self.body.shared.options.init_time;
-        self.body.call(&setup.plugin, time, 0, part, 0, |store| release.call(store, handle.number))
+        self.body.call(setup, None, part, 0, |store| release.call(store, handle.number))
     }
 }
 
 impl Body {
+    /// With a batch: a call that judges it; else one that prepares for that.
     fn call<R>(
         &mut self,
-        plugin: &Arc<str>,
-        budget: Duration,
-        rows: usize,
+        setup: &Setup,
+        batch: Option<&Batch<'_>>,
         part: &WorkerPart,
         used: usize,
         call: impl FnOnce(&mut Store<Guest>) -> wasmtime::Result<R>,
@@ -358,7 +380,14 @@ impl Body {
             self.window.copy_part(&mut self.store, self.memory, part, used);
             self.shared.metrics.guest_bytes_copied.inc_by(used as u64);
         }
-        let answer = Call { shared: &self.shared, plugin, budget, rows }.run(&mut self.store, call);
+        let options = &self.shared.options;
+        let (budget, rows, seconds) = match batch {
+            Some(batch) => (options.batch_time, batch.rows, Some(setup.meter.seconds(batch.origin))),
+            None => (options.init_time, 0, None),
+        };
+        let answer =
+            Call { shared: &self.shared, plugin: &setup.plugin, budget, rows, seconds }.run(&mut self.store, call);
+        self.weigh();
         if self.window.was_written() {
             return Err(CallFault::new(FaultCause::WindowWrite, "it wrote into its window, which is for reading only"));
         }
@@ -368,14 +397,35 @@ impl Body {
             return Err(CallFault::at(FaultCause::Failed, row, message));
         }
         if guest.is_live() {
-            self.shared.count_guest_metrics(plugin, &mut guest.metrics);
+            setup.meter.count(setup.version, &mut guest.metrics);
         }
         Ok(answer)
+    }
+
+    fn own_memory(&self) -> usize {
+        self.memory.data_size(&self.store).saturating_sub(self.window.len as usize)
+    }
+
+    /// From here on its memory is a part of this.
+    fn weigh_in(&mut self, gauge: &Gauge) {
+        self.weighed_in.dec_by(self.weight);
+        self.weighed_in = gauge.clone();
+        self.weighed_in.inc_by(self.weight);
+    }
+
+    /// Its memory may have grown.
+    fn weigh(&mut self) {
+        let weight = self.own_memory() as i64;
+        if weight != self.weight {
+            self.weighed_in.inc_by(weight - self.weight);
+            self.weight = weight;
+        }
     }
 }
 
 impl Drop for Body {
     fn drop(&mut self) {
+        self.weighed_in.dec_by(self.weight);
         self.shared.metrics.plugin_instances.dec();
     }
 }
@@ -419,6 +469,8 @@ struct Call<'a> {
     plugin: &'a Arc<str>,
     budget: Duration,
     rows: usize,
+    /// Where its time is told, beside the sum over all plugins.
+    seconds: Option<&'a Histogram>,
 }
 
 impl Call<'_> {
@@ -433,7 +485,11 @@ impl Call<'_> {
         let running = self.shared.engine.ticker.running();
         let answer = call(store);
         drop(running);
-        self.shared.metrics.plugin_nanos.inc_by(started.elapsed().as_nanos() as u64);
+        let elapsed = started.elapsed();
+        self.shared.metrics.plugin_nanos.inc_by(elapsed.as_nanos() as u64);
+        if let Some(seconds) = self.seconds {
+            seconds.observe(elapsed.as_secs_f64());
+        }
         answer.map_err(|error| fault(&error, store.data()))
     }
 }
@@ -510,17 +566,20 @@ impl Instances {
         self.map.remove(&key(setup, space));
     }
 
+    /// Nobody uses the setup any more. An instance without any is only memory.
     pub fn release(&mut self, setup: &Setup, space: &Space) {
         let key = key(setup, space);
-        if let Some((_, instance)) = self.map.get_mut(&key)
-            && let Err(fault) = instance.release(setup, &space.part)
-        {
+        let Some((_, instance)) = self.map.get_mut(&key) else { return };
+        let released = instance.release(setup, &space.part);
+        if let Err(fault) = &released {
             tracing::warn!(
                 plugin = &*setup.plugin,
                 cause = fault.cause.as_str(),
                 "tg_release failed: {}",
                 fault.message
             );
+        }
+        if released.is_err() || instance.handles.is_empty() {
             self.map.remove(&key);
         }
     }

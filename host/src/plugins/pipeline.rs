@@ -19,7 +19,7 @@ use super::health::UnitKey;
 use super::instance::{Batch, CallFault, Instances, Setup, Space};
 use super::registry::Shared;
 use super::window::{Lease, PART_ROWS_AT, WorkerPart};
-use super::{FaultCause, PluginError, UnitFault};
+use super::{FaultCause, Origin, PluginError, UnitFault};
 use crate::catalog::OnError;
 
 /// What all batches of one run may answer together, in outputs of one batch: a commit of many small rows cannot be
@@ -124,6 +124,7 @@ pub struct Runner<'a> {
     pub shared: &'a Arc<Shared>,
     pub space: &'a mut Space,
     pub instances: &'a mut Instances,
+    pub origin: Origin,
     /// Bytes that input places count from.
     pub base: &'a [u8],
     /// Set while the ring holds those same bytes.
@@ -204,7 +205,8 @@ impl Runner<'_> {
             descriptors[i] = Descriptor::new(*at, offset).to_bytes();
         }
         self.space.part.write(0, descriptors[..batch.len()].as_flattened());
-        instance.filter(&Batch { setup, handle, rows: batch.len(), used: PART_ROWS_AT }, &self.space.part)
+        let batch = Batch { setup, origin: self.origin, handle, rows: batch.len(), used: PART_ROWS_AT };
+        instance.filter(&batch, &self.space.part)
     }
 
     fn row(&self, index: usize, at: ImageAt) -> Result<Unit, PluginError> {
@@ -470,8 +472,7 @@ impl Runner<'_> {
 
     fn count_failure(&self, setup: &Setup, fault: &CallFault) {
         self.shared.metrics.plugin_failures.inc();
-        let labels = vec![("plugin", setup.plugin.to_string()), ("cause", fault.cause.as_str().to_owned())];
-        self.shared.metrics.plugin_failure_causes.get_or_create(&labels).inc();
+        setup.meter.failed(fault.cause);
     }
 
     /// One call with as many units as the worker part takes; how many those were.
@@ -489,7 +490,7 @@ impl Runner<'_> {
         };
         let Place { used, row_bytes, .. } = place;
         self.shared.metrics.worker_part_bytes.inc_by(row_bytes as u64);
-        let (part, batch) = (&self.space.part, Batch { setup, handle, rows: placed, used });
+        let (part, batch) = (&self.space.part, Batch { setup, origin: self.origin, handle, rows: placed, used });
         let answer = match setup.module.kind {
             PluginKind::RowFilter | PluginKind::ChangeFilter => instance.filter(&batch, part).map(Answer::Kept),
             PluginKind::RowTransform => instance.transform(&batch, part).map(Answer::Images),

@@ -1,6 +1,6 @@
 //! All plugins of the server: compiled modules by hash, rings by namespace, workers.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,6 +12,7 @@ use wire::{Schema, abi};
 use super::engine::{Compiled, Engine};
 use super::instance::{CallFault, Instances, Map, Setup, Space, SpaceKind};
 use super::logs::Logs;
+use super::meters::{Meter, Meters};
 use super::pipeline::{OpenStage, Runner, Unit};
 use super::window::{Lease, Mapping, Ring, WorkerPart};
 use super::{
@@ -21,12 +22,14 @@ use super::{
 use crate::catalog::{NamespaceId, OnError, Semantics, Seq};
 use crate::telemetry::Metrics;
 
-/// Counters that plugins keep through `metric`, over all plugins: more would make `/metrics` theirs to flood.
-const GUEST_METRICS: usize = 512;
-
-/// Where module bytes come from when a hash is not compiled yet.
+/// Where module bytes come from when a hash is not compiled yet, and what else only the store knows.
 pub trait ModuleSource: Send + Sync {
     fn wasm(&self, sha256: &str) -> Result<Option<bytes::Bytes>, String>;
+
+    /// What a namespace is called: a label in metrics. Without a name it is its number.
+    fn namespace_name(&self, _namespace: NamespaceId) -> Option<String> {
+        None
+    }
 
     /// A secret of this store, made once: the key under which compiled modules are kept.
     fn secret(&self) -> Result<[u8; 32], String>;
@@ -39,33 +42,17 @@ pub struct Shared {
     pub mapping: Mapping,
     pub metrics: Arc<Metrics>,
     pub logs: Arc<Logs>,
+    meters: Meters,
     source: Box<dyn ModuleSource>,
     /// Read on the commit path, so it is swapped whole; changed under `rings_change`.
     rings: ArcSwap<HashMap<NamespaceId, Arc<Ring>>>,
     rings_change: Mutex<()>,
-    guest_metrics: Mutex<HashSet<(String, String)>>,
     chaos: AtomicU64,
 }
 
 impl Shared {
     pub fn chaos(&self) -> u64 {
         self.chaos.load(Ordering::Relaxed)
-    }
-
-    /// Adds what a call counted to the plugin's counters.
-    pub fn count_guest_metrics(&self, plugin: &str, counted: &mut Vec<(String, f64)>) {
-        for (name, value) in counted.drain(..) {
-            let key = (plugin.to_owned(), name);
-            let mut known = self.guest_metrics.lock().unwrap_or_else(PoisonError::into_inner);
-            if !known.contains(&key) && known.len() >= GUEST_METRICS {
-                tracing::warn!(target: "plugin", plugin, "metric `{}` is not counted: all plugins together have {GUEST_METRICS}", key.1);
-                continue;
-            }
-            known.insert(key.clone());
-            drop(known);
-            let labels = vec![("plugin", key.0), ("name", key.1)];
-            self.metrics.plugin_metrics.get_or_create(&labels).inc_by(value);
-        }
     }
 
     /// The namespace's ring, made now where there is none.
@@ -152,12 +139,12 @@ impl Plugins {
             options,
             engine,
             mapping,
+            meters: Meters::new(metrics.clone()),
             metrics,
             logs: Arc::new(Logs::new(rand::random())),
             source,
             rings: ArcSwap::default(),
             rings_change: Mutex::new(()),
-            guest_metrics: Mutex::default(),
             chaos: AtomicU64::new(chaos),
         };
         Ok(Plugins { shared: Arc::new(shared) })
@@ -194,7 +181,7 @@ impl Plugins {
             let name: Arc<str> = "upload".into();
             return worker.try_start(&name, module).map_err(refused);
         }
-        let setup = setup("upload", module.clone(), "", &input)?;
+        let setup = setup(&tried("upload"), self.shared.meters.unseen(), module.clone(), &input)?;
         let owner = Owner::shared(NamespaceId(0));
         match worker.configure(&owner, &setup)? {
             // Deliberate: it may need a column it looks up by name. Subscribing will tell.
@@ -211,6 +198,12 @@ impl Plugins {
     /// What plugins said through `log`.
     pub fn logs(&self) -> &Logs {
         &self.shared.logs
+    }
+
+    /// The plugin is gone, and one that is made again under its name is another one.
+    pub fn forget(&self, namespace: NamespaceId, plugin: &str) {
+        self.shared.logs.forget(namespace, plugin);
+        self.shared.meters.forget(namespace, plugin);
     }
 
     /// Whether a pipeline of the namespace was ever opened: only then is [`Plugins::publish`] worth finding a section for.
@@ -351,12 +344,21 @@ impl PluginWorker {
         if module.kind.sees_changes() {
             pipeline.semantics = Semantics::Feed;
         }
-        let setup = Arc::new(setup(&stage.name, module, &stage.params, input)?);
+        let meter = self.meter(pipeline.owner.namespace, &stage.name);
+        let setup = Arc::new(setup(stage, meter, module, input)?);
         let configured = self.configure(&pipeline.owner, &setup)?;
         let schema = configured.as_ref().ok().and_then(Option::as_ref);
         let kinds = schema.map(|schema| schema.columns.iter().map(|column| column.ty.kind()).collect());
         pipeline.stages.push(OpenStage { setup: setup.clone(), kinds: kinds.unwrap_or_default() });
         configured.map_err(|fault| refused(&setup, pipeline.stages.len() - 1, fault))
+    }
+
+    fn meter(&self, namespace: NamespaceId, plugin: &str) -> Arc<Meter> {
+        if !self.with_ring {
+            return self.shared.meters.unseen();
+        }
+        let name = || self.shared.source.namespace_name(namespace).unwrap_or_else(|| namespace.0.to_string());
+        self.shared.meters.of(namespace, plugin, name)
     }
 
     /// Runs any number of rows (in batches of ≤ 64 per call) through a pipeline of row kinds. An error names the first row
@@ -404,6 +406,7 @@ impl PluginWorker {
             shared: &self.shared,
             space,
             instances: &mut self.instances,
+            origin: input.origin,
             base: input.base,
             lease,
             on_error: open.on_error,
@@ -447,6 +450,7 @@ impl PluginWorker {
             // A guest that says no to its parameters has not failed.
             if fault.cause != FaultCause::Failed {
                 self.shared.metrics.plugin_failures.inc();
+                setup.meter.failed(fault.cause);
                 self.instances.forget(setup, space);
             }
         }
@@ -541,16 +545,22 @@ fn fits(pipeline: &Pipeline, name: &str, module: &Compiled) -> Result<(), Plugin
     Ok(())
 }
 
-fn setup(plugin: &str, module: Arc<Compiled>, text: &str, input: &Schema) -> Result<Setup, PluginError> {
-    let (params, params_at) = params::image(plugin, &module.manifest, text)?;
-    let reads = params::reads(plugin, &module.manifest, input)?;
+/// An upload that is no version of anything yet.
+fn tried(name: &str) -> Stage {
+    Stage { name: name.to_owned(), version: 0, sha256: String::new(), params: String::new() }
+}
+
+fn setup(stage: &Stage, meter: Arc<Meter>, module: Arc<Compiled>, input: &Schema) -> Result<Setup, PluginError> {
+    let (params, params_at) = params::image(&stage.name, &module.manifest, &stage.params)?;
+    let reads = params::reads(&stage.name, &module.manifest, input)?;
     let input = abi::encode_schema(input).map_err(|error| PluginError::Host(format!("the input schema: {error}")))?;
     let mut hash = Sha256::new();
     for part in [module.sha256.as_bytes(), &params, &reads, &input] {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    Ok(Setup { plugin: plugin.into(), module, key: hash.finalize().into(), params, params_at, reads, input })
+    let (plugin, key) = (stage.name.as_str().into(), hash.finalize().into());
+    Ok(Setup { plugin, version: stage.version, meter, module, key, params, params_at, reads, input })
 }
 
 /// A guest that will not be configured says what is wrong with its parameters; everything else is its fault.

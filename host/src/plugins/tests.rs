@@ -22,7 +22,7 @@ use super::registry::{Owner, PluginWorker};
 use super::window::Mapping;
 use super::*;
 use crate::catalog::{NamespaceId, OnError, Seq};
-use crate::telemetry::Metrics;
+use crate::telemetry::{Labels, Metrics};
 
 pub const NS: NamespaceId = NamespaceId(1);
 
@@ -271,7 +271,12 @@ pub fn run(
     seq: Option<u64>,
     (base, places): &(Vec<u8>, Vec<ImageAt>),
 ) -> Result<Piped, PluginError> {
-    worker.run(id, Rows { commit: seq.map(Seq), base, places })
+    worker.run(id, Rows { origin: Origin::Live, commit: seq.map(Seq), base, places })
+}
+
+/// Of a plugin's series. The fixture's store has no names for namespaces.
+pub fn labels(plugin: &str) -> Labels {
+    vec![("namespace", NS.0.to_string()), ("plugin", plugin.to_owned())]
 }
 
 /// The `v`s that a pipeline with a transform gave.
@@ -302,8 +307,11 @@ fn a_filter_keeps_by_its_parameter_wherever_the_rows_are() {
     assert_eq!(fixture.metrics.guest_bytes_copied.get(), 0);
     assert_eq!((fixture.metrics.plugin_calls.get(), fixture.metrics.plugin_rows.get()), (3, 12));
     assert!(fixture.metrics.plugin_nanos.get() > 0);
+    let memory = || fixture.metrics.plugin_memory_bytes.get_or_create(&labels("at_least")).get();
+    assert_eq!(memory(), 2 * 65_536, "its two pages, and not the window");
 
     worker.close(opened.id);
+    assert_eq!(memory(), 0);
     assert_eq!((fixture.metrics.plugin_instances.get(), fixture.metrics.ring_bytes.get()), (0, 0), "all is given back");
 }
 
@@ -357,6 +365,15 @@ fn stages_feed_each_other() {
         assert_eq!(ints(&piped), (20..200).map(|v| v + 99).collect::<Vec<_>>());
         assert_eq!(piped.keep, (0..200).map(|v| v >= 20).collect::<Vec<_>>());
     }
+    // Two runs of 200 rows: 190 are left by the first stage, 180 by the third.
+    let answered = fixture.metrics.plugin_output_bytes.get_or_create(&labels("plus")).get();
+    assert_eq!(answered, 2 * (190 + 180) * 32);
+    let verdicts = |verdict: &str| {
+        let mut labels = labels("at_least");
+        labels.push(("verdict", verdict.to_owned()));
+        fixture.metrics.plugin_verdicts.get_or_create(&labels).get()
+    };
+    assert_eq!((verdicts("kept"), verdicts("dropped")), (2 * (190 + 180), 2 * (10 + 10)));
 }
 
 #[test]
@@ -444,7 +461,8 @@ fn what_plugins_say_is_counted_and_capped() {
     let id = worker.open(Owner::user(NS, "ann"), &[stage], &table(), OnError::Stop).unwrap().id;
     run(&mut worker, id, None, &values(&[1])).unwrap();
     assert_eq!(said().pop().unwrap().user.as_deref(), Some("ann"));
-    let labels = vec![("plugin", "chatty".to_owned()), ("name", "seen".to_owned())];
+    let mut labels = labels("chatty");
+    labels.push(("name", "seen".to_owned()));
     assert_eq!(fixture.metrics.plugin_metrics.get_or_create(&labels).get(), 7.5, "three calls");
 }
 

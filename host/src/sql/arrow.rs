@@ -59,8 +59,12 @@ pub(crate) fn arrow_field(name: &str, ty: Type, nullable: bool) -> Field {
 
 /// The Arrow schema of a wire schema; metadata keeps UUID and JSON apart from TEXT.
 pub fn arrow_schema(schema: &Schema) -> SchemaRef {
+    schema_of_columns(&schema.columns)
+}
+
+fn schema_of_columns(columns: &[ColumnDecl]) -> SchemaRef {
     let fields: Vec<Field> =
-        schema.columns.iter().map(|column| arrow_field(&column.name, column.ty, column.nullable)).collect();
+        columns.iter().map(|column| arrow_field(&column.name, column.ty, column.nullable)).collect();
     Arc::new(ArrowSchema::new(fields))
 }
 
@@ -250,15 +254,13 @@ pub(crate) struct RowBatchBuilder {
 
 impl RowBatchBuilder {
     pub(crate) fn new(columns: &[ColumnDecl], capacity: usize) -> RowBatchBuilder {
-        let schema = arrow_schema(&Schema { columns: columns.to_vec() });
-        let columns = columns.iter().map(|column| (column.id, ColumnBuilder::new(column.ty, capacity))).collect();
-        RowBatchBuilder { schema, columns, rows: 0, bytes: 0 }
+        Self::with_schema(schema_of_columns(columns), columns, capacity)
     }
 
     /// With the schema said by the caller, so that it is made once for many batches.
-    pub(crate) fn with_schema(mut self, schema: SchemaRef) -> RowBatchBuilder {
-        self.schema = schema;
-        self
+    pub(crate) fn with_schema(schema: SchemaRef, columns: &[ColumnDecl], capacity: usize) -> RowBatchBuilder {
+        let columns = columns.iter().map(|column| (column.id, ColumnBuilder::new(column.ty, capacity))).collect();
+        RowBatchBuilder { schema, columns, rows: 0, bytes: 0 }
     }
 
     pub(crate) fn rows(&self) -> usize {

@@ -94,14 +94,25 @@ impl LivePlan {
     /// Which rows match: NULL is no match. Evaluation errors of matching-candidate rows fail the call.
     pub fn matches(&self, rows: &[ImageRef<'_>]) -> Result<Vec<bool>, SqlError> {
         let Some(predicate) = &self.predicate else { return Ok(vec![true; rows.len()]) };
-        let arrays = predicate.evaluate(rows)?;
-        let [verdicts] = arrays.as_slice() else {
-            return Err(SqlError::Internal("one predicate, many results".into()));
+        verdicts(&predicate.evaluate(rows)?)
+    }
+
+    /// The same for plans whose predicates differ in constants alone; `None`: no predicate.
+    pub fn shape(&self) -> Option<usize> {
+        self.predicate.as_ref().map(Bound::number)
+    }
+
+    /// [`matches`](LivePlan::matches) of several plans of one shape, each over rows of its own, in one evaluation: their
+    /// answers one behind the other.
+    ///
+    /// An error may be one that none of them would meet by itself: whether AND has to look at its right side is decided
+    /// for all rows at once.
+    pub fn matches_each(asked: &[(&LivePlan, &[ImageRef<'_>])]) -> Result<Vec<bool>, SqlError> {
+        let predicates = asked.iter().map(|(plan, rows)| Some((plan.predicate.as_ref()?, *rows)));
+        let Some(predicates) = predicates.collect::<Option<Vec<_>>>() else {
+            return Err(SqlError::Internal("live queries without a predicate were asked together".into()));
         };
-        let verdicts = verdicts
-            .as_boolean_opt()
-            .ok_or_else(|| SqlError::Internal(format!("a predicate of type {}", verdicts.data_type())))?;
-        Ok((0..rows.len()).map(|row| verdicts.is_valid(row) && verdicts.value(row)).collect())
+        verdicts(&Bound::evaluate_each(&predicates)?)
     }
 
     /// Whether predicates and SELECT lists are compiled once for both.
@@ -139,23 +150,36 @@ impl Compiled {
         Ok(Compiled { columns: table.columns, stored, schema, exprs })
     }
 
-    fn evaluate(&self, rows: &[ImageRef<'_>], constants: &[ScalarValue]) -> Result<Vec<ArrayRef>, SqlError> {
-        let mut builder = RowBatchBuilder::new(&self.columns, rows.len()).with_schema(self.stored.clone());
+    /// `constants`: as many values of each as there are rows.
+    fn evaluate(&self, rows: &[ImageRef<'_>], constants: Vec<ArrayRef>) -> Result<Vec<ArrayRef>, SqlError> {
+        let mut builder = RowBatchBuilder::with_schema(self.stored.clone(), &self.columns, rows.len());
         for row in rows {
             builder.push(row)?;
         }
-        let failed = |error: DataFusionError| from_datafusion(error, "");
         let mut batch = builder.finish()?;
         if !constants.is_empty() {
-            let mut arrays = batch.columns().to_vec();
-            for constant in constants {
-                arrays.push(constant.to_array_of_size(rows.len()).map_err(failed)?);
-            }
+            let arrays = batch.columns().iter().cloned().chain(constants).collect();
             batch = batch_of(&self.schema, arrays, rows.len())?;
         }
         let value = |expr: &Arc<dyn PhysicalExpr>| expr.evaluate(&batch)?.into_array(rows.len());
         self.exprs.iter().map(value).collect::<Result<_, DataFusionError>>().map_err(failed)
     }
+}
+
+/// Of rows that have no text to show a place in.
+fn failed(error: DataFusionError) -> SqlError {
+    from_datafusion(error, "")
+}
+
+/// What a predicate says: NULL is no match.
+fn verdicts(arrays: &[ArrayRef]) -> Result<Vec<bool>, SqlError> {
+    let [verdicts] = arrays else {
+        return Err(SqlError::Internal("one predicate, many results".into()));
+    };
+    let verdicts = verdicts
+        .as_boolean_opt()
+        .ok_or_else(|| SqlError::Internal(format!("a predicate of type {}", verdicts.data_type())))?;
+    Ok((0..verdicts.len()).map(|row| verdicts.is_valid(row) && verdicts.value(row)).collect())
 }
 
 pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<Live, SqlError> {

@@ -188,7 +188,7 @@ impl Lookup {
         let mut batch = None;
         if let Some(row) = self.row.read(env)? {
             let (image, ..) = ImageRef::parse(&row.image).map_err(|error| StoreError::Corrupt(error.to_string()))?;
-            let mut builder = RowBatchBuilder::new(&self.columns, 1).with_schema(output_schema(&columns));
+            let mut builder = RowBatchBuilder::with_schema(output_schema(&columns), &self.columns, 1);
             builder.push(&image)?;
             batch = Some(Ok(builder.finish()?));
         }

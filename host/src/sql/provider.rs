@@ -289,7 +289,7 @@ impl Scan {
             return Ok((None, Some(self)));
         }
         let rows = self.next_rows.min(self.left);
-        let mut builder = RowBatchBuilder::new(&self.columns, rows).with_schema(self.schema.clone());
+        let mut builder = RowBatchBuilder::with_schema(self.schema.clone(), &self.columns, rows);
         let mut ranges = VecDeque::from(std::mem::take(&mut self.ranges));
         let mut searches = 0;
         while searches < FIRST_RANGES
@@ -349,7 +349,7 @@ impl Scan {
 
     fn run(mut self, batches: &Batches) -> std::result::Result<(), SqlError> {
         let capacity = self.next_rows.min(self.left);
-        let mut builder = RowBatchBuilder::new(&self.columns, capacity).with_schema(self.schema.clone());
+        let mut builder = RowBatchBuilder::with_schema(self.schema.clone(), &self.columns, capacity);
         let ranges = std::mem::take(&mut self.ranges);
         if let Some(index) = self.index.clone() {
             self.by_index(&index, &ranges, &mut builder, batches)?;

@@ -15,7 +15,6 @@ use ::arrow::array::ArrayRef;
 use ::arrow::record_batch::RecordBatch;
 use datafusion::common::DataFusionError;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
-use datafusion::execution::memory_pool::FairSpillPool;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::execution::session_state::SessionStateBuilder;
 use datafusion::execution::{SendableRecordBatchStream, SessionState, TaskContext};
@@ -34,6 +33,7 @@ use super::error::from_datafusion;
 use super::exact::exact;
 use super::planner::{Planner, folding, on_large_stack};
 use super::plans::{Key, Plans, Template, is_recursive};
+use super::pool::StatementPool;
 use super::provider::Providers;
 use super::runner::{Batches, Runner};
 use super::system::{SystemTable, SystemTables};
@@ -366,7 +366,7 @@ impl Engine {
             .with_mode(DiskManagerMode::Directories(vec![options.spill_dir.clone()]))
             .with_max_temp_directory_size(options.spill_bytes);
         let runtime = RuntimeEnvBuilder::new()
-            .with_memory_pool(Arc::new(FairSpillPool::new(options.memory_bytes)))
+            .with_memory_pool(Arc::new(StatementPool::new(options.memory_bytes)))
             .with_disk_manager_builder(disk)
             .build_arc()
             .map_err(failed)?;

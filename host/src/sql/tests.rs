@@ -827,6 +827,10 @@ async fn live_queries_of_one_shape_share_what_is_compiled() {
         let plan = |filter: &str| bench.incremental(&format!("SELECT id, carrier FROM flights WHERE {filter}"), &env);
         let (one_plan, other_plan) = (plan(one), plan(other));
         assert_eq!(one_plan.shares_with(&other_plan), (shared, true), "{one} / {other}");
+        let some = &rows[1..];
+        let together = live::LivePlan::matches_each(&[(&one_plan, &rows[..]), (&other_plan, some)]).ok();
+        let alone = [one_plan.matches(&rows).unwrap(), other_plan.matches(some).unwrap()].concat();
+        assert_eq!(together, shared.then_some(alone), "{one} / {other}: asked together only where they share");
         for (plan, filter) in [(&one_plan, one), (&other_plan, other)] {
             let found: Vec<i64> =
                 plan.matches(&rows).unwrap().into_iter().zip(1..).filter_map(|(hit, id)| hit.then_some(id)).collect();

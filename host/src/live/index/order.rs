@@ -30,18 +30,26 @@ pub(super) fn cell<'a>(row: &ImageRef<'a>, column: u16, kind: Kind, scratch: &'a
     }
 }
 
-/// The bytes of a constant; `None` for NULL. NaN makes no condition (`sql` sees to that).
-pub(super) fn sorted(value: &Value) -> Option<Box<[u8]>> {
-    Some(match value {
+/// The bytes of a constant; `None` for NULL. NaN makes no condition (`sql` sees to that). `scratch` holds what is not in
+/// the value as it is.
+pub(super) fn sortable<'a>(value: &'a Value, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+    scratch.clear();
+    match value {
         Value::Null => return None,
-        Value::Bool(value) => Box::new([u8::from(*value)]),
-        Value::Int(value) => Box::new(int(*value)),
-        Value::Float(value) => Box::new(float(*value)?),
-        Value::Decimal(value) => Box::new(decimal(*value)),
-        Value::Text(text) => text.as_bytes().into(),
-        Value::Bytes(bytes) => bytes.as_slice().into(),
-        Value::Uuid(bytes) => Box::new(*bytes),
-    })
+        Value::Bool(value) => scratch.push(u8::from(*value)),
+        Value::Int(value) => scratch.extend(int(*value)),
+        Value::Float(value) => scratch.extend(float(*value)?),
+        Value::Decimal(value) => scratch.extend(decimal(*value)),
+        Value::Text(text) => return Some(text.as_bytes()),
+        Value::Bytes(bytes) => return Some(bytes),
+        Value::Uuid(bytes) => return Some(bytes),
+    }
+    Some(scratch)
+}
+
+/// The same, to keep.
+pub(super) fn sorted(value: &Value) -> Option<Box<[u8]>> {
+    sortable(value, &mut Vec::new()).map(Box::from)
 }
 
 /// The greatest text that starts so, near enough: UTF-8 has no byte 0xff.

@@ -111,7 +111,7 @@ fn run_changes(
     seq: Option<u64>,
     (base, places): &(Vec<u8>, Vec<ChangeAt>),
 ) -> Result<PipedChanges, PluginError> {
-    worker.run_changes(id, Changes { commit: seq.map(Seq), base, places })
+    worker.run_changes(id, Changes { origin: Origin::Live, commit: seq.map(Seq), base, places })
 }
 
 /// Index, op and the made `v` of each output.
@@ -230,7 +230,8 @@ fn what_fails_is_skipped_passed_or_stops_and_is_remembered() {
         }
     }
     let causes = |cause: &str| {
-        let labels = vec![("plugin", "rose".to_owned()), ("cause", cause.to_owned())];
+        let mut labels = labels("rose");
+        labels.push(("cause", cause.to_owned()));
         fixture.metrics.plugin_failure_causes.get_or_create(&labels).get()
     };
     assert_eq!((causes("trap"), causes("deadline")), (3 + 3 + 2, 0));

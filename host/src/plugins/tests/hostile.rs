@@ -214,9 +214,9 @@ fn the_row_that_fails_alone_is_named() {
         is(14)
     );
     let wat = filter(&[READS_V], &keep)
-        .replace("(func (export \"tg_abi\")", "(data (i32.const 8) \"no way\") (func (export \"tg_abi\")");
+        .replace("(func (export \"tg_abi\")", "(data (i32.const 8) \"no\\nway\") (func (export \"tg_abi\")");
     let id = open(&fixture, &mut worker, "picky", &wat);
-    for (bad, cause, expected) in [(13, FaultCause::Trap, "unreachable"), (14, FaultCause::Failed, "no way")] {
+    for (bad, cause, expected) in [(13, FaultCause::Trap, "unreachable"), (14, FaultCause::Failed, r"no\nway")] {
         let mut rows = vec![1; 150];
         rows[100] = bad;
         rows[120] = bad;

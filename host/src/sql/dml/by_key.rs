@@ -95,7 +95,7 @@ impl RowPlan {
         state: &SessionState,
         text: &str,
     ) -> Result<Vec<ArrayRef>, SqlError> {
-        let mut builder = RowBatchBuilder::new(&self.columns, 1).with_schema(self.schema.inner().clone());
+        let mut builder = RowBatchBuilder::with_schema(self.schema.inner().clone(), &self.columns, 1);
         builder.push(&parse_image(image)?)?;
         let batch = builder.finish()?;
         let value = |expr: &Expr| {

@@ -18,6 +18,7 @@ use crate::catalog::{Column, DefaultValue, IndexId, Table};
 use crate::sql::arrow::{CastTarget, cast_for, value_at};
 use crate::sql::error::from_datafusion;
 use crate::sql::lookup::StoredRow;
+use crate::sql::pool::CHANGE_SET;
 use crate::sql::provider::scope_of;
 use crate::sql::row_exprs::RowExprs;
 use crate::sql::{ChangeSet, RequestEnv, Returned, SqlError};
@@ -61,7 +62,7 @@ impl<'a> Changes<'a> {
             moved: Vec::new(),
             affected: 0,
             claims: HashMap::new(),
-            memory: MemoryConsumer::new("change set").register(&runtime.memory_pool),
+            memory: MemoryConsumer::new(CHANGE_SET).register(&runtime.memory_pool),
         })
     }
 

@@ -6,6 +6,7 @@
 //! unit of time).
 
 use std::collections::HashMap;
+use std::iter::repeat_n;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ::arrow::array::ArrayRef;
@@ -14,8 +15,8 @@ use datafusion::common::{Column, DFSchema, DataFusionError, ScalarValue};
 use datafusion::logical_expr::{Between, BinaryExpr, Expr, ExprSchemable, Operator};
 use wire::ImageRef;
 
-use super::Compiled;
 use super::digest::Digest;
+use super::{Compiled, failed};
 use crate::catalog::Table;
 use crate::sql::SqlError;
 use crate::sql::arrow::arrow_schema;
@@ -32,11 +33,32 @@ pub(super) struct Bound {
 
 impl Bound {
     pub(super) fn evaluate(&self, rows: &[ImageRef<'_>]) -> Result<Vec<ArrayRef>, SqlError> {
-        self.shape.evaluate(rows, &self.constants)
+        let constants = self.constants.iter().map(|constant| constant.to_array_of_size(rows.len()));
+        self.shape.evaluate(rows, constants.collect::<Result<_, _>>().map_err(failed)?)
+    }
+
+    /// Of several that share their shape, each over rows of its own; the values one behind the other.
+    pub(super) fn evaluate_each(asked: &[(&Bound, &[ImageRef<'_>])]) -> Result<Vec<ArrayRef>, SqlError> {
+        let Some((Bound { shape, constants }, _)) = asked.first() else { return Ok(Vec::new()) };
+        if asked.iter().any(|(bound, _)| !Arc::ptr_eq(&bound.shape, shape)) {
+            return Err(SqlError::Internal("live queries of several shapes were asked together".into()));
+        }
+        let rows: Vec<ImageRef<'_>> = asked.iter().flat_map(|(_, rows)| rows.iter().copied()).collect();
+        let of_rows = |at: usize| {
+            let values = asked.iter().flat_map(|(bound, rows)| repeat_n(&bound.constants[at], rows.len()));
+            ScalarValue::iter_to_array(values.cloned())
+        };
+        let constants = (0..constants.len()).map(of_rows).collect::<Result<Vec<ArrayRef>, _>>().map_err(failed)?;
+        shape.evaluate(&rows, constants)
     }
 
     pub(super) fn shape(&self) -> &Compiled {
         &self.shape
+    }
+
+    /// The same for all that share a shape, as long as one of them is there.
+    pub(super) fn number(&self) -> usize {
+        Arc::as_ptr(&self.shape).addr()
     }
 
     #[cfg(test)]
