@@ -160,8 +160,9 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
 async fn minimal(subscribers: usize, rate: u32, window: Duration, event_bytes: usize) -> Figures {
     let mut peer = Peer::start(event_bytes);
     let mut reader = Reader::connect_to(peer.address());
-    reader.connect(subscribers, b"").await;
     peer.accept(subscribers);
+    reader.connect(subscribers, b"").await;
+    peer.ready();
 
     let mut measured = Measured::start(&reader, cpu_seconds(peer.pid()));
     let mut changes = 0u64;

@@ -42,9 +42,14 @@ impl Peer {
         Pid::from_child(&self.child)
     }
 
+    /// Before they are made: more than its listener's queue holds would wait for their turn, each longer than the last.
     pub fn accept(&mut self, connections: usize) {
         self.order(&format!("accept {connections}"));
-        self.answer();
+    }
+
+    /// Waits until it has accepted them.
+    pub fn ready(&mut self) {
+        assert_eq!(self.answer(), "ready");
     }
 
     /// One event for everybody; does not wait for it.
