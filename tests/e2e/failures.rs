@@ -44,7 +44,7 @@ pub const TELL: &str = "(call $fail (local.get $i) (i32.const 0) (i32.const 10))
 
 pub async fn errors(db: &Client, plugin: &str) -> Vec<Value> {
     let response = db.get(&format!("/v1/plugins/main/{plugin}/errors")).send().await.unwrap();
-    assert_eq!(response.status(), 200);
+    assert_eq!(response.status(), 200, "{plugin}");
     response.json::<Value>().await.unwrap()["errors"].as_array().unwrap().clone()
 }
 
@@ -81,7 +81,8 @@ async fn skipped_rows_are_out_of_the_result_and_noted() {
     server.kill9();
     server.restart().await;
     assert_eq!(errors(&db, "sour").await, noted, "the list is on disk");
-    assert!(errors(&db, "other").await.is_empty());
+    let other = db.get("/v1/plugins/main/other/errors").send().await.unwrap();
+    assert_eq!(other.status(), 404, "there is no such plugin");
 }
 
 #[tokio::test]

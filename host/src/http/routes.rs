@@ -388,7 +388,10 @@ async fn ticket(
     request::no_parameters(&uri)?;
     let received = live_bytes(&app, &headers, body).await?;
     let request = request::live_from_json(&received.bytes)?;
-    let ticket = app.tickets.issue(&app.auth, who, request, &received.bytes)?;
+    let (ticket, written) = app.tickets.issue(&app.auth, who, request, &received.bytes)?;
+    if let Some(written) = written {
+        written.await.map_err(|_| Problem::internal("the ticket could not be written down"))?;
+    }
     let answer = json!({"ticket": ticket, "expires_in_ms": app.tickets.ttl().as_millis() as u64});
     let no_store = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
     Ok((StatusCode::OK, no_store, Json(answer)).into_response())

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::auth::{Auth, hash, random_token};
@@ -124,8 +125,15 @@ impl Tickets {
         self.keep(vec![(note_key(key, REQUEST), None), (note_key(key, UNTIL), None)]);
     }
 
-    /// A ticket for what `body`, read as `request`, asks for.
-    pub fn issue(&self, auth: &Auth, who: Identity, request: Asked, body: &[u8]) -> Result<String, Problem> {
+    /// A ticket for what `body`, read as `request`, asks for; and what tells that it will outlast a restart. Whoever has it
+    /// has nothing else to come back with.
+    pub fn issue(
+        &self,
+        auth: &Auth,
+        who: Identity,
+        request: Asked,
+        body: &[u8],
+    ) -> Result<(String, Option<oneshot::Receiver<()>>), Problem> {
         if body.len() > REQUEST_BYTES {
             let detail = format!("a ticket stands for a request of at most {REQUEST_BYTES} bytes");
             return Err(Problem::new(413, "body_too_large", detail));
@@ -141,11 +149,12 @@ impl Tickets {
         }
         let (ticket, until) = (random_token(), Some(now + self.ttl));
         let key = hash(&ticket);
-        if let Some(kept) = kept(auth, &who, body) {
-            self.keep(vec![(note_key(&key, REQUEST), Some(kept)), (note_key(&key, UNTIL), Some(until_note(until)))]);
-        }
+        let written = kept(auth, &who, body).zip(self.shared.keeper.as_ref()).map(|(kept, keeper)| {
+            let until = (note_key(&key, UNTIL), Some(until_note(until)));
+            keeper.keep_surely(vec![(note_key(&key, REQUEST), Some(kept)), until])
+        });
         entries.insert(key, Entry::new(who, request, until));
-        Ok(ticket)
+        Ok((ticket, written))
     }
 
     /// The stream a ticket stands for. A query that comes with it must be the very same one.
@@ -297,7 +306,7 @@ mod tests {
     }
 
     fn issue(tickets: &Tickets, user: &str, sql: &str) -> Result<String, Problem> {
-        tickets.issue(&auth("t"), who(user), request(sql), b"{}")
+        tickets.issue(&auth("t"), who(user), request(sql), b"{}").map(|(ticket, _)| ticket)
     }
 
     fn who(user: &str) -> Identity {
