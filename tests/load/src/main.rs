@@ -35,6 +35,10 @@ const TEXT_BYTES: usize = 110;
 /// memory, not its rate.
 const MOST_BEHIND: u64 = 32;
 
+/// Clients that write at once while the highest rate is looked for, each a row of its own. One that waits for its commit
+/// before it makes the next would measure how long a commit takes.
+const WRITERS: i32 = 16;
+
 /// Commits measured for the effect of idle subscribers on a write.
 const COMMITS: usize = 300;
 
@@ -104,7 +108,9 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
     let db = server.admin();
     db.sql("CREATE TABLE ticker (id INT PRIMARY KEY, text TEXT)").await;
     db.sql("CREATE TABLE other (id INT PRIMARY KEY, n INT)").await;
-    db.sql("INSERT INTO ticker VALUES (1, '')").await;
+    for id in 1..=WRITERS {
+        db.sql(&format!("INSERT INTO ticker VALUES ({id}, '')")).await;
+    }
     db.sql("INSERT INTO other VALUES (1, 0)").await;
 
     let alone = commit_ms(&db).await;
@@ -116,7 +122,7 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
     // A write may come before a subscription that was asked for earlier. The first ones also fill buffers that stay.
     loop {
         let before = reader.events();
-        write(&db).await;
+        write(&db, 1).await;
         let all = reader.until(before + subscribers as u64);
         if tokio::time::timeout(Duration::from_millis(500), all).await.is_ok() {
             break;
@@ -130,7 +136,7 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
     let mut measured = Measured::start(&reader, cpu_seconds(server.pid()));
     let mut changes = 0u64;
     while measured.started.elapsed() < window {
-        write(&db).await;
+        write(&db, 1).await;
         changes += 1;
         pause_until(measured.started + Duration::from_secs(changes) / rate).await;
     }
@@ -141,8 +147,8 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
     let bytes = reader.bytes();
     let mut changes = 0u64;
     while measured.started.elapsed() < window {
-        write(&db).await;
-        changes += 1;
+        futures::future::join_all((1..=WRITERS).map(|id| write(&db, id))).await;
+        changes += WRITERS as u64;
         reader.until(measured.events + changes.saturating_sub(MOST_BEHIND) * subscribers as u64).await;
     }
     reader.until(measured.events + changes * subscribers as u64).await;
@@ -208,11 +214,11 @@ impl Measured {
     }
 }
 
-/// One change of the row that everybody follows, marked with the time.
-async fn write(db: &Client) {
+/// One change of a row that everybody follows, marked with the time.
+async fn write(db: &Client, id: i32) {
     let mut text = stamp();
     text.push_str(&"x".repeat(TEXT_BYTES - text.len()));
-    db.sql_params("UPDATE ticker SET text = $1 WHERE id = 1", json!([text])).await;
+    db.sql_params("UPDATE ticker SET text = $1 WHERE id = $2", json!([text, id])).await;
 }
 
 /// Median of commits on a table that nobody follows.
