@@ -110,6 +110,15 @@ impl PartialOrd<f64> for Number {
 /// Converting the integer to a float first would call 2^53 and 2^53 + 1 equal.
 #[inline]
 fn float_to_int(float: f64, int: i64) -> Option<Ordering> {
+    // Up to here every integer is a float. A parameter nearly always is, and is looked at once for a whole batch.
+    if int.unsigned_abs() <= 1 << f64::MANTISSA_DIGITS {
+        return float.partial_cmp(&(int as f64));
+    }
+    whole_float_to_int(float, int)
+}
+
+#[cold]
+fn whole_float_to_int(float: f64, int: i64) -> Option<Ordering> {
     // 2^63, the first float over every i64.
     const LIMIT: f64 = 9_223_372_036_854_775_808.0;
     if float.is_nan() {

@@ -6,7 +6,7 @@
 //! By itself, without Extism where its program was not built:
 //!
 //!   sh tests/run.sh plugins            builds the plugins, once
-//!   cargo bench --profile dev --workspace --bench plugins
+//!   cargo bench --profile dev --workspace --bench plugins             (`-- late`: only that plugin)
 //!
 //! (The release profile is for guests; another profile here would compile every dependency again.)
 
@@ -86,7 +86,8 @@ fn delay(id: i64) -> Value {
 
 fn main() {
     let extism = extism_program();
-    for work in &WORKS {
+    let named: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    for work in WORKS.iter().filter(|work| named.is_empty() || named.iter().any(|name| name == work.plugin)) {
         work.measure(extism.as_deref());
     }
     if extism.is_none() {

@@ -42,6 +42,7 @@ use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 
+pub use crate::live::{AnyOutlet, Outlet, Sink};
 pub use crate::store::{Note, NoteWrite};
 pub use bulk::{BulkFailure, BulkInsert, BulkOptions, BulkReport, BulkRows};
 pub use errors::{PluginErrorEntry, Replay};

@@ -38,6 +38,7 @@ mod group;
 mod index;
 mod job;
 mod log;
+mod outlet;
 pub mod position;
 pub mod requery;
 pub mod subscription;
@@ -54,6 +55,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arrow::record_batch::RecordBatch;
+use bytes::Bytes;
 use wire::image::ImageAt;
 use wire::{ChangeAt, ImageRef, Op, Schema, Scope};
 
@@ -65,6 +67,7 @@ use crate::store::{Commit, Epoch, Seq, Store, StoreError};
 use event::CommitEvents;
 use group::Registry;
 pub use index::admits;
+pub use outlet::{AnyOutlet, Outlet, Sink};
 pub use requery::{Answer, Images, Requery, RequeryError, Rerun};
 pub use subscription::{Delivery, EndReason, Heartbeat, Subscription};
 use tail::{CommitTail, lock};
@@ -162,7 +165,7 @@ pub trait Pipelines: Send {
 #[derive(Debug, Default)]
 pub struct Piped {
     pub keep: Vec<bool>,
-    pub output: Option<Vec<Vec<u8>>>,
+    pub output: Option<Vec<Bytes>>,
 }
 
 /// One row that a change gave; `index` is the change's place among those that went in.
@@ -171,7 +174,7 @@ pub struct ChangeOutput {
     pub index: usize,
     pub op: Op,
     /// `None` without a transform: the change's own new row, or of a delete the old one.
-    pub image: Option<Vec<u8>>,
+    pub image: Option<Bytes>,
 }
 
 /// Turns the events of one commit (or a piece of a snapshot) into the bytes that every subscriber of the group gets.

@@ -183,7 +183,7 @@ pub struct UnitFault {
 pub struct Piped {
     pub keep: Vec<bool>,
     /// With a transform: for every row that was kept, in order, its output image; else the input stands.
-    pub output: Option<Vec<Vec<u8>>>,
+    pub output: Option<Vec<Bytes>>,
     pub faults: Vec<UnitFault>,
 }
 
@@ -201,7 +201,7 @@ pub struct ChangeOutput {
     pub index: usize,
     pub op: Op,
     /// `None` without a transform: the change's own new row, or of a delete the old one.
-    pub image: Option<Vec<u8>>,
+    pub image: Option<Bytes>,
 }
 
 impl Piped {

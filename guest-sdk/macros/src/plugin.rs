@@ -37,7 +37,11 @@ pub fn expand(kind: Kind, arguments: TokenStream, item: TokenStream) -> Result<T
         Kind::Transform => transform(&function, &signature),
     };
     let export = export(kind, pass, &function, &signature);
+    // Left to itself the compiler calls it, and everything that a batch's rows share is loaded again for each.
+    let inlined = !function.attrs.iter().any(|attribute| attribute.path().is_ident("inline"));
+    let inline = inlined.then(|| quote!(#[inline(always)]));
     Ok(quote! {
+        #inline
         #function
 
         // One crate is one plugin: a second one meets this name.

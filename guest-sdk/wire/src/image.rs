@@ -246,8 +246,12 @@ impl ImageBuilder {
         out.extend_from_slice(&self.present);
         put_varint(out, self.slots.len());
         let slots = out.len() - start;
+        // In one piece: growing by a slot would ask for room at each.
+        let mut at = out.len();
+        out.resize(at + self.slots.len() * SLOT_BYTES, 0);
         for slot in &self.slots {
-            out.extend_from_slice(&slot.to_le_bytes());
+            out[at..at + SLOT_BYTES].copy_from_slice(&slot.to_le_bytes());
+            at += SLOT_BYTES;
         }
         put_varint(out, self.heap.len());
         let heap = out.len() - start;

@@ -176,7 +176,7 @@ async fn open_streams(db: &Db) -> Vec<LiveStream> {
 
 /// A subscriber that takes what comes.
 async fn read(mut stream: LiveStream, counts: Arc<Counts>) {
-    while let Some(output) = stream.next().await {
+    while let Some(output) = stream.next(None).await {
         match output {
             LiveOutput::Encoded(_) => count(&counts.deliveries),
             LiveOutput::Failed { message } | LiveOutput::Closed { message, .. } => {

@@ -123,7 +123,7 @@ impl World {
     /// The bytes that a subscriber is given next.
     pub fn next_events(&self, subscription: &mut Subscription, heartbeat: &mut Heartbeat) -> bytes::Bytes {
         loop {
-            match self.runtime.block_on(subscription.next(heartbeat)) {
+            match self.runtime.block_on(subscription.next(heartbeat, None)) {
                 Delivery::Events { bytes, .. } => return bytes,
                 Delivery::UpToDate(_) => {}
                 other => panic!("{other:?}"),

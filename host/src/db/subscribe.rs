@@ -25,7 +25,9 @@ use super::{
 };
 use crate::catalog::{Anchors, Catalog, OnError, Semantics, Table};
 use crate::live::position::Position;
-use crate::live::{Delivery, EndReason, From, GroupSpec, Heartbeat, OldMode, Rerun, SubscribeError, Subscription};
+use crate::live::{
+    AnyOutlet, Delivery, EndReason, From, GroupSpec, Heartbeat, OldMode, Rerun, SubscribeError, Subscription,
+};
 use crate::plugins::Stage;
 use crate::sql::live::requery::RequeryPlan;
 use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
@@ -394,7 +396,10 @@ impl Db {
 impl LiveStream {
     /// `None` after the stream's end. Cancel-safe: what is under way is in the stream, not in this future. It is
     /// dropped all the time, by a stream of several queries whenever another of them has something to say.
-    pub async fn next(&mut self) -> Option<LiveOutput> {
+    ///
+    /// With an outlet, encoded events may go there while this waits; [`LiveOutput::Encoded`] without bytes says that its
+    /// sink has something left.
+    pub async fn next(&mut self, outlet: Option<&AnyOutlet>) -> Option<LiveOutput> {
         loop {
             if let Some(output) = self.queue.pop_front() {
                 // Its room is that of several events, and what comes all the time never lies here.
@@ -415,7 +420,7 @@ impl LiveStream {
                     let delivery = tokio::select! {
                         biased;
                         () = self.listed.killed() => None,
-                        delivery = subscription.next(&mut self.heartbeat) => Some(delivery),
+                        delivery = subscription.next(&mut self.heartbeat, outlet) => Some(delivery),
                     };
                     match delivery {
                         None => self.end(killed()),
@@ -865,7 +870,7 @@ mod tests {
         assert!(!Arc::ptr_eq(one, two) && Arc::ptr_eq(&one.spec, &two.spec), "each its own words");
         assert!(size_of::<LiveStream>() <= 320, "{} bytes", size_of::<LiveStream>());
 
-        assert!(matches!(first.next().await, Some(LiveOutput::Start { .. })));
+        assert!(matches!(first.next(None).await, Some(LiveOutput::Start { .. })));
         assert_eq!(first.queue.capacity(), 0, "what was said leaves no room behind");
         drop((first, again, in_other_words));
         assert!(db.inner.streams.visible(&db.inner.live, &admin.user, Role::Admin).is_empty());

@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use ::arrow::record_batch::RecordBatch;
+use bytes::Bytes;
 use serde_json::{Map, Value as Json};
 use wire::abi::PluginKind;
 use wire::frame::ChangeMeta;
@@ -127,7 +128,7 @@ pub(super) struct Job<'a> {
 pub(super) type Images = Vec<(Option<Vec<u8>>, Option<Vec<u8>>)>;
 
 /// What came out: by the place of the change, with the image that a transform made.
-type Made = Vec<(usize, Option<Vec<u8>>)>;
+type Made = Vec<(usize, Option<Bytes>)>;
 
 impl Job<'_> {
     pub(super) fn run(&self, plugins: &Plugins) -> Result<Trial, DbError> {

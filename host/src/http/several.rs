@@ -10,7 +10,7 @@ use futures::future::select_all;
 use serde_json::Value;
 
 use super::sse;
-use crate::db::{LiveOutput, LiveStream};
+use crate::db::{AnyOutlet, LiveOutput, LiveStream};
 
 /// Between the positions of an id.
 const JOINT: char = '~';
@@ -53,9 +53,11 @@ impl Streams {
     }
 
     /// The next thing to send; `None` after the end of the last query. Cancel-safe, as its streams are.
-    pub async fn next(&mut self) -> Option<Bytes> {
+    /// With an outlet, events of one query may go there while this waits, as they are.
+    pub async fn next(&mut self, outlet: Option<&AnyOutlet>) -> Option<Bytes> {
+        let outlet = outlet.filter(|_| self.marks.is_none());
         loop {
-            let (at, output) = self.any().await?;
+            let (at, output) = self.any(outlet).await?;
             let Some(output) = output else {
                 self.queries[at].ended = true;
                 continue;
@@ -74,10 +76,10 @@ impl Streams {
     }
 
     /// From whichever query has something first.
-    async fn any(&mut self) -> Option<(usize, Option<LiveOutput>)> {
+    async fn any(&mut self, outlet: Option<&AnyOutlet>) -> Option<(usize, Option<LiveOutput>)> {
         let count = self.queries.len();
         if let [query] = self.queries.as_mut_slice() {
-            return if query.ended { None } else { Some((0, query.stream.next().await)) };
+            return if query.ended { None } else { Some((0, query.stream.next(outlet).await)) };
         }
         let mut waiting: Vec<_> = self.queries.iter_mut().enumerate().filter(|(_, query)| !query.ended).collect();
         if waiting.is_empty() {
@@ -85,7 +87,7 @@ impl Streams {
         }
         let first = waiting.partition_point(|(at, _)| *at < self.turn);
         waiting.rotate_left(first);
-        let next = waiting.into_iter().map(|(at, query)| Box::pin(async move { (at, query.stream.next().await) }));
+        let next = waiting.into_iter().map(|(at, query)| Box::pin(async move { (at, query.stream.next(None).await) }));
         let ((at, output), ..) = select_all(next).await;
         self.turn = (at + 1) % count;
         Some((at, output))

@@ -31,6 +31,14 @@ impl Socket {
         self.0.blocked.load(Ordering::Acquire)
     }
 
+    /// Bytes that the socket takes at once, be it none.
+    pub fn try_write(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self.0.stream.try_write_vectored(bufs) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            result => result,
+        }
+    }
+
     /// Resolves when the client has closed the connection, or it broke. What the client still sends is thrown away.
     pub async fn closed(&self) {
         poll_fn(|cx| {

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io::{self, IoSlice, Write};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -22,7 +23,7 @@ use super::socket::Socket;
 use super::sse;
 use super::stall::Stalling;
 use super::tickets::TicketUse;
-use crate::db::DbError;
+use crate::db::{AnyOutlet, DbError, Outlet, Sink};
 use crate::telemetry::Metrics;
 
 /// When the server goes down, streams end over this long, so that their clients do not all come back at once.
@@ -58,7 +59,7 @@ pub fn respond(subscriber: Subscriber, handover: Option<Handover>) -> Response {
     }
     let events = futures::stream::unfold(Some(sender), |sender| async move {
         let mut sender = sender?;
-        match sender.step().await {
+        match sender.step(None).await {
             Step::Send(bytes) => Some((Ok::<_, std::convert::Infallible>(bytes), Some(sender))),
             Step::Close(problem) => Some((Ok(sse::closed(&problem)), None)),
             Step::End => None,
@@ -89,12 +90,15 @@ pub async fn run(response: Response, mut sender: Box<Sender>, socket: Socket, st
     let cut = sender.subscriber.metrics.http_stalled.clone();
     let mut to = Stalling::new(socket.clone(), stall_limit, cut);
     let mut before = head(&response);
+    let lent = Lent::new(socket.clone(), sender.subscriber.metrics.clone());
     loop {
         let step = tokio::select! {
             biased;
-            step = sender.step() => step,
+            step = sender.step(Some(&lent)) => step,
             () = socket.closed() => return,
         };
+        // From here on nobody else sends.
+        lent.chunks.sink.take_left(&mut before);
         let (bytes, last) = match step {
             Step::Send(bytes) => (bytes, false),
             Step::Close(problem) => (sse::closed(&problem), true),
@@ -102,7 +106,8 @@ pub async fn run(response: Response, mut sender: Box<Sender>, socket: Socket, st
         };
         // An empty chunk would be the last.
         if !bytes.is_empty() {
-            write!(before, "{:x}\r\n", bytes.len()).expect("writing to memory cannot fail");
+            let (line, len) = size_line(bytes.len());
+            before.extend_from_slice(&line[..len]);
         }
         let after: &[u8] = match (bytes.is_empty(), last) {
             (false, false) => b"\r\n",
@@ -118,6 +123,64 @@ pub async fn run(response: Response, mut sender: Box<Sender>, socket: Socket, st
         }
         before.clear();
     }
+}
+
+/// What a stream lends while it waits for events.
+struct Lent {
+    chunks: Arc<Outlet<Chunks>>,
+    /// The same, as it is lent.
+    outlet: AnyOutlet,
+}
+
+impl Lent {
+    fn new(socket: Socket, metrics: Arc<Metrics>) -> Lent {
+        let chunks = Chunks { socket, metrics, sent: AtomicBool::new(false), left: Mutex::default() };
+        let chunks = Arc::new(Outlet::new(chunks));
+        Lent { outlet: chunks.clone(), chunks }
+    }
+}
+
+/// Events as chunks of HTTP/1.1, sent by others while the stream's task waits.
+struct Chunks {
+    socket: Socket,
+    metrics: Arc<Metrics>,
+    /// Something was, since this was last looked at.
+    sent: AtomicBool,
+    /// What the socket did not take.
+    left: Mutex<Vec<u8>>,
+}
+
+impl Sink for Chunks {
+    fn take(&self, events: &Bytes) -> bool {
+        self.metrics.event_bytes_sent.inc_by(events.len() as u64);
+        self.sent.store(true, Ordering::Relaxed);
+        let (head, len) = size_line(events.len());
+        let parts: [&[u8]; 3] = [&head[..len], events, b"\r\n"];
+        // A connection that broke is found by the stream's own task, when it sends what is left.
+        let taken = self.socket.try_write(&parts.map(IoSlice::new)).unwrap_or(0);
+        let whole = taken == parts.iter().map(|part| part.len()).sum::<usize>();
+        if !whole {
+            let left = parts.concat().split_off(taken);
+            *self.left.lock().unwrap_or_else(PoisonError::into_inner) = left;
+        }
+        whole
+    }
+}
+
+impl Chunks {
+    fn take_left(&self, to: &mut Vec<u8>) {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        to.append(&mut std::mem::take(&mut *left));
+    }
+}
+
+/// The line in front of a chunk of so many bytes, and its length.
+fn size_line(bytes: usize) -> ([u8; 18], usize) {
+    let mut line = [0; 18];
+    let mut rest = &mut line[..];
+    write!(rest, "{bytes:x}\r\n").expect("sixteen digits and two bytes are the most");
+    let left = rest.len();
+    (line, 18 - left)
 }
 
 async fn write_whole(to: &mut Stalling<Socket>, parts: [&[u8]; 3]) -> io::Result<()> {
@@ -182,10 +245,10 @@ impl Sender {
     }
 
     /// Cancel-safe.
-    async fn step(&mut self) -> Step {
+    async fn step(&mut self, lent: Option<&Lent>) -> Step {
         let step = match self.hello.take() {
             Some(hello) => Step::Send(hello),
-            None => self.next().await,
+            None => self.next(lent).await,
         };
         if let Step::Send(bytes) = &step {
             self.subscriber.metrics.event_bytes_sent.inc_by(bytes.len() as u64);
@@ -193,7 +256,7 @@ impl Sender {
         step
     }
 
-    async fn next(&mut self) -> Step {
+    async fn next(&mut self, lent: Option<&Lent>) -> Step {
         loop {
             let draining = self.end.is_none();
             tokio::select! {
@@ -206,11 +269,14 @@ impl Sender {
                     let spread = rand::rng().random_range(0..CLOSE_SPREAD.as_millis() as u64);
                     self.end = Some(Box::pin(tokio::time::sleep(Duration::from_millis(spread))));
                 }
-                output = self.subscriber.streams.next() => {
+                output = self.subscriber.streams.next(lent.map(|lent| &lent.outlet)) => {
                     self.sent = Instant::now();
                     return output.map_or(Step::End, Step::Send);
                 }
                 () = self.quiet.as_mut() => {
+                    if lent.is_some_and(|lent| lent.chunks.sink.sent.swap(false, Ordering::Relaxed)) {
+                        self.sent = Instant::now();
+                    }
                     let due = self.sent + self.subscriber.idle;
                     if due <= Instant::now() {
                         self.sent = Instant::now();

@@ -8,6 +8,7 @@ use arrow::array::{Array, AsArray, make_comparator};
 use arrow::compute::SortOptions;
 use arrow::datatypes::{DataType, Float32Type, Float64Type};
 use arrow::record_batch::RecordBatch;
+use bytes::Bytes;
 use wire::frame::SectionView;
 use wire::image::ImageAt;
 use wire::{ChangeAt, ImageRef, Op, Schema};
@@ -339,7 +340,7 @@ fn show(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result<Op
 }
 
 /// What a transform put in the place of the kept rows.
-pub(super) type Transformed<'a> = Option<(&'a Schema, Vec<Vec<u8>>)>;
+pub(super) type Transformed<'a> = Option<(&'a Schema, Vec<Bytes>)>;
 
 /// The images that a pipeline let through, and what it made of them.
 pub(super) fn keep(spec: &GroupSpec, kept: Vec<usize>, piped: Piped) -> Result<(Vec<usize>, Transformed<'_>), Fault> {
@@ -355,7 +356,7 @@ pub(super) fn keep(spec: &GroupSpec, kept: Vec<usize>, piped: Piped) -> Result<(
     Ok((kept, Some((schema, output))))
 }
 
-pub(super) fn parse_all(images: &[Vec<u8>]) -> Result<Vec<ImageRef<'_>>, ProgramError> {
+pub(super) fn parse_all(images: &[Bytes]) -> Result<Vec<ImageRef<'_>>, ProgramError> {
     images
         .iter()
         .map(|bytes| ImageRef::parse(bytes).map(|(image, ..)| image))

@@ -4,14 +4,16 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 use wire::Schema;
 
+use super::outlet::{AnyOutlet, Lent, Outlets, Round};
 use super::tail::{EventsAfter, GroupEnd, GroupTail, lock};
 use super::worker::Mailbox;
 use super::{GroupSpec, SubscribeError};
@@ -26,6 +28,8 @@ pub(super) struct Group {
     pub worker: Arc<Mailbox>,
     tail: Mutex<GroupTail>,
     changed: Notify,
+    /// Of those who wait without listening for `changed`.
+    pub(super) outlets: Mutex<Outlets>,
     /// Which has the group only while there are seats, so neither keeps the other for ever.
     registry: Arc<Registry>,
     events: AtomicU64,
@@ -39,7 +43,7 @@ impl Group {
     }
 
     /// `count` events of one commit.
-    pub(super) fn append(&self, seq: Seq, count: usize, events: Bytes) {
+    pub(super) fn append(self: &Arc<Self>, seq: Seq, count: usize, events: Bytes) {
         self.events.fetch_add(count as u64, Ordering::Relaxed);
         self.bytes.fetch_add(events.len() as u64, Ordering::Relaxed);
         let mut tail = lock(&self.tail);
@@ -52,6 +56,21 @@ impl Group {
         }
         drop(tail);
         self.changed.notify_waiters();
+        self.feed_outlets();
+    }
+
+    /// Not here, on the worker's thread: to write to thousands of sockets takes as long as hundreds of commits.
+    fn feed_outlets(self: &Arc<Self>) {
+        // In this order: whoever comes later finds what was appended.
+        let pieces = lock(&self.outlets).pieces();
+        let Some(runtime) = self.registry.runtime.get() else { return };
+        for piece in pieces {
+            let group = Arc::clone(self);
+            runtime.spawn(async move {
+                let mut round = Round::new(&group);
+                piece.iter().for_each(|outlet| outlet.feed(&mut round));
+            });
+        }
     }
 
     /// Events and bytes appended so far.
@@ -69,6 +88,7 @@ impl Group {
     pub(super) fn end(&self, end: GroupEnd) {
         lock(&self.tail).end(end);
         self.changed.notify_waiters();
+        lock(&self.outlets).iter().for_each(|outlet| outlet.wake());
     }
 
     pub(super) fn ended(&self) -> Option<GroupEnd> {
@@ -112,6 +132,12 @@ impl Group {
         let processed = self.worker.processed();
         let tail = lock(&self.tail);
         (tail.after(cursor, limit), tail.settled(processed))
+    }
+
+    /// The subscriber waits and its outlet is used, until what is returned is dropped. Within a runtime.
+    pub(super) fn lend<'a>(&'a self, outlet: &'a AnyOutlet, cursor: &'a mut Seq) -> Lent<'a> {
+        self.registry.runtime.get_or_init(Handle::current);
+        Lent::new(self, outlet, cursor)
     }
 
     /// Resolves when something is appended, or the group ends, after this call (not after the first poll).
@@ -158,6 +184,8 @@ pub(super) struct Registry {
     max_subscriptions: usize,
     next_id: AtomicU64,
     metrics: Arc<Metrics>,
+    /// Where subscribers run: known with the first that lends an outlet.
+    runtime: OnceLock<Handle>,
 }
 
 #[derive(Default)]
@@ -175,6 +203,7 @@ impl Registry {
             max_subscriptions,
             next_id: AtomicU64::new(1),
             metrics,
+            runtime: OnceLock::new(),
         }
     }
 
@@ -214,6 +243,7 @@ impl Registry {
             worker: Arc::clone(worker),
             tail: Mutex::new(GroupTail::new()),
             changed: Notify::new(),
+            outlets: Mutex::default(),
             registry: Arc::clone(self),
             events: AtomicU64::new(0),
             bytes: AtomicU64::new(0),

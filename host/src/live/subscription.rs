@@ -17,6 +17,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::group::Seat;
 use super::job::{Piece, SnapshotScan, Work};
+use super::outlet::AnyOutlet;
 use super::tail::{EventsAfter, GroupEnd};
 use super::{GroupSpec, PipelineFault};
 use crate::store::Seq;
@@ -92,7 +93,7 @@ pub enum Delivery {
 
 /// Bytes of one delivery, when several commits wait. One write of this size keeps a socket busy, and a stalled reader
 /// holds no more than one.
-const DELIVERY_BYTES: usize = 256 << 10;
+pub(super) const DELIVERY_BYTES: usize = 256 << 10;
 
 /// One client's cursor. Dropping it leaves the group.
 pub struct Subscription {
@@ -163,7 +164,10 @@ impl Subscription {
     }
 
     /// Waits for the next delivery. Cancel-safe. After the end it gives the end again.
-    pub async fn next(&mut self, heartbeat: &mut Heartbeat) -> Delivery {
+    ///
+    /// With an outlet, events of commits may go there instead of being returned, as long as this waits. Events of no
+    /// bytes say that the outlet's sink has something left.
+    pub async fn next(&mut self, heartbeat: &mut Heartbeat, outlet: Option<&AnyOutlet>) -> Delivery {
         loop {
             let delivery = match &mut self.state {
                 State::Ended(delivery) => return Delivery::clone(delivery),
@@ -183,7 +187,7 @@ impl Subscription {
                 }
                 State::Commits { caught_up } => {
                     let caught_up = *caught_up;
-                    self.commits(caught_up, heartbeat).await
+                    self.commits(caught_up, heartbeat, outlet).await
                 }
             };
             if let Some(delivery) = delivery {
@@ -227,7 +231,15 @@ impl Subscription {
     }
 
     /// What lies after the cursor; waits while there is nothing. `None`: look again.
-    async fn commits(&mut self, caught_up: bool, heartbeat: &mut Heartbeat) -> Option<Delivery> {
+    async fn commits(
+        &mut self,
+        caught_up: bool,
+        heartbeat: &mut Heartbeat,
+        outlet: Option<&AnyOutlet>,
+    ) -> Option<Delivery> {
+        if outlet.is_some_and(|outlet| outlet.take_left()) {
+            return Some(Delivery::Events { bytes: Bytes::new(), seq: self.cursor });
+        }
         let group = &self.seat.group;
         // Before looking: what is appended between looking and waiting wakes all the same.
         let changed = group.changed();
@@ -252,18 +264,24 @@ impl Subscription {
             self.state = State::Commits { caught_up: true };
             return Some(Delivery::UpToDate(self.cursor));
         }
-        tokio::select! {
-            () = changed => None,
-            () = heartbeat.beat() => {
-                // The worker may have passed many commits without events: look again, then say how far it is.
-                let (waiting, processed) = self.seat.group.after(self.cursor, 0);
-                if !matches!(waiting, EventsAfter::Nothing) {
-                    return None;
-                }
-                self.cursor = self.cursor.max(processed);
-                Some(Delivery::UpToDate(self.cursor))
+        let cursor = &mut self.cursor;
+        let woken = async {
+            match outlet {
+                None => changed.await,
+                Some(outlet) => group.lend(outlet, cursor).woken().await,
             }
+        };
+        tokio::select! {
+            () = woken => return None,
+            () = heartbeat.beat() => {}
         }
+        // The worker may have passed many commits without events: look again, then say how far it is.
+        let (waiting, processed) = self.seat.group.after(self.cursor, 0);
+        if !matches!(waiting, EventsAfter::Nothing) {
+            return None;
+        }
+        self.cursor = self.cursor.max(processed);
+        Some(Delivery::UpToDate(self.cursor))
     }
 
     /// The last delivery. `behind`: the group was further than this subscription.

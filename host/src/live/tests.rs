@@ -3,8 +3,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arrow::array::{ArrayRef, AsArray, Int64Array, StringArray};
@@ -168,7 +168,7 @@ impl Pipelines for Doubler {
         let output = values.iter().filter(|a| *a % 3 != 0).map(|a| {
             let mut builder = ImageBuilder::new(1);
             builder.set_int(0, a * 2);
-            builder.finish()
+            builder.finish().into()
         });
         Ok(Piped { output: Some(output.collect()), keep })
     }
@@ -191,7 +191,7 @@ impl Pipelines for Doubler {
             for times in [1, 2] {
                 let mut builder = ImageBuilder::new(1);
                 builder.set_int(0, a * times);
-                outputs.push(ChangeOutput { index, op, image: Some(builder.finish()) });
+                outputs.push(ChangeOutput { index, op, image: Some(builder.finish().into()) });
             }
         }
         Ok(outputs)
@@ -420,7 +420,7 @@ impl World {
             let mut subscription = self.live.subscribe(self.feed(least), From::After(after)).await.unwrap();
             let mut lines = Vec::new();
             let reached = loop {
-                match subscription.next(&mut heartbeat).await {
+                match subscription.next(&mut heartbeat, None).await {
                     Delivery::Events { bytes, .. } => {
                         lines.extend(std::str::from_utf8(&bytes).unwrap().lines().map(|line| {
                             // Without the seq, and without the old side, which a feed has not.
@@ -452,12 +452,46 @@ impl World {
     }
 }
 
+/// Where events go without waking whoever waits: sends all, or now and then a part.
+struct Wire {
+    sent: Mutex<Vec<u8>>,
+    /// What is left has to be seen to before anything else is put here.
+    left: AtomicBool,
+    /// Of so many that come, one is not sent whole.
+    fails: usize,
+    came: AtomicUsize,
+}
+
+impl Sink for Wire {
+    fn take(&self, events: &Bytes) -> bool {
+        assert!(!self.left.load(Ordering::Relaxed), "events in front of what was left");
+        lock(&self.sent).extend_from_slice(events);
+        let whole = !self.came.fetch_add(1, Ordering::Relaxed).is_multiple_of(self.fails);
+        self.left.store(!whole, Ordering::Relaxed);
+        whole
+    }
+}
+
+fn outlet(fails: usize) -> Arc<Outlet<Wire>> {
+    let (sent, left, came) = (Mutex::default(), AtomicBool::new(false), AtomicUsize::new(1));
+    Arc::new(Outlet::new(Wire { sent, left, fails, came }))
+}
+
+impl Wire {
+    /// What came by here. Only while nobody waits.
+    fn sent(&self) -> String {
+        self.left.store(false, Ordering::Relaxed);
+        String::from_utf8(std::mem::take(&mut *lock(&self.sent))).unwrap()
+    }
+}
+
 /// A subscriber that holds what it was told, and objects to what makes no sense.
 struct Client {
     least: i64,
     piped: bool,
     subscription: Subscription,
     heartbeat: Heartbeat,
+    outlet: Arc<Outlet<Wire>>,
     held: BTreeMap<i64, String>,
     position: Option<Seq>,
     newest_event: Seq,
@@ -473,7 +507,8 @@ impl Client {
             From::Snapshot | From::Last(_) => (BTreeMap::new(), None),
         };
         let heartbeat = world.live.heartbeat();
-        Ok(Client { least, piped, subscription, heartbeat, held, position, newest_event: Seq(0) })
+        let outlet = outlet(3);
+        Ok(Client { least, piped, subscription, heartbeat, outlet, held, position, newest_event: Seq(0) })
     }
 
     /// Open, and everything present taken in.
@@ -485,6 +520,7 @@ impl Client {
 
     /// Takes one delivery in; what it means for the position.
     fn take(&mut self, world: &World, delivery: Delivery) -> Delivery {
+        self.take_sent(world);
         match &delivery {
             Delivery::Events { bytes, seq } => {
                 for line in std::str::from_utf8(bytes).unwrap().lines() {
@@ -499,6 +535,15 @@ impl Client {
             Delivery::Expired | Delivery::End(_) => {}
         }
         delivery
+    }
+
+    /// What came through its outlet, always whole commits.
+    fn take_sent(&mut self, world: &World) {
+        let sent = self.outlet.sink.sent();
+        sent.lines().for_each(|line| self.fold(line));
+        if !sent.is_empty() && self.position.is_some() {
+            self.check(world, self.newest_event);
+        }
     }
 
     fn check(&mut self, world: &World, seq: Seq) {
@@ -526,7 +571,7 @@ impl Client {
     }
 
     async fn next(&mut self, world: &World) -> Delivery {
-        let delivery = self.subscription.next(&mut self.heartbeat).await;
+        let delivery = self.subscription.next(&mut self.heartbeat, None).await;
         self.take(world, delivery)
     }
 
@@ -609,9 +654,10 @@ async fn random_run(seed: u64, options: LiveOptions, log_commits: u64) {
                 let index = random.random_range(0..clients.len());
                 let patience = random.random_range(0..200);
                 let client = &mut clients[index];
+                let outlet: Option<AnyOutlet> = random.random_bool(0.5).then(|| client.outlet.clone() as _);
                 let delivery = tokio::select! {
                     biased;
-                    delivery = client.subscription.next(&mut client.heartbeat) => Some(delivery),
+                    delivery = client.subscription.next(&mut client.heartbeat, outlet.as_ref()) => Some(delivery),
                     () = async { for _ in 0..patience { tokio::task::yield_now().await } } => None,
                 };
                 if let Some(delivery) = delivery
@@ -677,16 +723,26 @@ async fn a_short_log_expires_but_never_leaves_a_hole() {
 async fn nothing_is_lost_between_looking_and_waiting() {
     let mut world = World::new(options(), 1_000_000).await;
     let mut readers = tokio::task::JoinSet::new();
-    for least in [0, 0, 1] {
+    // Some wake for each commit, others lend an outlet.
+    for (least, lends) in [(0, false), (0, true), (0, true), (1, false), (1, true)] {
+        let wire = outlet(7);
+        let lent: Option<AnyOutlet> = lends.then(|| wire.clone() as _);
         let mut subscription = world.live.subscribe(world.spec(least, false), From::Now).await.unwrap();
         let mut heartbeat = world.live.heartbeat();
         readers.spawn(async move {
-            let mut inserts = 0;
+            let mut ids = Vec::new();
             loop {
-                match subscription.next(&mut heartbeat).await {
-                    Delivery::Events { bytes, .. } => inserts += bytes.iter().filter(|byte| **byte == b'\n').count(),
-                    Delivery::UpToDate(_) => {}
-                    Delivery::End(EndReason::TableDropped) => return inserts,
+                let delivery = subscription.next(&mut heartbeat, lent.as_ref()).await;
+                let mut lines = wire.sink.sent();
+                if let Delivery::Events { bytes, .. } = &delivery {
+                    lines.push_str(std::str::from_utf8(bytes).unwrap());
+                }
+                ids.extend(lines.lines().map(|line| line.split(' ').nth(2).unwrap().parse::<i64>().unwrap()));
+                match delivery {
+                    Delivery::Events { .. } | Delivery::UpToDate(_) => {}
+                    Delivery::End(EndReason::TableDropped) => {
+                        return (ids, lends, wire.sink.came.load(Ordering::Relaxed) > 1);
+                    }
                     delivery => panic!("{delivery:?}"),
                 }
             }
@@ -696,8 +752,10 @@ async fn nothing_is_lost_between_looking_and_waiting() {
         world.put(id, 5).await;
     }
     world.ddl(CatalogWrite::DropTable(world.table.id)).await;
-    while let Some(inserts) = readers.join_next().await {
-        assert_eq!(inserts.unwrap(), 400);
+    while let Some(reader) = readers.join_next().await {
+        let (ids, lends, lent) = reader.unwrap();
+        assert_eq!(ids, (0..400).collect::<Vec<_>>());
+        assert_eq!(lent, lends, "events went past the reader's task");
     }
     world.finish();
 }
@@ -815,7 +873,7 @@ async fn a_feed_gives_what_the_pipeline_makes_of_each_change() {
     assert_eq!(world.fed(10, middle, end).await, all[4..], "from a position on");
     let mut live = String::new();
     while live.lines().count() < all.len() {
-        match early.next(&mut heartbeat).await {
+        match early.next(&mut heartbeat, None).await {
             Delivery::Events { bytes, .. } => live.push_str(std::str::from_utf8(&bytes).unwrap()),
             Delivery::UpToDate(_) => {}
             other => panic!("{other:?}"),
@@ -824,7 +882,7 @@ async fn a_feed_gives_what_the_pipeline_makes_of_each_change() {
     let bad = world.put(4, FAULT_VALUE).await;
     world.put(5, 30).await;
     loop {
-        match early.next(&mut heartbeat).await {
+        match early.next(&mut heartbeat, None).await {
             Delivery::UpToDate(_) => {}
             Delivery::End(EndReason::Pipeline { seq, .. }) => {
                 assert_eq!(seq, end, "nothing of the commit that failed, and everything before it");

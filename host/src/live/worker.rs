@@ -542,7 +542,7 @@ impl Worker {
     }
 }
 
-fn append(shared: &Shared, group: &Group, seq: Seq, events: &CommitEvents) {
+fn append(shared: &Shared, group: &Arc<Group>, seq: Seq, events: &CommitEvents) {
     shared.metrics.events.inc_by(events.events.len() as u64);
     let mut out = Vec::new();
     shared.encoder.encode(&group.spec, events, &mut out);

@@ -1,8 +1,11 @@
 //! Converting between host types and what a guest answers (`wire::abi`). Nothing a guest says is believed: every
 //! offset, length and value is checked, and rows are encoded anew, so that an image made here is as good as the store's.
 
+use std::ops::Range;
+
+use bytes::Bytes;
 use wire::abi::{DESCRIPTOR_BYTES, Descriptor};
-use wire::image::{MAX_COLUMNS, SLOT_BYTES};
+use wire::image::{ImageAt, MAX_COLUMNS, SLOT_BYTES};
 use wire::{ColumnDecl, ImageBuilder, Kind, Schema, Type};
 
 /// Bytes of how many rows one change was made into.
@@ -47,52 +50,100 @@ fn check_column(i: usize, column: &ColumnDecl) -> Result<(), String> {
     }
 }
 
+/// The images that one call made, in one piece: to allocate each by itself would cost more than to check it.
+#[derive(Debug)]
+pub struct Made {
+    bytes: Bytes,
+    places: Vec<Place>,
+}
+
+/// Where an image lies, and its parts from its own start.
+type Place = (Range<u32>, ImageAt);
+
+impl Made {
+    /// How many images.
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Bytes of all images.
+    pub fn size(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub fn image(&self, i: u32) -> (&[u8], ImageAt) {
+        let (range, at) = &self.places[i as usize];
+        (&self.bytes[range.start as usize..range.end as usize], *at)
+    }
+
+    /// The image's bytes by themselves; they keep those of the others in memory.
+    pub fn shared(&self, i: u32) -> Bytes {
+        let (range, _) = &self.places[i as usize];
+        self.bytes.slice(range.start as usize..range.end as usize)
+    }
+}
+
+/// [`Made`] on its way.
+struct Making<'a> {
+    output: &'a [u8],
+    schema: &'a Schema,
+    image: ImageBuilder,
+    bytes: Vec<u8>,
+    places: Vec<Place>,
+}
+
+impl<'a> Making<'a> {
+    fn new(output: &'a [u8], schema: &'a Schema, images: usize) -> Making<'a> {
+        let image = ImageBuilder::new(schema.slots());
+        Making { output, schema, image, bytes: Vec::with_capacity(output.len()), places: Vec::with_capacity(images) }
+    }
+
+    /// The row that a descriptor of the output says.
+    fn row(&mut self, descriptor: &[u8]) -> Result<(), String> {
+        let mut fixed = [0; DESCRIPTOR_BYTES];
+        fixed.copy_from_slice(descriptor);
+        self.image.clear();
+        copy_row(self.output, Descriptor::from_bytes(fixed), self.schema, &mut self.image)
+            .map_err(|error| format!("output row {}: {error}", self.places.len()))?;
+        let start = self.bytes.len() as u32;
+        let at = self.image.finish_into(&mut self.bytes);
+        self.places.push((start..self.bytes.len() as u32, at));
+        Ok(())
+    }
+
+    fn end(self) -> Made {
+        Made { bytes: self.bytes.into(), places: self.places }
+    }
+}
+
 /// The images of a transform's output, one per row of the batch: `n` descriptors, then what they point to.
-pub fn output_images(output: &[u8], n: usize, schema: &Schema) -> Result<Vec<Vec<u8>>, String> {
+pub fn output_images(output: &[u8], n: usize, schema: &Schema) -> Result<Made, String> {
     let descriptors = output
         .get(..n * DESCRIPTOR_BYTES)
         .ok_or_else(|| format!("the output has {} bytes, too few for {n} descriptors", output.len()))?;
-    let mut images = Vec::with_capacity(n);
-    let mut builder = ImageBuilder::new(schema.slots());
-    for (row, bytes) in descriptors.chunks_exact(DESCRIPTOR_BYTES).enumerate() {
-        let mut fixed = [0; DESCRIPTOR_BYTES];
-        fixed.copy_from_slice(bytes);
-        builder.clear();
-        copy_row(output, Descriptor::from_bytes(fixed), schema, &mut builder)
-            .map_err(|error| format!("output row {row}: {error}"))?;
-        images.push(builder.finish());
-    }
-    Ok(images)
+    let mut made = Making::new(output, schema, n);
+    descriptors.chunks_exact(DESCRIPTOR_BYTES).try_for_each(|descriptor| made.row(descriptor))?;
+    Ok(made.end())
 }
 
 /// The images of a change transform's output, for each change of the batch any number: `n` counts (u32), then as many
-/// descriptors as they add up to, then what those point to. `most` bounds the images together, because descriptors may
-/// point to the same bytes again and again.
-pub fn output_changes(output: &[u8], n: usize, schema: &Schema, most: usize) -> Result<Vec<Vec<Vec<u8>>>, String> {
+/// descriptors as they add up to, then what those point to. Answers the counts, too. `most` bounds the images together,
+/// because descriptors may point to the same bytes again and again.
+pub fn output_changes(output: &[u8], n: usize, schema: &Schema, most: usize) -> Result<(Vec<u32>, Made), String> {
     let short = |what: &str| format!("the output has {} bytes, too few for {what}", output.len());
     let counts = output.get(..n * COUNT_BYTES).ok_or_else(|| short(&format!("{n} counts")))?;
     let mut descriptors = output[n * COUNT_BYTES..].chunks_exact(DESCRIPTOR_BYTES);
-    let mut builder = ImageBuilder::new(schema.slots());
-    let (mut changes, mut bytes, mut row) = (Vec::with_capacity(n), 0, 0);
-    for count in counts.chunks_exact(COUNT_BYTES) {
-        let mut images = Vec::new();
-        for _ in 0..u32::from_le_bytes([count[0], count[1], count[2], count[3]]) {
-            let descriptor = descriptors.next().ok_or_else(|| short("as many descriptors as it counts"))?;
-            let mut fixed = [0; DESCRIPTOR_BYTES];
-            fixed.copy_from_slice(descriptor);
-            builder.clear();
-            copy_row(output, Descriptor::from_bytes(fixed), schema, &mut builder)
-                .map_err(|error| format!("output row {row}: {error}"))?;
-            let image = builder.finish();
-            (bytes, row) = (bytes + image.len(), row + 1);
-            if bytes > most {
-                return Err(format!("its rows have over {most} bytes together"));
-            }
-            images.push(image);
+    let counts =
+        counts.chunks_exact(COUNT_BYTES).map(|count| u32::from_le_bytes([count[0], count[1], count[2], count[3]]));
+    let counts: Vec<u32> = counts.collect();
+    let mut made = Making::new(output, schema, n);
+    for _ in counts.iter().flat_map(|count| 0..*count) {
+        made.row(descriptors.next().ok_or_else(|| short("as many descriptors as it counts"))?)?;
+        if made.bytes.len() > most {
+            return Err(format!("its rows have over {most} bytes together"));
         }
-        changes.push(images);
     }
-    Ok(changes)
+    Ok((counts, made.end()))
 }
 
 fn copy_row(output: &[u8], at: Descriptor, schema: &Schema, builder: &mut ImageBuilder) -> Result<(), String> {
@@ -218,6 +269,16 @@ mod tests {
         heads
     }
 
+    /// Read anew, as whoever gets their bytes does.
+    fn images(made: &Made) -> impl Iterator<Item = ImageRef<'_>> {
+        (0..made.len() as u32).map(|i| {
+            let (bytes, at) = made.image(i);
+            let (image, found, used) = ImageRef::parse(bytes).unwrap();
+            assert_eq!((found, used), (at, bytes.len()));
+            image
+        })
+    }
+
     fn row(id: i64, name: &str) -> [Value; 4] {
         [Value::Int(id), Value::Text(name.to_owned()), Value::Float(1.5), Value::Decimal(-9999)]
     }
@@ -225,7 +286,7 @@ mod tests {
     #[test]
     fn good_rows_are_copied_and_bad_ones_named() {
         let images = output_images(&output(&[row(1, "a"), row(2, "ü")]), 2, &schema()).unwrap();
-        let (image, ..) = ImageRef::parse(&images[1]).unwrap();
+        let (image, ..) = ImageRef::parse(images.image(1).0).unwrap();
         assert_eq!((image.int(0), image.text(1), image.float(2)), (Some(2), Some("ü"), Some(1.5)));
 
         let null = [Value::Null, Value::Null, Value::Null, Value::Null];
@@ -272,11 +333,9 @@ mod tests {
             bytes.extend_from_slice(&rows[2 * DESCRIPTOR_BYTES..]);
             bytes
         };
-        let made = output_changes(&with_counts(&[0, 2, 0]), 3, &schema(), 1000).unwrap();
-        let ids = |images: &Vec<Vec<u8>>| -> Vec<i64> {
-            images.iter().map(|image| ImageRef::parse(image).unwrap().0.int(0).unwrap()).collect()
-        };
-        assert_eq!(made.iter().map(ids).collect::<Vec<_>>(), [vec![], vec![1, 2], vec![]]);
+        let (counts, made) = output_changes(&with_counts(&[0, 2, 0]), 3, &schema(), 1000).unwrap();
+        let ids: Vec<_> = images(&made).map(|image| image.int(0).unwrap()).collect();
+        assert_eq!((counts, ids), (vec![0, 2, 0], vec![1, 2]));
         for (bytes, n, most, expected) in [
             (with_counts(&[1, 1]), 4, 1000, "output row"),
             (with_counts(&[u32::MAX]), 1, 1000, "output row 2"),
@@ -292,19 +351,15 @@ mod tests {
     proptest! {
         #[test]
         fn any_output_of_changes_is_taken_or_refused_without_panic(bytes in any::<Vec<u8>>(), n in 0usize..4) {
-            if let Ok(changes) = output_changes(&bytes, n, &schema(), 10_000) {
-                for image in changes.iter().flatten() {
-                    ImageRef::parse(image).unwrap();
-                }
+            if let Ok((counts, made)) = output_changes(&bytes, n, &schema(), 10_000) {
+                prop_assert_eq!(counts.iter().sum::<u32>() as usize, images(&made).count());
             }
         }
 
         #[test]
         fn any_output_is_taken_or_refused_without_panic(bytes in any::<Vec<u8>>(), n in 0usize..4) {
-            if let Ok(images) = output_images(&bytes, n, &schema()) {
-                for image in images {
-                    ImageRef::parse(&image).unwrap();
-                }
+            if let Ok(made) = output_images(&bytes, n, &schema()) {
+                prop_assert_eq!(images(&made).count(), n);
             }
         }
 
@@ -313,9 +368,8 @@ mod tests {
             let mut bytes = output(&[row(1, "abc"), row(-2, "")]);
             let len = bytes.len();
             bytes[flip % len] ^= 1 << bit;
-            if let Ok(images) = output_images(&bytes, 2, &schema()) {
-                for image in images {
-                    let (image, ..) = ImageRef::parse(&image).unwrap();
+            if let Ok(made) = output_images(&bytes, 2, &schema()) {
+                for image in images(&made) {
                     for column in &schema().columns {
                         prop_assert!(image.value(column.id, column.ty).is_ok());
                     }

@@ -12,6 +12,7 @@ use wire::Schema;
 use wire::abi::{ABI, CONFIGURE_BYTES, Configure, Configured, Descriptor, WINDOW_ALIGN, export};
 use wire::image::ImageAt;
 
+use super::abi::Made;
 use super::engine::Compiled;
 use super::guest::{self, Guest, Misuse, OutOfTime};
 use super::logs::Speaker;
@@ -309,26 +310,26 @@ impl Instance {
     }
 
     /// `tg_transform` of a row transform: one image per row.
-    pub fn transform(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<Vec<Vec<u8>>, CallFault> {
+    pub fn transform(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<Made, CallFault> {
         let output = self.output(batch, part)?;
         let schema = self.transformed(batch.setup)?;
-        let images = abi::output_images(&output, batch.rows, schema);
-        let images = images.map_err(|message| CallFault::new(FaultCause::Output, message))?;
-        batch.setup.meter.judged(batch.origin, batch.rows, images.len());
+        let made = abi::output_images(&output, batch.rows, schema);
+        let made = made.map_err(|message| CallFault::new(FaultCause::Output, message))?;
+        batch.setup.meter.judged(batch.origin, batch.rows, made.len());
         batch.setup.meter.answered(output.len());
-        Ok(images)
+        Ok(made)
     }
 
-    /// `tg_transform` of a change transform: for each change the images it was made into.
-    pub fn expand(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<Vec<Vec<Vec<u8>>>, CallFault> {
+    /// `tg_transform` of a change transform: how many images each change was made into, and these.
+    pub fn expand(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<(Vec<u32>, Made), CallFault> {
         let output = self.output(batch, part)?;
         let (schema, most) = (self.transformed(batch.setup)?, self.body.shared.options.output_bytes);
-        let changes = abi::output_changes(&output, batch.rows, schema, most);
-        let changes = changes.map_err(|message| CallFault::new(FaultCause::Output, message))?;
-        let kept = changes.iter().filter(|images| !images.is_empty()).count();
+        let made = abi::output_changes(&output, batch.rows, schema, most);
+        let (counts, made) = made.map_err(|message| CallFault::new(FaultCause::Output, message))?;
+        let kept = counts.iter().filter(|count| **count > 0).count();
         batch.setup.meter.judged(batch.origin, batch.rows, kept);
         batch.setup.meter.answered(output.len());
-        Ok(changes)
+        Ok((counts, made))
     }
 
     /// The bytes that `tg_transform` answers, copied once.

@@ -6,15 +6,18 @@
 //! both anew. A change transform turns changes into rows, which only row kinds can follow.
 
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use wire::abi::{CHANGE_DESCRIPTOR_BYTES, ChangeDescriptor, DESCRIPTOR_BYTES, Descriptor, MAX_BATCH, PluginKind};
 use wire::frame::changed_columns;
 use wire::image::ImageAt;
 use wire::{ChangeAt, ImageError, ImageRef, Kind, Op};
 
+use super::abi::Made;
 use super::health::UnitKey;
 use super::instance::{Batch, CallFault, Instances, Setup, Space};
 use super::registry::Shared;
@@ -66,8 +69,8 @@ enum Source {
     Ring(Descriptor),
     /// Bytes of the run's base, and where the image's parts lie in them.
     Base(Range<u32>, ImageAt),
-    /// Made by a transform.
-    Made(Box<(Vec<u8>, ImageAt)>),
+    /// Made by a transform: one of the images of its call.
+    Made(Rc<Made>, u32),
 }
 
 /// The bitmap of changed columns of an update. With one image alone, that image's own bitmap says the same: a missing
@@ -86,9 +89,9 @@ impl Unit {
     }
 
     /// What happened, and the image, where a transform made it.
-    pub fn into_made(self) -> Option<(Op, Option<Vec<u8>>)> {
+    pub fn into_made(self) -> Option<(Op, Option<Bytes>)> {
         let made = |source: Source| match source {
-            Source::Made(made) => Some(made.0),
+            Source::Made(made, image) => Some(made.shared(image)),
             Source::Ring(_) | Source::Base(..) => None,
         };
         match self {
@@ -112,11 +115,19 @@ impl Change {
     }
 }
 
+/// What is left of rows behind the last stage.
+pub enum Left {
+    /// Of each row, whether it is.
+    Kept(Vec<bool>),
+    Units(Vec<Unit>),
+}
+
 /// What one call told.
 enum Answer {
     Kept(u64),
-    Images(Vec<Vec<u8>>),
-    Expanded(Vec<Vec<Vec<u8>>>),
+    Images(Made),
+    /// How many images each change was made into, and these.
+    Expanded(Vec<u32>, Made),
 }
 
 /// Runs the stages of one pipeline over what one commit or piece brings.
@@ -141,29 +152,35 @@ pub struct Runner<'a> {
 }
 
 impl Runner<'_> {
-    pub fn rows(&mut self, stages: &[OpenStage], places: &[ImageAt]) -> Result<Vec<Unit>, PluginError> {
+    pub fn rows(&mut self, stages: &[OpenStage], places: &[ImageAt]) -> Result<Left, PluginError> {
         if let Some((first, rest)) = stages.split_first()
             && first.setup.module.kind == PluginKind::RowFilter
             && !first.setup.module.health.remembers()
             && let Some(lease) = &self.lease
         {
             let (offset, len) = (lease.offset, lease.len);
-            let units = self.first_filter(&first.setup, places, offset, len)?;
-            return self.run(rest, 1, units);
+            let kept = self.first_filter(&first.setup, places, offset, len)?;
+            if rest.is_empty() {
+                return Ok(Left::Kept(kept));
+            }
+            let kept = places.iter().enumerate().zip(kept).filter(|(_, kept)| *kept);
+            let units = kept.map(|((index, at), _)| self.row(index, *at)).collect::<Result<_, _>>()?;
+            return self.run(rest, 1, units).map(Left::Units);
         }
         let units = places.iter().enumerate().map(|(index, at)| self.row(index, *at)).collect::<Result<_, _>>()?;
-        self.run(stages, 0, units)
+        self.run(stages, 0, units).map(Left::Units)
     }
 
-    /// Rows of the ring through a filter that comes first. Most fall out here, so only what is kept becomes a unit.
+    /// Rows of the ring through a filter that comes first: which are kept. Most fall out here, or are not looked at any
+    /// further, so none becomes a unit.
     fn first_filter(
         &mut self,
         setup: &Setup,
         places: &[ImageAt],
         offset: u32,
         len: u32,
-    ) -> Result<Vec<Unit>, PluginError> {
-        let mut out = Vec::new();
+    ) -> Result<Vec<bool>, PluginError> {
+        let mut out = vec![false; places.len()];
         for (number, batch) in places.chunks(MAX_BATCH).enumerate() {
             self.rests(setup)?;
             let first = number * MAX_BATCH;
@@ -171,25 +188,16 @@ impl Runner<'_> {
                 return Err(damaged("row", first + i, ImageError::Truncated));
             }
             match self.judge(setup, batch, offset) {
-                Ok(mut kept) => {
-                    out.reserve(kept.count_ones() as usize);
-                    while kept != 0 {
-                        let i = kept.trailing_zeros() as usize;
-                        kept &= kept - 1;
-                        let source = Source::Ring(Descriptor::new(batch[i], offset));
-                        out.push(Unit::Row(Row {
-                            index: (first + i) as u32,
-                            side: 0,
-                            turn: 0,
-                            op: Op::Insert,
-                            source,
-                        }));
+                Ok(kept) => {
+                    for (i, row) in out[first..first + batch.len()].iter_mut().enumerate() {
+                        *row = kept >> i & 1 == 1;
                     }
                 }
                 Err(fault) => {
                     let units = batch.iter().enumerate().map(|(i, at)| self.row(first + i, *at));
-                    let units = units.collect::<Result<_, _>>()?;
-                    self.singly(setup, units, fault, &mut out)?;
+                    let (units, mut kept) = (units.collect::<Result<_, _>>()?, Vec::new());
+                    self.singly(setup, units, fault, &mut kept)?;
+                    kept.iter().for_each(|unit: &Unit| out[unit.index()] = true);
                 }
             }
         }
@@ -292,8 +300,8 @@ impl Runner<'_> {
             if old.is_none() && new.is_none() {
                 continue;
             }
-            if transforms && let (Some(Source::Made(old)), Some(Source::Made(new))) = (&old, &new) {
-                let compared = compared(&stage.kinds, &old.0, &new.0);
+            if transforms && let (Some(Source::Made(olds, old)), Some(Source::Made(news, new))) = (&old, &new) {
+                let compared = compared(&stage.kinds, olds.image(*old).0, news.image(*new).0);
                 changed = compared.map_err(|error| damaged("output", index as usize, error))?;
             }
             changes.push(Unit::Change(Box::new(Change { index, turn: 0, old, new, changed })));
@@ -494,7 +502,9 @@ impl Runner<'_> {
         let answer = match setup.module.kind {
             PluginKind::RowFilter | PluginKind::ChangeFilter => instance.filter(&batch, part).map(Answer::Kept),
             PluginKind::RowTransform => instance.transform(&batch, part).map(Answer::Images),
-            PluginKind::ChangeTransform => instance.expand(&batch, part).map(Answer::Expanded),
+            PluginKind::ChangeTransform => {
+                instance.expand(&batch, part).map(|(counts, made)| Answer::Expanded(counts, made))
+            }
         };
         (placed, answer)
     }
@@ -506,35 +516,30 @@ impl Runner<'_> {
         answer: Answer,
         out: &mut Vec<Unit>,
     ) -> Result<(), PluginError> {
-        let made = |image: Vec<u8>| match ImageRef::parse(&image) {
-            Ok((_, at, _)) => Ok(Source::Made(Box::new((image, at)))),
-            Err(error) => Err(PluginError::Host(format!("an output was encoded wrongly: {error}"))),
-        };
         match answer {
             Answer::Kept(kept) => {
                 out.extend(batch.into_iter().enumerate().filter(|(i, _)| kept >> i & 1 == 1).map(|(_, unit)| unit));
             }
-            Answer::Images(images) => {
-                self.bound(setup, &batch, images.iter())?;
-                for (unit, image) in batch.into_iter().zip(images) {
+            Answer::Images(made) => {
+                self.bound(setup, &batch, &made)?;
+                let made = Rc::new(made);
+                for (unit, image) in batch.into_iter().zip(0..) {
                     let Unit::Row(row) = unit else { continue };
-                    out.push(Unit::Row(Row { source: made(image)?, ..row }));
+                    out.push(Unit::Row(Row { source: Source::Made(Rc::clone(&made), image), ..row }));
                 }
             }
-            Answer::Expanded(changes) => {
-                self.bound(setup, &batch, changes.iter().flatten())?;
-                for (unit, images) in batch.into_iter().zip(changes) {
+            Answer::Expanded(counts, made) => {
+                self.bound(setup, &batch, &made)?;
+                let (made, mut next) = (Rc::new(made), 0);
+                for (unit, count) in batch.into_iter().zip(counts) {
+                    let images = next..next + count;
+                    next = images.end;
                     let Unit::Change(change) = unit else { continue };
-                    let Some(op) = change.op() else { continue };
-                    for image in images {
-                        out.push(Unit::Row(Row {
-                            index: change.index,
-                            op,
-                            side: 0,
-                            turn: change.turn,
-                            source: made(image)?,
-                        }));
-                    }
+                    let (Change { index, turn, .. }, Some(op)) = (&*change, change.op()) else { continue };
+                    out.extend(images.map(|image| {
+                        let source = Source::Made(Rc::clone(&made), image);
+                        Unit::Row(Row { index: *index, op, side: 0, turn: *turn, source })
+                    }));
                 }
             }
         }
@@ -542,13 +547,8 @@ impl Runner<'_> {
     }
 
     /// Holds the outputs of one run to their limit.
-    fn bound<'i>(
-        &mut self,
-        setup: &Setup,
-        batch: &[Unit],
-        images: impl Iterator<Item = &'i Vec<u8>>,
-    ) -> Result<(), PluginError> {
-        self.answered += images.map(Vec::len).sum::<usize>();
+    fn bound(&mut self, setup: &Setup, batch: &[Unit], made: &Made) -> Result<(), PluginError> {
+        self.answered += made.size();
         let most = self.shared.options.output_bytes * RUN_OUTPUTS;
         if self.answered <= most {
             return Ok(());
@@ -565,7 +565,7 @@ impl Runner<'_> {
         let mut add = |source: Option<&Source>| -> Option<()> {
             let bytes = match source {
                 None => &[][..],
-                Some(Source::Made(made)) => &made.0,
+                Some(Source::Made(made, image)) => made.image(*image).0,
                 Some(Source::Base(range, _)) => bytes_of(self.base, range),
                 Some(Source::Ring(at)) => {
                     let shift = self.lease.as_ref()?.offset;
@@ -651,7 +651,10 @@ impl Place<'_> {
         match source {
             Source::Ring(descriptor) => *descriptor,
             Source::Base(range, at) => Descriptor::new(*at, self.put(bytes_of(self.base, range))),
-            Source::Made(made) => Descriptor::new(made.1, self.put(&made.0)),
+            Source::Made(made, image) => {
+                let (bytes, at) = made.image(*image);
+                Descriptor::new(at, self.put(bytes))
+            }
         }
     }
 
@@ -685,7 +688,7 @@ fn need(unit: &Unit) -> usize {
     let image = |source: &Source| match source {
         Source::Ring(_) => 0,
         Source::Base(range, _) => range.len(),
-        Source::Made(made) => made.0.len(),
+        Source::Made(made, image) => made.image(*image).0.len(),
     };
     match unit {
         Unit::Row(row) => image(&row.source),

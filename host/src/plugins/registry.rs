@@ -13,7 +13,7 @@ use super::engine::{Compiled, Engine};
 use super::instance::{CallFault, Instances, Map, Setup, Space, SpaceKind};
 use super::logs::Logs;
 use super::meters::{Meter, Meters};
-use super::pipeline::{OpenStage, Runner, Unit};
+use super::pipeline::{Left, OpenStage, Runner, Unit};
 use super::window::{Lease, Mapping, Ring, WorkerPart};
 use super::{
     ChangeOutput, Changes, FaultCause, Input, Inspected, Measured, Opened, Piped, PipedChanges, PipelineId,
@@ -365,8 +365,12 @@ impl PluginWorker {
     /// that fails alone.
     pub fn run(&mut self, pipeline: PipelineId, rows: Rows<'_>) -> Result<Piped, PluginError> {
         let count = rows.places.len();
-        let (kept, transforms, faults) =
+        let (left, transforms, faults) =
             self.through(pipeline, Semantics::Map, &rows, |runner, stages| runner.rows(stages, rows.places))?;
+        let kept = match left {
+            Left::Kept(keep) => return Ok(Piped { keep, output: None, faults }),
+            Left::Units(kept) => kept,
+        };
         let mut piped = Piped { keep: vec![false; count], output: None, faults };
         for row in &kept {
             piped.keep[row.index()] = true;
@@ -387,13 +391,13 @@ impl PluginWorker {
     }
 
     /// What is left behind the last stage, whether any transforms, and what failed.
-    fn through<At>(
+    fn through<At, L>(
         &mut self,
         pipeline: PipelineId,
         semantics: Semantics,
         input: &Input<'_, At>,
-        run: impl FnOnce(&mut Runner<'_>, &[OpenStage]) -> Result<Vec<Unit>, PluginError>,
-    ) -> Result<(Vec<Unit>, bool, Vec<super::UnitFault>), PluginError> {
+        run: impl FnOnce(&mut Runner<'_>, &[OpenStage]) -> Result<L, PluginError>,
+    ) -> Result<(L, bool, Vec<super::UnitFault>), PluginError> {
         let open = self.pipelines.get(&pipeline).filter(|open| open.semantics == semantics);
         let open = open.ok_or_else(|| {
             PluginError::Host(format!("no pipeline {} is open for {} streams", pipeline.0, semantics.as_str()))
@@ -415,8 +419,8 @@ impl PluginWorker {
             stage: 0,
             faults: Vec::new(),
         };
-        let units = run(&mut runner, &open.stages)?;
-        Ok((units, open.transforms, runner.faults))
+        let left = run(&mut runner, &open.stages)?;
+        Ok((left, open.transforms, runner.faults))
     }
 
     pub fn close(&mut self, pipeline: PipelineId) {

@@ -116,7 +116,7 @@ fn run_changes(
 
 /// Index, op and the made `v` of each output.
 fn outputs(piped: &PipedChanges) -> Vec<(usize, Op, Option<i64>)> {
-    let int = |image: &Vec<u8>| ImageRef::parse(image).unwrap().0.int(0).unwrap();
+    let int = |image: &Bytes| ImageRef::parse(image).unwrap().0.int(0).unwrap();
     piped.outputs.iter().map(|output| (output.index, output.op, output.image.as_ref().map(int))).collect()
 }
 
