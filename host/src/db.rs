@@ -153,6 +153,23 @@ pub struct LiveRequest {
     pub position: Option<String>,
 }
 
+impl LiveRequest {
+    /// The query as it is when nothing else is said.
+    pub fn new(sql: impl Into<String>) -> LiveRequest {
+        LiveRequest {
+            sql: sql.into(),
+            params: Vec::new(),
+            namespace: None,
+            pipeline: Vec::new(),
+            on_error: OnError::default(),
+            snapshot: None,
+            last_rows: None,
+            old: OldMode::default(),
+            position: None,
+        }
+    }
+}
+
 /// Why what the client holds is void.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResyncReason {

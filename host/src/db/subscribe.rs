@@ -25,7 +25,7 @@ use super::{
 };
 use crate::catalog::{Anchors, Catalog, OnError, Semantics, Table};
 use crate::live::position::Position;
-use crate::live::{Delivery, EndReason, From, GroupSpec, Heartbeat, OldMode, Rerun, SubscribeError, Subscription};
+use crate::live::{Delivery, EndReason, From, GroupSpec, Heartbeat, Rerun, SubscribeError, Subscription};
 use crate::plugins::Stage;
 use crate::sql::live::requery::RequeryPlan;
 use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
@@ -344,17 +344,8 @@ impl Db {
                 StatementResult::Affected { affected: self.kill(who, &live_id).await?, returned: None }
             }
             LiveCommand::Explain(sql) => {
-                let live = LiveRequest {
-                    sql,
-                    params: request.params,
-                    namespace: request.namespace,
-                    pipeline: Vec::new(),
-                    on_error: OnError::Stop,
-                    snapshot: None,
-                    last_rows: None,
-                    old: OldMode::default(),
-                    position: None,
-                };
+                let live =
+                    LiveRequest { params: request.params, namespace: request.namespace, ..LiveRequest::new(sql) };
                 StatementResult::Rows(self.explain_live(who, &live).await?)
             }
         };
@@ -824,17 +815,7 @@ mod tests {
     }
 
     fn request(sql: &str, position: Option<String>) -> LiveRequest {
-        LiveRequest {
-            sql: sql.to_owned(),
-            params: Vec::new(),
-            namespace: None,
-            pipeline: Vec::new(),
-            on_error: OnError::Stop,
-            snapshot: None,
-            last_rows: None,
-            old: OldMode::default(),
-            position,
-        }
+        LiveRequest { position, ..LiveRequest::new(sql) }
     }
 
     #[tokio::test(flavor = "multi_thread")]
