@@ -6,6 +6,7 @@
 
 mod adapters;
 mod bulk;
+mod compiled;
 mod errors;
 mod fingerprint;
 mod idempotency;
@@ -254,6 +255,8 @@ struct Inner {
     /// Live queries compiled at once. Ten thousand that come back together would else be compiled on as many threads as
     /// the runtime has for blocking work, and each of those keeps the memory it once used.
     compilers: Arc<Semaphore>,
+    /// Those that were compiled lately: of ten thousand that ask the same one is.
+    compiled: compiled::CompiledQueries,
     sources: system::Sources,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
@@ -308,6 +311,7 @@ impl Db {
             live_options: config.live.clone(),
             requeries: Arc::new(Semaphore::new(config.live.requery_runs)),
             compilers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2)),
+            compiled: compiled::CompiledQueries::new(),
             sources,
             turn: RwLock::new(()),
             writes: Semaphore::new(config.store.write_queue),
