@@ -1,9 +1,9 @@
 #!/bin/sh
-# What takes too long for every day. First, once: the limits in full size, one after the other (thousands of streams, a
-# table of ten million rows, power cuts as root), a million changes through one predicate in every language, and 12,000
-# modules through the load path. Then the random tests for long, each from a new seed again and again, with servers that are
-# stopped and killed all the time: the oracle of live queries, schema changes, indexes, acknowledged writes, versions of
-# plugins. `make torture` calls this.
+# What takes too long for every day. First, once: the limits in full size, one after the other (thousands of streams, their
+# return when the server has died, a table of ten million rows, power cuts as root), a million changes through one
+# predicate in every language, and 12,000 modules through the load path. Then the random tests for long, each from a new
+# seed again and again, with servers that are stopped and killed all the time: the oracle of live queries, schema changes,
+# indexes, acknowledged writes, versions of plugins. `make torture` calls this.
 #
 #   MINUTES=60 sh tests/torture.sh          so long for the random ones (default: 30); they run side by side
 #   MINUTES=60 sh tests/torture.sh oracle   only those with "oracle" in their names
@@ -26,17 +26,22 @@ export TIDEGATE_BIN TIDEGATE_PLUGINS
 MINUTES=${MINUTES:-30} SEED=${SEED:-random}
 export MINUTES SEED
 
-# Sizes: idle streams over HTTP/1.1 and over HTTP/2, subscribers of one query, rows of a table, power cuts.
-STREAMS=${STREAMS:-15000} H2_STREAMS=${H2_STREAMS:-50000} CROWD=${CROWD:-3000}
+# Sizes: idle streams over HTTP/1.1 and over HTTP/2, streams that come back at once, subscribers of one query, rows of a
+# table, power cuts.
+STREAMS=${STREAMS:-15000} H2_STREAMS=${H2_STREAMS:-50000} STORM=${STORM:-10000} CROWD=${CROWD:-3000}
 ROWS=${ROWS:-10000000} POWER_CUTS=${POWER_CUTS:-20}
 # A stream is an open file on either side, and the server leaves a tenth and 200 of what it may have to others.
 files=$(ulimit -Hn)
-if [ "$files" != unlimited ] && [ "$((files / 10 * 9 - 500))" -lt "$STREAMS" ]; then
-    STREAMS=$((files / 10 * 9 - 500))
-    say "only $STREAMS streams: there may be no more than $files open files (ulimit -Hn)"
+if [ "$files" != unlimited ]; then
+    most=$((files / 10 * 9 - 500))
+    if [ "$most" -lt "$STREAMS" ] || [ "$most" -lt "$STORM" ]; then
+        say "no more than $most streams: there may be no more than $files open files (ulimit -Hn)"
+    fi
+    [ "$most" -ge "$STREAMS" ] || STREAMS=$most
+    [ "$most" -ge "$STORM" ] || STORM=$most
+    ulimit -n "$files"
 fi
-[ "$files" = unlimited ] || ulimit -n "$files"
-export STREAMS H2_STREAMS CROWD ROWS POWER_CUTS
+export STREAMS H2_STREAMS STORM CROWD ROWS POWER_CUTS
 
 if [ $# -eq 0 ]; then
     say "limits in full size"

@@ -76,17 +76,8 @@ impl Bench {
     }
 
     fn env(&self, params: &[Param]) -> RequestEnv {
-        let snapshot = self.store.snapshot();
-        RequestEnv {
-            catalog: snapshot.catalog().clone(),
-            snapshot,
-            namespace: "main".to_owned(),
-            user: "bench".into(),
-            role: Role::Admin,
-            params: Arc::new(params.to_vec()),
-            overlay: Arc::default(),
-            now: 0,
-        }
+        let env = RequestEnv::new(self.store.snapshot(), "bench", Role::Admin);
+        RequestEnv { params: Arc::new(params.to_vec()), ..env }
     }
 
     /// Everything between the text and its rows, as a request does it.

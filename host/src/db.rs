@@ -6,6 +6,7 @@
 
 mod adapters;
 mod bulk;
+mod compiled;
 mod errors;
 mod fingerprint;
 mod idempotency;
@@ -154,6 +155,23 @@ pub struct LiveRequest {
     pub position: Option<String>,
 }
 
+impl LiveRequest {
+    /// The query as it is when nothing else is said.
+    pub fn new(sql: impl Into<String>) -> LiveRequest {
+        LiveRequest {
+            sql: sql.into(),
+            params: Vec::new(),
+            namespace: None,
+            pipeline: Vec::new(),
+            on_error: OnError::default(),
+            snapshot: None,
+            last_rows: None,
+            old: OldMode::default(),
+            position: None,
+        }
+    }
+}
+
 /// Why what the client holds is void.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResyncReason {
@@ -238,6 +256,8 @@ struct Inner {
     /// Live queries compiled at once. Ten thousand that come back together would else be compiled on as many threads as
     /// the runtime has for blocking work, and each of those keeps the memory it once used.
     compilers: Arc<Semaphore>,
+    /// Those that were compiled lately: of ten thousand that ask the same one is.
+    compiled: compiled::CompiledQueries,
     sources: system::Sources,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
@@ -292,6 +312,7 @@ impl Db {
             live_options: config.live.clone(),
             requeries: Arc::new(Semaphore::new(config.live.requery_runs)),
             compilers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2)),
+            compiled: compiled::CompiledQueries::new(),
             sources,
             turn: RwLock::new(()),
             writes: Semaphore::new(config.store.write_queue),

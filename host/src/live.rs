@@ -192,6 +192,7 @@ pub enum OldMode {
 }
 
 /// What all subscriptions of a group have in common. Equal `key`s are one group.
+#[derive(Clone)]
 pub struct GroupSpec {
     /// Plan, parameters, scope, schema version, pipeline with versions, options.
     pub key: Vec<u8>,

@@ -43,7 +43,7 @@ use ::arrow::record_batch::RecordBatch;
 use futures::Stream;
 use wire::{Scope, Type, Value};
 
-use crate::catalog::{Catalog, IndexId, TableId};
+use crate::catalog::{Catalog, DEFAULT_NAMESPACE, IndexId, TableId};
 use crate::config::Role;
 pub use crate::config::SqlOptions;
 use crate::store::snapshot::Snapshot;
@@ -98,6 +98,22 @@ pub struct RequestEnv {
     pub overlay: Arc<Overlay>,
     /// `now()` for the whole request, microseconds since 1970.
     pub now: i64,
+}
+
+impl RequestEnv {
+    /// In the default namespace, without parameters, at the beginning of 1970: what a caller has more of, it puts in.
+    pub fn new(snapshot: Snapshot, user: impl Into<Arc<str>>, role: Role) -> RequestEnv {
+        RequestEnv {
+            catalog: snapshot.catalog().clone(),
+            snapshot,
+            namespace: DEFAULT_NAMESPACE.to_owned(),
+            user: user.into(),
+            role,
+            params: Arc::default(),
+            overlay: Arc::default(),
+            now: 0,
+        }
+    }
 }
 
 /// A parameter as it came over HTTP; typed by what it is compared with or stored into.

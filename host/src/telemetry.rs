@@ -26,6 +26,8 @@ pub struct Metrics {
     pub events: Counter,
     /// Groups whose predicates were asked about a commit: those that the index could not rule out.
     pub live_candidates: Counter,
+    /// Live queries compiled: of equal ones one is.
+    pub live_compiles: Counter,
     /// Runs of live queries that are run again as a whole.
     pub live_requeries: Counter,
     /// Bytes written to subscribers.
@@ -123,6 +125,7 @@ impl Metrics {
             ("commit_bytes", "Bytes of the frames of durable commits", &self.commit_bytes),
             ("events", "Live events encoded, once per group", &self.events),
             ("live_candidates", "Groups asked about a commit, by commit", &self.live_candidates),
+            ("live_compiles", "Live queries compiled; equal ones share that", &self.live_compiles),
             ("live_requeries", "Runs of live queries that are run again", &self.live_requeries),
             ("event_sent_bytes", "Bytes of live events handed to connections", &self.event_bytes_sent),
             ("plugin_calls", "Calls into plugins", &self.plugin_calls),

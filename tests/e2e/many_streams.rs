@@ -2,7 +2,9 @@
 //! sockets, without a client library, so that thousands of them cost this process little.
 //!
 //! `STREAMS=15000 sh tests/run.sh many_streams` and `H2_STREAMS=50000 …` are what a server has to bear (`make torture`);
-//! both take an `ulimit -n` of 20,000.
+//! both take an `ulimit -n` of 20,000. How they come back when the server has died is [`storm`]'s.
+
+mod storm;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -123,7 +125,7 @@ async fn crowd<F: Future<Output = Source>>(count: usize, open: impl Fn(usize) ->
 }
 
 /// Runs one future a listener, all at once, and gives what they give.
-async fn each<T: Send + 'static, F>(listeners: Vec<Listener>, work: impl Fn(Listener) -> F) -> Vec<T>
+async fn each<L, T: Send + 'static, F>(listeners: Vec<L>, work: impl Fn(L) -> F) -> Vec<T>
 where
     F: Future<Output = T> + Send + 'static,
 {
@@ -132,11 +134,15 @@ where
 }
 
 /// A connection of its own, from one of four addresses of this machine.
-async fn over_http1(server: SocketAddr, number: usize) -> Source {
+async fn connect(server: SocketAddr, number: usize) -> TcpStream {
     let from = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 1 + (number % 4) as u8));
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.bind(SocketAddr::new(from, 0)).expect("an address of this machine");
-    let mut stream = socket.connect(server).await.expect("a connection");
+    socket.connect(server).await.expect("a connection")
+}
+
+async fn over_http1(server: SocketAddr, number: usize) -> Source {
+    let mut stream = connect(server, number).await;
     let request = format!("GET {PATH} HTTP/1.1\r\nHost: {server}\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\n\r\n");
     stream.write_all(request.as_bytes()).await.expect("the request is taken");
     Source::Http1(stream)

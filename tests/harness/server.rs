@@ -99,8 +99,18 @@ impl TestServer {
 
     /// Starts the server again on its directory; it must not be running.
     pub async fn restart(&mut self) {
+        self.start_at("127.0.0.1:0").await;
+    }
+
+    /// The same on the port that it had: where its clients come back to.
+    pub async fn restart_in_place(&mut self) {
+        let url = self.url.read().unwrap_or_else(PoisonError::into_inner).clone();
+        self.start_at(url.trim_start_matches("http://")).await;
+    }
+
+    async fn start_at(&mut self, bind: &str) {
         assert!(self.process.is_none(), "the server is still running");
-        let mut command = self.command();
+        let mut command = self.command_at(bind);
         let (mut process, bound) = Process::spawn(&mut command);
         let url = match tokio::time::timeout(START_PATIENCE, bound).await {
             Ok(Ok(url)) => url,
@@ -160,9 +170,13 @@ impl TestServer {
 
     /// The command that starts this server, for tests that start another beside it.
     pub fn command(&self) -> Command {
+        self.command_at("127.0.0.1:0")
+    }
+
+    fn command_at(&self, bind: &str) -> Command {
         let mut command = command(&self.dir.path().join("tidegate.toml"), &self.data_dir());
         command
-            .args(["--bind", "127.0.0.1:0"])
+            .args(["--bind", bind])
             .args(&self.options.args)
             .envs(self.options.env.iter().map(|(name, value)| (name, value)));
         match self.options.open_files {

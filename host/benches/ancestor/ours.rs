@@ -6,9 +6,7 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, Int64Array, StringArray};
 use arrow::record_batch::RecordBatch;
 use futures::StreamExt;
-use host::catalog::OnError;
 use host::db::{LiveRequest, SqlRequest};
-use host::live::OldMode;
 use host::sql::{Param, RowConflict};
 use host::store::Transaction;
 
@@ -48,15 +46,5 @@ pub fn sql_request(sql: impl Into<String>, params: Vec<Param>) -> SqlRequest {
 
 /// `snapshot`: whether the present rows come first; `None`: as it is when nothing is said.
 pub fn live_request(sql: String, snapshot: Option<bool>) -> LiveRequest {
-    LiveRequest {
-        sql,
-        params: Vec::new(),
-        namespace: None,
-        pipeline: Vec::new(),
-        on_error: OnError::Stop,
-        snapshot,
-        last_rows: None,
-        old: OldMode::Changed,
-        position: None,
-    }
+    LiveRequest { snapshot, ..LiveRequest::new(sql) }
 }

@@ -48,17 +48,7 @@ impl World {
     }
 
     pub fn env(&self, user: &str) -> RequestEnv {
-        let snapshot = self.store.snapshot();
-        RequestEnv {
-            catalog: snapshot.catalog().clone(),
-            snapshot,
-            namespace: "main".to_owned(),
-            user: user.into(),
-            role: Role::Admin,
-            params: Arc::default(),
-            overlay: Arc::default(),
-            now: 0,
-        }
+        RequestEnv::new(self.store.snapshot(), user, Role::Admin)
     }
 
     /// Statements of one kind, each in a commit of its own.

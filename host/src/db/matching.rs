@@ -14,7 +14,7 @@ use crate::catalog::{Anchors, Table};
 use crate::live::admits;
 use crate::sql::live::{Live, LivePlan};
 use crate::sql::session::Sql;
-use crate::sql::{Overlay, RequestEnv, SqlOptions, StatementKind};
+use crate::sql::{RequestEnv, SqlOptions, StatementKind};
 use crate::store::{Store, StoreOptions, Transaction};
 
 const CREATE: &str = "CREATE TABLE t (k BIGINT PRIMARY KEY, b BOOLEAN, s SMALLINT, i INT, l BIGINT, r REAL, d DOUBLE, \
@@ -169,17 +169,7 @@ async fn table_of(sql: &Sql, store: &Store) -> Arc<Table> {
 }
 
 fn env(store: &Store) -> RequestEnv {
-    let snapshot = store.snapshot();
-    RequestEnv {
-        catalog: snapshot.catalog().clone(),
-        snapshot,
-        namespace: "main".to_owned(),
-        user: "alice".into(),
-        role: crate::config::Role::User,
-        params: Arc::default(),
-        overlay: Arc::<Overlay>::default(),
-        now: 0,
-    }
+    RequestEnv::new(store.snapshot(), "alice", crate::config::Role::User)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -34,7 +34,7 @@ struct Open {
 /// What the streams of one live query have in common, once for all of them who asked in the same words.
 pub(super) struct Common {
     pub spec: Arc<GroupSpec>,
-    pub shown: Shown,
+    pub shown: Arc<Shown>,
     /// Without a position: that is the stream's own.
     pub request: LiveRequest,
 }

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use wire::{Schema, Scope};
 
 use super::adapters::PlanProgram;
+use super::compiled::{Compiled, Whose};
 use super::fingerprint::{Fingerprint, Same};
 use super::install::stored_version;
 use super::rerun::{QueryRunner, WholeProgram};
@@ -25,9 +26,7 @@ use super::{
 };
 use crate::catalog::{Anchors, Catalog, OnError, Semantics, Table};
 use crate::live::position::Position;
-use crate::live::{
-    AnyOutlet, Delivery, EndReason, From, GroupSpec, Heartbeat, OldMode, Rerun, SubscribeError, Subscription,
-};
+use crate::live::{AnyOutlet, Delivery, EndReason, From, GroupSpec, Heartbeat, Rerun, SubscribeError, Subscription};
 use crate::plugins::Stage;
 use crate::sql::live::requery::RequeryPlan;
 use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
@@ -93,19 +92,11 @@ enum Opening {
     OtherVersions,
 }
 
-/// A request compiled against one catalog.
-struct Compiled {
-    spec: Arc<GroupSpec>,
-    shown: Shown,
-    /// The version of the catalog that was compiled against.
-    catalog_version: u64,
-}
-
 impl Db {
     /// Opens a live query. Everything that can be wrong with the request is said here, before the stream starts.
     pub async fn subscribe(&self, who: &Identity, mut request: LiveRequest) -> Result<LiveStream, DbError> {
         self.check_open()?;
-        let Compiled { spec, shown, catalog_version } = self.compile(who, &request).await?;
+        let Compiled { spec, shown, catalog_version, .. } = self.compile(who, &request).await?;
         if spec.semantics == Semantics::Feed && (request.snapshot == Some(true) || request.last_rows.is_some()) {
             return Err(DbError::BadRequest(
                 "a pipeline that sees changes has no snapshot: leave `snapshot` and `last_rows` out, or say \
@@ -136,6 +127,11 @@ impl Db {
     }
 
     async fn compile(&self, who: &Identity, request: &LiveRequest) -> Result<Compiled, DbError> {
+        let catalog = self.inner.store.catalog().version;
+        self.inner.compiled.get(catalog, who, request, self.compile_anew(who, request)).await
+    }
+
+    async fn compile_anew(&self, who: &Identity, request: &LiveRequest) -> Result<Compiled, DbError> {
         let permit = self.inner.compilers.clone().acquire_owned().await;
         let permit = permit.map_err(|error| DbError::Internal(error.to_string()))?;
         let snapshot = self.inner.store.snapshot();
@@ -144,6 +140,7 @@ impl Db {
         blocking(move || {
             // Held by the work itself, which goes on if nobody waits for it any more.
             let _permit = permit;
+            db.inner.metrics.live_compiles.inc();
             match db.inner.sql.live(&request.sql, &env)? {
                 Live::Incremental(plan) => db.incremental(plan, &request, &env),
                 Live::Requery(plan) => db.requery(plan, &request, &env, runtime),
@@ -168,6 +165,12 @@ impl Db {
         let shown = Shown { columns: shown(&plan.columns, output.as_ref()), key };
         let sources = [(&plan.table, &plan.scope)].into_iter();
         let fingerprint = Fingerprint::new(plan.fingerprint, sources, &stages, request, semantics);
+        let of_plan = plan.fingerprint;
+        let whose = match (plan.names_user, &plan.scope) {
+            (true, _) => Whose::User,
+            (false, Scope::User(_)) => Whose::OwnRows,
+            (false, Scope::Shared) => Whose::Everybody,
+        };
         let spec = GroupSpec {
             key: fingerprint.key(),
             live_id: fingerprint.live_id(),
@@ -186,7 +189,7 @@ impl Db {
             output,
             old: request.old,
         };
-        Ok(Compiled { spec: Arc::new(spec), shown, catalog_version: env.catalog.version })
+        Ok(compiled(spec, shown, env, of_plan, whose))
     }
 
     /// A query that is run again as a whole.
@@ -216,6 +219,9 @@ impl Db {
         let sources = plan.tables.iter().map(|(table, scope)| (table, scope));
         let fingerprint = Fingerprint::new(plan.fingerprint, sources, &stages, request, Semantics::Map);
         let fingerprint = fingerprint.asked_as(&request.pipeline);
+        let of_plan = plan.fingerprint;
+        let of_user = plan.names_user || plan.tables.iter().any(|(_, scope)| *scope != Scope::Shared);
+        let whose = if of_user { Whose::User } else { Whose::Everybody };
         let shown = Shown { columns: shown(&plan.columns, output.as_ref()), key: plan.key.clone() };
         let plan = Arc::new(plan);
         let runner = QueryRunner {
@@ -250,7 +256,7 @@ impl Db {
             output,
             old: request.old,
         };
-        Ok(Compiled { spec: Arc::new(spec), shown, catalog_version: env.catalog.version })
+        Ok(compiled(spec, shown, env, of_plan, whose))
     }
 
     /// Checks a pipeline over the rows of results: what goes into it, and what a transform makes of that.
@@ -346,17 +352,8 @@ impl Db {
                 StatementResult::Affected { affected: self.kill(who, &live_id).await?, returned: None }
             }
             LiveCommand::Explain(sql) => {
-                let live = LiveRequest {
-                    sql,
-                    params: request.params,
-                    namespace: request.namespace,
-                    pipeline: Vec::new(),
-                    on_error: OnError::Stop,
-                    snapshot: None,
-                    last_rows: None,
-                    old: OldMode::default(),
-                    position: None,
-                };
+                let live =
+                    LiveRequest { params: request.params, namespace: request.namespace, ..LiveRequest::new(sql) };
                 StatementResult::Rows(self.explain_live(who, &live).await?)
             }
         };
@@ -607,7 +604,7 @@ impl LiveStream {
     }
 
     fn replace(&mut self, compiled: Compiled) {
-        let Compiled { spec, shown, catalog_version } = compiled;
+        let Compiled { spec, shown, catalog_version, .. } = compiled;
         if spec.live_id != self.spec.live_id {
             let request = self.listed.common.request.clone();
             self.listed = Listed::new(&self.db, &self.who, Common { spec: spec.clone(), shown, request });
@@ -704,6 +701,10 @@ impl LiveStream {
 
 fn another_version(stage: &Stage) -> LiveOutput {
     LiveOutput::Pipeline { plugin: stage.name.clone(), version: stage.version, sha256: stage.sha256.clone() }
+}
+
+fn compiled(spec: GroupSpec, shown: Shown, env: &RequestEnv, plan: u64, whose: Whose) -> Compiled {
+    Compiled { spec: Arc::new(spec), shown: Arc::new(shown), catalog_version: env.catalog.version, plan, whose }
 }
 
 /// Where a stream without a position starts, and one whose position is void.
@@ -816,10 +817,13 @@ impl Drop for PluginUses {
 
 #[cfg(test)]
 mod tests {
+    use futures::future::join_all;
+
     use super::*;
     use crate::config::{Config, Role};
     use crate::live::Encoder;
     use crate::live::event::CommitEvents;
+    use crate::sql::Param;
     use crate::telemetry::Metrics;
 
     struct Silent;
@@ -829,34 +833,98 @@ mod tests {
     }
 
     fn request(sql: &str, position: Option<String>) -> LiveRequest {
-        LiveRequest {
-            sql: sql.to_owned(),
-            params: Vec::new(),
-            namespace: None,
-            pipeline: Vec::new(),
-            on_error: OnError::Stop,
-            snapshot: None,
-            last_rows: None,
-            old: OldMode::default(),
-            position,
-        }
+        LiveRequest { position, ..LiveRequest::new(sql) }
     }
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn streams_hold_once_what_they_have_in_common() {
-        let dir = tempfile::tempdir().unwrap();
-        let db = Db::open(&Config::new(dir.path()), Arc::new(Silent), Arc::new(Metrics::default())).unwrap();
-        let admin = Identity { user: "admin".into(), role: Role::Admin };
-        let user = Identity { user: "alice".into(), role: Role::User };
-        let create = SqlRequest {
-            sql: "CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT)".to_owned(),
+    fn who(user: &str, role: Role) -> Identity {
+        Identity { user: user.into(), role }
+    }
+
+    async fn run(db: &Db, sql: &str) {
+        let request = SqlRequest {
+            sql: sql.to_owned(),
             params: Vec::new(),
             namespace: None,
             read_only: false,
             idempotency: None,
             one_result: false,
         };
-        db.execute(&admin, create).await.unwrap();
+        db.execute(&who("admin", Role::Admin), request).await.unwrap();
+    }
+
+    async fn compiled(db: &Db, who: &Identity, sql: &str) -> Compiled {
+        db.compile(who, &request(sql, None)).await.unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn equal_live_queries_are_compiled_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let metrics = Arc::new(Metrics::default());
+        let db = Db::open(&Config::new(dir.path()), Arc::new(Silent), metrics.clone()).unwrap();
+        run(&db, "CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT)").await;
+        run(&db, "CREATE TABLE own (id BIGINT PRIMARY KEY, room TEXT) WITH (type = 'user')").await;
+        let (alice, bob, admin) = (who("alice", Role::User), who("bob", Role::User), who("admin", Role::Admin));
+        let mut before = 0;
+        let mut compiles = || {
+            let now = metrics.live_compiles.get();
+            now - std::mem::replace(&mut before, now)
+        };
+
+        let in_a = "SELECT id FROM t WHERE room = 'a'";
+        let storm = join_all((0..50).map(|_| compiled(&db, &alice, in_a))).await;
+        assert_eq!(compiles(), 1, "they wait for the first");
+        assert!(storm.iter().all(|one| Arc::ptr_eq(&one.spec, &storm[0].spec)));
+        assert!(Arc::ptr_eq(&compiled(&db, &bob, in_a).await.spec, &storm[0].spec));
+        assert_eq!(compiles(), 0);
+        compiled(&db, &admin, in_a).await;
+        assert_eq!(compiles(), 1, "another role");
+        for id in [1, 2] {
+            let params = vec![Param::Int(id)];
+            let request = LiveRequest { params, ..request("SELECT id FROM t WHERE id > $1", None) };
+            db.compile(&alice, &request).await.unwrap();
+        }
+        assert_eq!(compiles(), 2, "other parameters");
+
+        // Everybody's own rows: one plan, each in a group of their own.
+        let own = "SELECT id FROM own WHERE room = 'a'";
+        let (hers, his) = (compiled(&db, &alice, own).await, compiled(&db, &bob, own).await);
+        assert_eq!(compiles(), 1);
+        assert_eq!((&hers.spec.scope, &his.spec.scope), (&Scope::User("alice".into()), &Scope::User("bob".into())));
+        assert!(Arc::ptr_eq(&hers.spec.program, &his.spec.program));
+        let anew = db.compile_anew(&bob, &request(own, None)).await.unwrap();
+        let names = |of: &Compiled| (of.spec.key.clone(), of.spec.live_id.clone(), of.spec.fingerprint.clone());
+        assert_eq!(names(&his), names(&anew), "as if it had been compiled for him");
+        assert_ne!(names(&his), names(&hers));
+        compiles();
+
+        // What says who asks, or is run for whoever asks, is theirs alone.
+        for sql in ["SELECT id FROM t WHERE room = current_user", "SELECT count(*) AS n FROM own"] {
+            let (hers, his) = (compiled(&db, &alice, sql).await, compiled(&db, &bob, sql).await);
+            assert_eq!(compiles(), 2, "{sql}");
+            assert_ne!(hers.spec.key, his.spec.key, "{sql}");
+            assert!(Arc::ptr_eq(&compiled(&db, &bob, sql).await.spec, &his.spec), "{sql}");
+            assert_eq!(compiles(), 0, "{sql}");
+        }
+
+        run(&db, "ALTER TABLE t ADD COLUMN more TEXT").await;
+        let altered = compiled(&db, &alice, in_a).await;
+        assert_eq!(compiles(), 1, "another catalog");
+        assert!(altered.spec.table.schema_version > storm[0].spec.table.schema_version);
+        // A mistake is told to everybody who makes it, and not kept.
+        let wrong = request("SELECT id FROM nowhere", None);
+        for _ in 0..2 {
+            assert!(db.compile(&alice, &wrong).await.is_err());
+        }
+        assert_eq!(compiles(), 2);
+        db.close();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn streams_hold_once_what_they_have_in_common() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(&Config::new(dir.path()), Arc::new(Silent), Arc::new(Metrics::default())).unwrap();
+        let (admin, user) = (who("admin", Role::Admin), who("alice", Role::User));
+        run(&db, "CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT)").await;
         let text = "SELECT id, room FROM t WHERE room = 'a'";
         let mut first = db.subscribe(&admin, request(text, None)).await.unwrap();
         let position = first.position(db.inner.store.applied());

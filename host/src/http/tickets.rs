@@ -290,10 +290,8 @@ fn same(a: &Asked, b: &Asked) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::OnError;
     use crate::config::Token;
     use crate::db::LiveRequest;
-    use crate::live::OldMode;
 
     fn auth(token: &str) -> Auth {
         let token = Token { token: token.to_owned(), user: "alice".to_owned(), role: Role::User };
@@ -314,18 +312,7 @@ mod tests {
     }
 
     fn request(sql: &str) -> Asked {
-        let query = LiveRequest {
-            sql: sql.to_owned(),
-            params: Vec::new(),
-            namespace: None,
-            pipeline: Vec::new(),
-            on_error: OnError::Stop,
-            snapshot: None,
-            last_rows: None,
-            old: OldMode::Changed,
-            position: None,
-        };
-        Asked { queries: vec![query], names: None, position: Some("1-2-3".to_owned()) }
+        Asked { queries: vec![LiveRequest::new(sql)], names: None, position: Some("1-2-3".to_owned()) }
     }
 
     #[test]

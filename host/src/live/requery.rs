@@ -70,6 +70,7 @@ pub enum RequeryError {
 }
 
 /// How a group's query is run again.
+#[derive(Clone)]
 pub struct Rerun {
     pub runner: Arc<dyn Requery>,
     /// Every table that is read, and whose rows of it.

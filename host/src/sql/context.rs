@@ -439,6 +439,19 @@ fn start_time(env: &RequestEnv) -> std::time::SystemTime {
     if env.now >= 0 { UNIX_EPOCH + since } else { UNIX_EPOCH - since }
 }
 
+/// Whether it says `current_user`: then what it is bound to is one user's.
+pub(crate) fn names_user(plan: &LogicalPlan) -> Result<bool> {
+    let is_user = |expr: &Expr| Ok(matches!(expr, Expr::ScalarFunction(call) if call.func.name() == CURRENT_USER));
+    let mut found = false;
+    plan.apply_with_subqueries(|plan| {
+        plan.apply_expressions(|expr| {
+            found |= expr.exists(is_user)?;
+            Ok(if found { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
+        })
+    })?;
+    Ok(found)
+}
+
 /// The first call of a function that makes a live query's rows depend on more than the row, by name.
 pub(crate) fn impure_function(plan: &LogicalPlan) -> Result<Option<String>, DataFusionError> {
     let mut found = None;

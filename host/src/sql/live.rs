@@ -32,7 +32,7 @@ use datafusion::sql::sqlparser::ast::{self, Query, SelectItem, SetExpr};
 use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema, batch_of, output_array, output_schema, output_type};
-use super::context::{bind_unoptimized, impure_function};
+use super::context::{bind_unoptimized, impure_function, names_user};
 use super::ddl::fold;
 use super::error::from_datafusion;
 use super::planner::folding;
@@ -70,6 +70,8 @@ pub struct LivePlan {
     pub columns: Vec<OutputColumn>,
     /// The same for equal queries after normalisation (spelling, parameters, table id; not the user).
     pub fingerprint: u64,
+    /// Whether `current_user` is bound in it. Where it is not, users' plans differ in the scope alone.
+    pub names_user: bool,
     /// Key range that a snapshot has to scan.
     pub range: KeyRange,
     /// Which rows can match at all, for the index in front of the groups.
@@ -200,6 +202,7 @@ pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<L
         let hint = "its rows must depend on the tables alone";
         return Err(SqlError::unsupported(format!("{function}() in a live query"), Some(hint)));
     }
+    let names_user = names_user(&plan).map_err(in_text)?;
     let plan = bind_unoptimized(plan, env, &engine.state).and_then(|plan| engine.analyze(plan)).map_err(in_text)?;
     let plan = if sorted { unordered(plan) } else { plan };
     unique(plan.schema().fields().iter().map(|field| field.name().clone()))?;
@@ -207,9 +210,9 @@ pub(crate) fn compile(engine: &Engine, text: &str, env: &RequestEnv) -> Result<L
     match (Parts::of(&plan).map_err(in_text)?, tables.as_slice()) {
         (Some(parts), [(table, _)]) => {
             let table = table.clone();
-            parts.compile(engine, table, env).map(Live::Incremental).map_err(in_text)
+            parts.compile(engine, table, env, names_user).map(Live::Incremental).map_err(in_text)
         }
-        _ => requery::compile(engine, plan, tables, env, text).map(Live::Requery),
+        _ => requery::compile(engine, plan, tables, env, text, names_user).map(Live::Requery),
     }
 }
 
@@ -256,7 +259,13 @@ impl Parts {
         Ok(Some(parts))
     }
 
-    fn compile(self, engine: &Engine, table: Arc<Table>, env: &RequestEnv) -> Result<LivePlan, DataFusionError> {
+    fn compile(
+        self,
+        engine: &Engine,
+        table: Arc<Table>,
+        env: &RequestEnv,
+        names_user: bool,
+    ) -> Result<LivePlan, DataFusionError> {
         let names: Vec<String> = self.projection.iter().map(|expr| expr.qualified_name().1).collect();
         unique(names.iter().cloned()).map_err(SqlError::into_datafusion)?;
         let schema = Arc::new(DFSchema::try_from(arrow_schema(&table.schema()))?);
@@ -273,6 +282,7 @@ impl Parts {
         Ok(LivePlan {
             scope: scope_of(&table, &env.user),
             fingerprint: fingerprint(&table, predicate.as_ref(), &projection, &columns)?,
+            names_user,
             range: hull(&key_ranges(&table, predicate.as_slice())),
             anchors: anchors::of(&table, predicate.as_ref()),
             predicate: predicate.map(|predicate| engine.shapes.bind(&table, vec![predicate])).transpose()?,

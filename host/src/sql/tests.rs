@@ -57,17 +57,8 @@ fn bench() -> Bench {
 
 impl Bench {
     fn env(&self, user: &str, params: &[Param]) -> RequestEnv {
-        let snapshot = self.store.snapshot();
-        RequestEnv {
-            catalog: snapshot.catalog().clone(),
-            snapshot,
-            namespace: "main".to_owned(),
-            user: user.into(),
-            role: Role::Admin,
-            params: Arc::new(params.to_vec()),
-            overlay: Arc::default(),
-            now: NOW,
-        }
+        let env = RequestEnv::new(self.store.snapshot(), user, Role::Admin);
+        RequestEnv { params: Arc::new(params.to_vec()), now: NOW, ..env }
     }
 
     /// Every statement of `text` on its own, the last one's answer.

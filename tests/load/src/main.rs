@@ -11,6 +11,7 @@
 //! It needs 2 file descriptors a subscriber in two processes (`ulimit -n`). Nothing here is a test: `tests/run.sh` only
 //! compiles it.
 
+mod commits;
 mod measure;
 mod peer;
 mod reader;
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tests::{Client, LiveQuery, Options, TestServer};
 
+use commits::Commits;
 use measure::{Latencies, cpu_seconds, memory_bytes};
 use peer::Peer;
 use reader::{Reader, stamp};
@@ -39,8 +41,8 @@ const MOST_BEHIND: u64 = 32;
 /// before it makes the next would measure how long a commit takes.
 const WRITERS: i32 = 16;
 
-/// Commits measured for the effect of idle subscribers on a write.
-const COMMITS: usize = 300;
+/// Commits before anything is measured: what a server makes for its first ones is nobody's cost.
+const FIRST_COMMITS: usize = 300;
 
 fn main() {
     let mut arguments = std::env::args().skip(1).peekable();
@@ -77,8 +79,18 @@ async fn compare(subscribers: usize, rate: u32, window: Duration) {
     println!("{:>26}{:>12}", "bytes an event", ours.event_bytes);
     if let Some(idle) = ours.idle {
         println!("{:>26}{:>12.0}", "bytes a subscriber, idle", idle.bytes);
-        let (none, all) = (idle.commit_ms.0, idle.commit_ms.1);
-        println!("{:>26}{all:>12.3}  (without subscribers {none:.3}, ratio {:.2})", "commit p50 ms", all / none);
+        println!(
+            "{:>26}{:>12}{:>12}{:>8}{:>12}{:>8}",
+            "a commit, subscribers", "none", "idle", "ratio", "told", "ratio"
+        );
+        let row = |what: &str, of: fn(&Commits) -> f64, digits: usize| {
+            let [none, quiet, told] = idle.commits.each_ref().map(of);
+            let (one, other) = (quiet / none, told / none);
+            println!("{what:>26}{none:>12.digits$}{quiet:>12.digits$}{one:>8.2}{told:>12.digits$}{other:>8.2}");
+        };
+        row("p50 ms", Commits::p50_ms, 3);
+        row("committer µs on a core", Commits::on_core_us, 1);
+        row("committer µs without one", Commits::ready_us, 1);
     }
 }
 
@@ -97,23 +109,31 @@ struct Figures {
 /// What subscribers cost while nothing happens.
 struct Idle {
     bytes: f64,
-    /// Median of a commit without and with them.
-    commit_ms: (f64, f64),
+    /// Without them, with them, and told to them.
+    commits: [Commits; 3],
 }
 
-async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
+/// A server for so many, with a table that they follow and one like it that they do not.
+async fn server(subscribers: usize) -> TestServer {
     let config = format!("[server]\nmax_connections = {}\n", subscribers + 100);
     let options = Options { heartbeat_ms: 15_000, config, ..Options::default() };
     let server = TestServer::with(options).await;
     let db = server.admin();
     db.sql("CREATE TABLE ticker (id INT PRIMARY KEY, text TEXT)").await;
-    db.sql("CREATE TABLE other (id INT PRIMARY KEY, n INT)").await;
+    db.sql("CREATE TABLE other (id INT PRIMARY KEY, text TEXT)").await;
     for id in 1..=WRITERS {
         db.sql(&format!("INSERT INTO ticker VALUES ({id}, '')")).await;
     }
-    db.sql("INSERT INTO other VALUES (1, 0)").await;
+    db.sql("INSERT INTO other VALUES (1, '')").await;
+    for _ in 0..FIRST_COMMITS {
+        write_to(&db, "other", 1).await;
+    }
+    server
+}
 
-    let alone = commit_ms(&db).await;
+async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
+    let server = server(subscribers).await;
+    let db = server.admin();
     let before = memory_bytes(server.pid());
     let query = LiveQuery::new("SELECT id, text FROM ticker").option("old", "none").option("snapshot", "false");
     let request = query.request(&db, None).build().expect("a request");
@@ -128,10 +148,11 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
             break;
         }
     }
-    let idle = Idle {
-        bytes: memory_bytes(server.pid()).saturating_sub(before) as f64 / subscribers as f64,
-        commit_ms: (alone, commit_ms(&db).await),
-    };
+    let bytes = memory_bytes(server.pid()).saturating_sub(before) as f64 / subscribers as f64;
+    let bare = self::server(0).await;
+    let commits = commits::measure(&bare, &server, &reader, subscribers as u64).await;
+    drop(bare);
+    let idle = Idle { bytes, commits };
 
     let mut measured = Measured::start(&reader, cpu_seconds(server.pid()));
     let mut changes = 0u64;
@@ -216,20 +237,13 @@ impl Measured {
 
 /// One change of a row that everybody follows, marked with the time.
 async fn write(db: &Client, id: i32) {
-    let mut text = stamp();
-    text.push_str(&"x".repeat(TEXT_BYTES - text.len()));
-    db.sql_params("UPDATE ticker SET text = $1 WHERE id = $2", json!([text, id])).await;
+    write_to(db, "ticker", id).await;
 }
 
-/// Median of commits on a table that nobody follows.
-async fn commit_ms(db: &Client) -> f64 {
-    let mut all = Latencies::default();
-    for n in 0..COMMITS {
-        let started = Instant::now();
-        db.sql_params("UPDATE other SET n = $1 WHERE id = 1", json!([n + 1])).await;
-        all.add(started.elapsed());
-    }
-    all.ms(0.5)
+async fn write_to(db: &Client, table: &str, id: i32) {
+    let mut text = stamp();
+    text.push_str(&"x".repeat(TEXT_BYTES - text.len()));
+    db.sql_params(&format!("UPDATE {table} SET text = $1 WHERE id = $2"), json!([text, id])).await;
 }
 
 async fn pause_until(due: Instant) {

@@ -1,5 +1,6 @@
 //! What a process uses, and how late things are.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::process::Pid;
@@ -16,6 +17,19 @@ pub fn cpu_seconds(pid: Pid) -> f64 {
 /// The process's own share of all its pages (PSS: pages shared with others count in parts), and its page tables.
 pub fn memory_bytes(pid: Pid) -> u64 {
     kib(&read(pid, "smaps_rollup"), "Pss:") + kib(&read(pid, "status"), "VmPTE:")
+}
+
+/// What a process's thread of this name has had so far: seconds on a core, and seconds that it was ready and had none.
+/// `None` where the kernel does not count that.
+pub fn thread_seconds(pid: Pid, name: &str) -> Option<(f64, f64)> {
+    let folder = format!("/proc/{}/task", pid.as_raw_nonzero());
+    let threads = std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{folder}: {error}"));
+    // A thread may end while its folder is looked at.
+    let mut threads = threads.filter_map(|thread| Some(thread.ok()?.path()));
+    let is_named = |path: &PathBuf| std::fs::read_to_string(path.join("comm")).is_ok_and(|found| found.trim() == name);
+    let stat = std::fs::read_to_string(threads.find(is_named)?.join("schedstat")).ok()?;
+    let mut nanos = stat.split_whitespace().map(|text| text.parse::<u64>().ok());
+    Some((nanos.next()?? as f64 / 1e9, nanos.next()?? as f64 / 1e9))
 }
 
 fn kib(text: &str, name: &str) -> u64 {

@@ -38,6 +38,8 @@ pub struct RequeryPlan {
     pub key: Vec<String>,
     /// The same for equal queries (text of the plan, parameters, tables and their versions; not the user).
     pub fingerprint: u64,
+    /// Whether `current_user` is bound in it.
+    pub names_user: bool,
     pub(crate) text: Arc<str>,
     /// The output columns, then the parts of the key that are not among them. Optimized.
     pub(crate) plan: LogicalPlan,
@@ -61,6 +63,7 @@ pub(crate) fn compile(
     tables: Vec<(Arc<Table>, Scope)>,
     env: &RequestEnv,
     text: &str,
+    names_user: bool,
 ) -> Result<RequeryPlan, SqlError> {
     let in_text = |error| from_datafusion(error, text);
     if tables.is_empty() {
@@ -82,7 +85,7 @@ pub(crate) fn compile(
         Some((names, at)) => (names, Some(at)),
         None => (ROW_KEY.map(str::to_owned).to_vec(), None),
     };
-    Ok(RequeryPlan { tables, columns, key, fingerprint, text: text.into(), plan, key_at })
+    Ok(RequeryPlan { tables, columns, key, fingerprint, names_user, text: text.into(), plan, key_at })
 }
 
 /// The output columns, then those parts of the key that are not among them; names of the parts, and where they are.
