@@ -5,6 +5,7 @@
 //! [`subscribe`]; what an upload goes through in [`install`].
 
 mod adapters;
+mod audit;
 mod bulk;
 mod errors;
 mod fingerprint;
@@ -24,6 +25,7 @@ pub mod trial;
 mod write;
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -37,7 +39,7 @@ use crate::live::{Encoder, Live, OldMode, PipelineFault, Pipelines};
 use crate::plugins::registry::Plugins;
 use crate::plugins::{Measured, PluginError, PluginOptions};
 use crate::sql::session::Sql;
-use crate::sql::{OutputColumn, Overlay, Param, RequestEnv, RowStream, SqlError, StatementKind};
+use crate::sql::{OutputColumn, Overlay, Param, Refusal, RequestEnv, RowStream, SqlError, StatementKind};
 use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
@@ -55,6 +57,8 @@ pub use trial::{Trial, TrialRequest, TrialResult};
 pub struct Identity {
     pub user: Arc<str>,
     pub role: Role,
+    /// Where from, where that is known: for the audit log alone.
+    pub address: Option<IpAddr>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +92,7 @@ pub enum DbError {
     )]
     SeveralResults(usize),
     #[error("{0}")]
-    Forbidden(String),
+    Forbidden(Box<Refusal>),
     /// It was ended on purpose and shall not come back by itself.
     #[error("{0}")]
     Gone(String),
@@ -238,6 +242,7 @@ struct Inner {
     /// the runtime has for blocking work, and each of those keeps the memory it once used.
     compilers: Arc<Semaphore>,
     sources: system::Sources,
+    audit: Arc<audit::Audit>,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
     /// Writes under way, from their planning to their acknowledgement: each holds its rows in memory.
@@ -270,11 +275,13 @@ impl Db {
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
         let streams = Arc::new(streams::Streams::load(store.clone())?);
+        let audit = audit::Audit::start(store.clone(), metrics.clone())?;
         let sources = || system::Sources {
             store: store.clone(),
             live: live.clone(),
             streams: streams.clone(),
             metrics: metrics.clone(),
+            audit: audit.clone(),
         };
         let sql = Arc::new(Sql::new(config.sql.clone(), system::tables(config, sources()))?);
         metrics.session_contexts.inc_by(sql.contexts_created());
@@ -289,6 +296,7 @@ impl Db {
             streams,
             metrics,
             live_options: config.live.clone(),
+            audit: audit.clone(),
             requeries: Arc::new(Semaphore::new(config.live.requery_runs)),
             compilers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2)),
             sources,
@@ -305,6 +313,7 @@ impl Db {
                 inner.publish(commit);
             }
         }));
+        audit.started(config);
         Ok(Db { inner })
     }
 
@@ -348,6 +357,16 @@ impl Db {
         Ok(self.inner.store.leave_notes(kind, notes)?)
     }
 
+    /// Counts something that was done and is no commit in the audit log: names alone, never a value. Nothing waits for it.
+    pub fn audit(&self, who: &Identity, action: &'static str, what: &'static str, object: &str) {
+        self.inner.audit.count(audit::Event::done(Some(who), action, what, object));
+    }
+
+    /// The same for something that was refused, to somebody whose name may not be known.
+    pub fn audit_denial(&self, who: Option<&Identity>, address: Option<IpAddr>, what: &'static str, object: &str) {
+        self.inner.audit.count(audit::Event::denied(who, address, what, object));
+    }
+
     /// Brings gauges up to date before `/metrics` is printed.
     pub fn refresh_metrics(&self) {
         system::refresh_gauges(&self.inner.sources);
@@ -372,6 +391,7 @@ impl Db {
     /// Finishes waiting writes and closes the store. Blocks.
     pub fn close(&self) {
         self.start_closing();
+        self.inner.audit.stopped();
         self.inner.store.close();
     }
 

@@ -841,8 +841,8 @@ mod tests {
     async fn streams_hold_once_what_they_have_in_common() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(&Config::new(dir.path()), Arc::new(Silent), Arc::new(Metrics::default())).unwrap();
-        let admin = Identity { user: "admin".into(), role: Role::Admin };
-        let user = Identity { user: "alice".into(), role: Role::User };
+        let admin = Identity { user: "admin".into(), role: Role::Admin, address: None };
+        let user = Identity { user: "alice".into(), role: Role::User, address: None };
         let create = SqlRequest {
             sql: "CREATE TABLE t (id BIGINT PRIMARY KEY, room TEXT)".to_owned(),
             params: Vec::new(),
