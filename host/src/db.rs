@@ -5,6 +5,7 @@
 //! [`subscribe`]; what an upload goes through in [`install`].
 
 mod adapters;
+mod audit;
 mod bulk;
 mod compiled;
 mod errors;
@@ -25,6 +26,7 @@ pub mod trial;
 mod write;
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -38,7 +40,7 @@ use crate::live::{Encoder, Live, OldMode, PipelineFault, Pipelines};
 use crate::plugins::registry::Plugins;
 use crate::plugins::{Measured, PluginError, PluginOptions};
 use crate::sql::session::Sql;
-use crate::sql::{OutputColumn, Overlay, Param, RequestEnv, RowStream, SqlError, StatementKind};
+use crate::sql::{OutputColumn, Overlay, Param, Refusal, RequestEnv, RowStream, SqlError, StatementKind};
 use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
@@ -57,6 +59,8 @@ pub use trial::{Trial, TrialRequest, TrialResult};
 pub struct Identity {
     pub user: Arc<str>,
     pub role: Role,
+    /// Where from, where that is known: for the audit log alone.
+    pub address: Option<IpAddr>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +94,7 @@ pub enum DbError {
     )]
     SeveralResults(usize),
     #[error("{0}")]
-    Forbidden(String),
+    Forbidden(Box<Refusal>),
     /// It was ended on purpose and shall not come back by itself.
     #[error("{0}")]
     Gone(String),
@@ -259,6 +263,7 @@ struct Inner {
     /// Those that were compiled lately: of ten thousand that ask the same one is.
     compiled: compiled::CompiledQueries,
     sources: system::Sources,
+    audit: Arc<audit::Audit>,
     /// Writers hold it shared; one that lost three times in a row takes it alone and so must win.
     turn: RwLock<()>,
     /// Writes under way, from their planning to their acknowledgement: each holds its rows in memory.
@@ -291,11 +296,13 @@ impl Db {
             .collect();
         let live = Live::start(store.clone(), pipelines, encoder, config.live.clone(), metrics.clone());
         let streams = Arc::new(streams::Streams::load(store.clone())?);
+        let audit = audit::Audit::start(store.clone(), metrics.clone())?;
         let sources = || system::Sources {
             store: store.clone(),
             live: live.clone(),
             streams: streams.clone(),
             metrics: metrics.clone(),
+            audit: audit.clone(),
         };
         let sql = Arc::new(Sql::new(config.sql.clone(), system::tables(config, sources()))?);
         metrics.session_contexts.inc_by(sql.contexts_created());
@@ -310,6 +317,7 @@ impl Db {
             streams,
             metrics,
             live_options: config.live.clone(),
+            audit: audit.clone(),
             requeries: Arc::new(Semaphore::new(config.live.requery_runs)),
             compilers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2)),
             compiled: compiled::CompiledQueries::new(),
@@ -327,6 +335,7 @@ impl Db {
                 inner.publish(commit);
             }
         }));
+        audit.started(config);
         Ok(Db { inner })
     }
 
@@ -370,6 +379,16 @@ impl Db {
         Ok(self.inner.store.leave_notes(kind, notes)?)
     }
 
+    /// Counts something that was done and is no commit in the audit log: names alone, never a value. Nothing waits for it.
+    pub fn audit(&self, who: &Identity, action: &'static str, what: &'static str, object: &str) {
+        self.inner.audit.count(audit::Event::done(Some(who), action, what, object));
+    }
+
+    /// The same for something that was refused, to somebody whose name may not be known.
+    pub fn audit_denial(&self, who: Option<&Identity>, address: Option<IpAddr>, what: &'static str, object: &str) {
+        self.inner.audit.count(audit::Event::denied(who, address, what, object));
+    }
+
     /// Brings gauges up to date before `/metrics` is printed.
     pub fn refresh_metrics(&self) {
         system::refresh_gauges(&self.inner.sources);
@@ -394,6 +413,7 @@ impl Db {
     /// Finishes waiting writes and closes the store. Blocks.
     pub fn close(&self) {
         self.start_closing();
+        self.inner.audit.stopped();
         self.inner.store.close();
     }
 

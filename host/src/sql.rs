@@ -61,7 +61,7 @@ pub enum SqlError {
     #[error("{message}")]
     Constraint { code: &'static str, message: String },
     #[error("{0}")]
-    Forbidden(String),
+    Forbidden(Box<Refusal>),
     /// A limit was reached: which, and how to stay under it.
     #[error("{0}")]
     Limit(String),
@@ -75,6 +75,22 @@ pub enum SqlError {
     /// Our own bug: the details go to the log.
     #[error("internal error: {0}")]
     Internal(String),
+}
+
+/// What a caller may not do: words for the caller, and names for the audit log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// As in `CREATE TABLE`, `write`, `read`.
+    pub what: &'static str,
+    /// Its name, as in `main.flights`.
+    pub object: String,
+    pub message: String,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
 }
 
 /// A column of a result or live stream, with its SQL type.
@@ -230,10 +246,20 @@ pub struct DdlPlan {
     pub writes: Vec<CatalogWrite>,
     /// The namespace the commit belongs to.
     pub namespace: Option<crate::catalog::NamespaceId>,
-    /// For the audit log and the answer.
+    /// For the audit log: the two words of the statement, and the name of what it is about.
     pub summary: String,
     /// An index that is to be built once the writes are committed: the table may have rows.
     pub build: Option<(TableId, IndexId)>,
+}
+
+impl DdlPlan {
+    /// Kind of statement and name, as in `CREATE TABLE` and `main.flights`.
+    pub fn named(&self) -> (&str, &str) {
+        match self.summary.match_indices(' ').nth(1) {
+            Some((at, _)) => (&self.summary[..at], &self.summary[at + 1..]),
+            None => (&self.summary, ""),
+        }
+    }
 }
 
 /// A result of our own making: two columns of text.

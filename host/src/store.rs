@@ -4,6 +4,7 @@
 //! is read goes through a [`snapshot::Snapshot`]. The data directory holds `db`, the RocksDB database, and `high-water`
 //! (see [`high_water`]). What a row means, who may see it and who listens is for the layers above.
 
+pub mod audit;
 mod clock;
 pub mod commit;
 mod ddl;
@@ -38,6 +39,7 @@ use wire::Scope;
 use crate::catalog::{Catalog, NamespaceId, Plugin, Table, TableId, TableKind};
 pub use crate::catalog::{Epoch, Seq};
 pub use crate::config::{Durability, StoreOptions};
+pub use audit::AuditRecord;
 pub use notes::{Note, NoteWrite};
 pub use receipts::{KeptReceipt, Receipt};
 use retention::{Retention, Signal};
@@ -167,6 +169,8 @@ struct Inner {
     log_bytes: u64,
     log_age_micros: i64,
     receipt_age_micros: i64,
+    audit_records: u64,
+    audit_age_micros: i64,
     durability: Durability,
     sync_interval: Duration,
     write_queue: usize,
@@ -185,6 +189,7 @@ struct Inner {
     catalogs: ArcSwap<[Arc<Catalog>; 2]>,
     failure: OnceLock<String>,
     faults: faults::Faults,
+    audit: audit::Audit,
     retention: Arc<Signal>,
     trimming: Mutex<()>,
     /// Held while receipts are written or swept.
@@ -198,6 +203,7 @@ impl Store {
         let catalog = Arc::new(opened.catalog);
         let inner = Arc::new(Inner {
             faults: faults::Faults::open(&opened.db),
+            audit: audit::Audit::open(&opened.db)?,
             db: Arc::new(opened.db),
             cache: opened.cache,
             path: options.path.clone(),
@@ -207,6 +213,8 @@ impl Store {
             log_bytes: options.log_bytes,
             log_age_micros: i64::try_from(options.log_age.as_micros()).unwrap_or(i64::MAX),
             receipt_age_micros: i64::try_from(options.idempotency_age.as_micros()).unwrap_or(i64::MAX),
+            audit_records: options.audit_records,
+            audit_age_micros: i64::try_from(options.audit_age.as_micros()).unwrap_or(i64::MAX),
             durability: options.durability,
             sync_interval: options.sync_interval,
             write_queue: options.write_queue,
@@ -273,7 +281,12 @@ impl Store {
     /// Hands the transaction to the committer; resolves when it is durable (or refused). Dropping the future does not
     /// take the transaction back. One without effect is no commit and answers its base.
     pub async fn commit(&self, transaction: Transaction) -> Result<Seq, CommitError> {
-        let outcome = self.queue.push(transaction)?;
+        self.commit_audited(transaction, Vec::new()).await
+    }
+
+    /// The same with what the audit log is to say of it, in the commit's own batch: neither is there without the other.
+    pub async fn commit_audited(&self, transaction: Transaction, audit: Vec<Vec<u8>>) -> Result<Seq, CommitError> {
+        let outcome = self.queue.push(transaction, audit)?;
         match outcome.await {
             Ok(outcome) => outcome,
             Err(_) => Err(self.inner.refusal().into()),

@@ -72,6 +72,8 @@ pub struct Metrics {
     pub sql_memory_bytes: Gauge,
     pub heavy_queries: Gauge,
     pub heavy_waiting: Gauge,
+    /// Refusals, tickets and the like that the audit log could not take.
+    pub audit_dropped: Counter,
     pub http_requests: Counter,
     pub http_connections: Gauge,
     /// Connections turned away because `server.max_connections` were open.
@@ -138,6 +140,7 @@ impl Metrics {
             ("queries", "SQL requests", &self.queries),
             ("plan_cache_hits", "Statements whose plan was kept from before", &self.plan_cache_hits),
             ("plan_cache_misses", "Statements that had to be planned", &self.plan_cache_misses),
+            ("audit_dropped", "Events that could not be written to the audit log", &self.audit_dropped),
             ("http_requests", "HTTP requests", &self.http_requests),
             ("http_refused", "Connections turned away at the connection limit", &self.http_refused),
             ("http_stalled", "Connections cut because the client stopped reading", &self.http_stalled),
@@ -276,6 +279,7 @@ mod tests {
             "tidegate_guest_bytes_copied_total 0",
             "tidegate_worker_part_bytes_total 0",
             "tidegate_session_contexts_total 0",
+            "tidegate_audit_dropped_total 0",
             "tidegate_http_requests_total 0",
             "tidegate_queries_total 0",
         ] {

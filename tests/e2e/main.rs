@@ -1,5 +1,6 @@
 //! End to end: a real server process, spoken to over HTTP. One test program; a module for each part.
 
+mod audit;
 mod auth;
 mod command_line;
 mod connections;

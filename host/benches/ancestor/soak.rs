@@ -112,7 +112,7 @@ async fn soak(db: &Db, metrics: &Metrics) {
 }
 
 fn identity(user: impl Into<Arc<str>>, role: Role) -> Identity {
-    Identity { user: user.into(), role }
+    Identity { user: user.into(), role, address: None }
 }
 
 fn user_name(number: u64) -> String {

@@ -123,10 +123,11 @@ fn streams() -> usize {
     let runtime = Runtime::new().unwrap();
     let _entered = runtime.enter();
     let db = Db::open(&config, Arc::new(Events), Arc::new(Metrics::default())).unwrap();
-    let admin = Identity { user: "admin".into(), role: Role::Admin };
+    let admin = Identity { user: "admin".into(), role: Role::Admin, address: None };
     runtime.block_on(db.execute(&admin, sql_request(CREATE, Vec::new()))).unwrap();
-    let users: Vec<Identity> =
-        (0..USERS).map(|number| Identity { user: format!("user {number}").into(), role: Role::User }).collect();
+    let users: Vec<Identity> = (0..USERS)
+        .map(|number| Identity { user: format!("user {number}").into(), role: Role::User, address: None })
+        .collect();
     // Changes from now on, and no present rows.
     let request = || live_request(query(7), Some(false));
     let open = |number: usize| runtime.block_on(db.subscribe(&users[number % USERS], request())).unwrap();

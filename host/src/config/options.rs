@@ -41,6 +41,9 @@ pub struct StoreOptions {
     pub log_age: Duration,
     /// How long a write's answer is kept for the case that it is sent again.
     pub idempotency_age: Duration,
+    /// Records and time kept in the audit log; whichever is less.
+    pub audit_records: u64,
+    pub audit_age: Duration,
     pub durability: Durability,
     /// How long a write may be acknowledged and not on disk, where `durability` is not `sync`.
     pub sync_interval: Duration,

@@ -55,7 +55,8 @@ section!(Raw of config {
     admin_token: String => if config.admin_token.is_some() { "(set)" } else { "(in the data directory)" },
     tokens: Vec<RawToken> => format!("({} of them)", config.tokens.len()),
 } sections {
-    server: RawServer, storage: RawStorage, sql: RawSql, live: RawLive, plugins: RawPlugins, log: RawLog,
+    server: RawServer, storage: RawStorage, sql: RawSql, live: RawLive, plugins: RawPlugins, audit: RawAudit,
+    log: RawLog,
 });
 section!(RawServer of config {
     bind: SocketAddr => config.http.bind,
@@ -122,6 +123,10 @@ section!(RawPlugins of config {
     output_bytes: Size => config.plugins.output_bytes,
     log_bytes: Size => config.plugins.log_bytes,
     drop_instances_seed: u64 => config.plugins.drop_instances_seed,
+});
+section!(RawAudit of config {
+    keep_records: u64 => config.store.audit_records,
+    keep_days: u64 => config.store.audit_age.as_secs() / DAY_SECONDS,
 });
 section!(RawLog of config {
     format: String => if config.log_format == LogFormat::Json { "json" } else { "text" },
@@ -327,7 +332,8 @@ fn millis(key: &str, given: Option<u64>, default: u64, min: u64, max: u64) -> Re
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-const DAY_MILLIS: u64 = 86_400_000;
+const DAY_SECONDS: u64 = 86_400;
+const DAY_MILLIS: u64 = 1_000 * DAY_SECONDS;
 
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
@@ -343,7 +349,7 @@ impl Raw {
         let stall_limit = millis("live.stall_limit_ms", self.live.stall_limit_ms, 30_000, 100, 600_000)?;
         Ok(Config {
             http: self.server.check(stall_limit, plugins.module_bytes)?,
-            store: self.storage.check(&data_dir)?,
+            store: self.storage.check(&data_dir, &self.audit)?,
             sql: self.sql.check(&data_dir)?,
             live: self.live.check(plugins.workers)?,
             plugins,
@@ -404,7 +410,7 @@ impl RawServer {
 }
 
 impl RawStorage {
-    fn check(self, data_dir: &Path) -> Result<StoreOptions, ConfigError> {
+    fn check(self, data_dir: &Path, audit: &RawAudit) -> Result<StoreOptions, ConfigError> {
         let durability = match self.durability.as_deref() {
             None | Some("sync") => Durability::Sync,
             Some("interval") => Durability::Interval,
@@ -436,6 +442,9 @@ impl RawStorage {
                 1_000,
                 30 * DAY_MILLIS,
             )?,
+            audit_records: bounded("audit.keep_records", audit.keep_records, 100_000, 1, 10_000_000)?,
+            audit_age: bounded("audit.keep_days", audit.keep_days, 365, 1, 3_650)
+                .map(|days| Duration::from_secs(days * DAY_SECONDS))?,
             durability,
             sync_interval,
             write_queue: bounded("storage.write_queue", self.write_queue, 1_024, 1, 1_000_000)?,

@@ -62,6 +62,8 @@ fn values_are_checked() {
         ("[server]\nbind = '0.0.0.0:80'", "--insecure-http"),
         ("[server]\nbind = 'localhost'", "bind"),
         ("[log]\nformat = 'xml'", "xml"),
+        ("[audit]\nkeep_records = 0", "audit.keep_records"),
+        ("[audit]\nkeep_day = 3", "did you mean `audit.keep_days`?"),
         ("admin_token = 'short'", "at least 32"),
         ("= 1", "TOML"),
     ] {

@@ -16,7 +16,7 @@ use crate::catalog::{NamespaceId, Stage, Table};
 use crate::config::Role;
 use crate::plugins::UnitFault;
 use crate::sql::RequestEnv;
-use crate::sql::system::{SYSTEM, SystemTable, int, optional, text};
+use crate::sql::system::{SYSTEM, SystemRows, SystemTable, int, optional, text};
 use crate::store::{Seq, Store, StoreError};
 
 pub use replay::Replay;
@@ -237,12 +237,12 @@ pub(super) fn system_table(store: Store) -> SystemTable {
             ("new_row", Type::Json),
         ],
         least: Role::User,
-        rows: Box::new(move |env| Ok(system_rows(&store, env)?)),
+        rows: SystemRows::All(Box::new(move |env| Ok(system_rows(&store, env)?))),
     }
 }
 
 fn system_rows(store: &Store, env: &RequestEnv) -> Result<Vec<Vec<Value>>, StoreError> {
-    let who = Identity { user: env.user.clone(), role: env.role };
+    let who = Identity { user: env.user.clone(), role: env.role, address: None };
     let names: HashMap<u32, &str> = env.catalog.namespaces().map(|found| (found.id.0, found.name.as_str())).collect();
     let mut room = TABLE_ROW_BYTES;
     store.faults(usize::MAX, |number, bytes| {
@@ -381,7 +381,7 @@ mod tests {
 
     #[test]
     fn a_users_row_and_what_was_said_of_it_are_for_that_user() {
-        let who = |user: &str, role| Identity { user: user.into(), role };
+        let who = |user: &str, role| Identity { user: user.into(), role, address: None };
         let (alice, bob, admin) = (who("alice", Role::User), who("bob", Role::User), who("admin", Role::Admin));
         assert!(may_see(&alice, &noted()) && may_see(&admin, &noted()) && !may_see(&bob, &noted()));
         assert_eq!(seen_by(&alice, noted()), noted());

@@ -15,11 +15,11 @@ use crate::store::{CatalogWrite, CommitError, Seq, Store, Transaction};
 /// Only other catalog changes of the same moment can be in the way of a new state.
 const TRIES: u32 = 32;
 
-/// Builds the index; the seq from which queries use it.
-pub(super) async fn build(db: &Db, table: TableId, index: IndexId) -> Result<Seq, DbError> {
+/// Builds the index; the seq from which queries use it. That commit is the one that the audit log tells of.
+pub(super) async fn build(db: &Db, table: TableId, index: IndexId, said: Vec<Vec<u8>>) -> Result<Seq, DbError> {
     let db = db.clone();
     let task = tokio::spawn(async move {
-        match steps(&db, table, index).await {
+        match steps(&db, table, index, &said).await {
             Ok(seq) => Ok(seq),
             Err(BuildError::Gone) => {
                 let message = "the index or its table was dropped while the index was built";
@@ -33,16 +33,16 @@ pub(super) async fn build(db: &Db, table: TableId, index: IndexId) -> Result<Seq
     task.await.map_err(|error| DbError::Internal(error.to_string()))?
 }
 
-async fn steps(db: &Db, table: TableId, index: IndexId) -> Result<Seq, BuildError> {
+async fn steps(db: &Db, table: TableId, index: IndexId, said: &[Vec<u8>]) -> Result<Seq, BuildError> {
     let unique = find(db, table, index)?.1.unique;
     in_store(db, move |store, stopped| store.fill_index(table, index, stopped)).await?;
     if unique {
         // Before others are held to it: duplicates that are there already are the index's own failure, not theirs.
         in_store(db, move |store, stopped| store.verify_index(table, index, stopped)).await?;
-        set_state(db, table, index, IndexState::Verifying).await?;
+        set_state(db, table, index, IndexState::Verifying, &[]).await?;
     }
     in_store(db, move |store, stopped| store.verify_index(table, index, stopped)).await?;
-    set_state(db, table, index, IndexState::Ready).await
+    set_state(db, table, index, IndexState::Ready, said).await
 }
 
 async fn in_store(
@@ -61,8 +61,14 @@ fn find(db: &Db, table: TableId, index: IndexId) -> Result<(Arc<Table>, Arc<Inde
     Ok((table.clone(), index.clone()))
 }
 
-async fn set_state(db: &Db, table: TableId, index: IndexId, state: IndexState) -> Result<Seq, BuildError> {
-    change(db, table, index, |index| Some(Index { state, ..Index::clone(index) })).await
+async fn set_state(
+    db: &Db,
+    table: TableId,
+    index: IndexId,
+    state: IndexState,
+    said: &[Vec<u8>],
+) -> Result<Seq, BuildError> {
+    change(db, table, index, said, |index| Some(Index { state, ..Index::clone(index) })).await
 }
 
 /// Commits another version of the index, or the table without it.
@@ -70,6 +76,7 @@ async fn change(
     db: &Db,
     table: TableId,
     index: IndexId,
+    said: &[Vec<u8>],
     to: impl Fn(&Index) -> Option<Index>,
 ) -> Result<Seq, BuildError> {
     for _ in 0..TRIES {
@@ -86,7 +93,7 @@ async fn change(
         let (namespace, base) = (table.namespace, snapshot.seq());
         let catalog = vec![CatalogWrite::PutTable(Arc::new(table))];
         let transaction = Transaction { namespace, base, rows: Vec::new(), catalog, receipt: None };
-        match db.inner.store.commit(transaction).await {
+        match db.inner.store.commit_audited(transaction, said.to_vec()).await {
             Err(CommitError::Stale) => {}
             outcome => return outcome.map_err(BuildError::Commit),
         }
@@ -97,7 +104,7 @@ async fn change(
 /// Takes away an index that could not be built; what to say about it.
 async fn give_up(db: &Db, table: TableId, index: IndexId, error: BuildError) -> DbError {
     let found = find(db, table, index);
-    if let Err(left) = change(db, table, index, |_| None).await {
+    if let Err(left) = change(db, table, index, &[], |_| None).await {
         tracing::warn!(error = %left, index = index.0, "an index that could not be built is left until the next start");
     }
     match (error, found) {

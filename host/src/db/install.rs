@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::audit::Event;
 use super::{Db, DbError, Identity, Installed, blocking, now_micros, unknown_namespace};
 use crate::catalog::{Catalog, NamespaceId, Plugin};
 use crate::config::Role;
 use crate::plugins::Inspected;
+use crate::sql::Refusal;
 use crate::store::{CatalogWrite, CommitError, Seq, Transaction};
 
 /// An upload that meets other catalog commits tries again this often.
@@ -23,7 +25,7 @@ impl Db {
         body: Bytes,
     ) -> Result<Installed, DbError> {
         self.check_open()?;
-        may_install(who)?;
+        may_install(who, "upload", namespace, name)?;
         check_name(name)?;
         if self.inner.store.catalog().namespace(namespace).is_none() {
             return Err(unknown_namespace(namespace));
@@ -44,7 +46,8 @@ impl Db {
             let version = catalog.next_plugin_version(namespace, name);
             let plugin = Arc::new(describe(who, (found.id, namespace), name, version, &inspected));
             let write = CatalogWrite::PutPlugin { plugin: plugin.clone(), wasm: inspected.wasm.clone() };
-            match self.catalog_commit(found.id, snapshot.seq(), write).await? {
+            let said = activation(who, "upload", &plugin);
+            match self.catalog_commit(found.id, snapshot.seq(), write, &said).await? {
                 Some(seq) => return Ok(Installed { plugin, seq, unchanged: false, measured }),
                 None => continue,
             }
@@ -62,7 +65,7 @@ impl Db {
         version: Option<u32>,
     ) -> Result<Installed, DbError> {
         self.check_open()?;
-        may_install(who)?;
+        may_install(who, "rollback", namespace, name)?;
         for _ in 0..TRIES {
             let snapshot = self.inner.store.snapshot();
             let catalog = snapshot.catalog();
@@ -90,7 +93,8 @@ impl Db {
                 ..Plugin::clone(target)
             });
             let write = CatalogWrite::PutPlugin { plugin: plugin.clone(), wasm };
-            if let Some(seq) = self.catalog_commit(plugin.namespace, snapshot.seq(), write).await? {
+            let said = activation(who, "rollback", &plugin);
+            if let Some(seq) = self.catalog_commit(plugin.namespace, snapshot.seq(), write, &said).await? {
                 return Ok(Installed { plugin, seq, unchanged: false, measured: None });
             }
         }
@@ -112,7 +116,7 @@ impl Db {
     /// Removes a plugin with all its versions. Refused while a live query runs through it.
     pub async fn uninstall(&self, who: &Identity, namespace: &str, name: &str) -> Result<Seq, DbError> {
         self.check_open()?;
-        may_install(who)?;
+        may_install(who, "delete", namespace, name)?;
         for _ in 0..TRIES {
             let snapshot = self.inner.store.snapshot();
             let Some(plugin) = snapshot.catalog().plugin(namespace, name) else {
@@ -125,7 +129,8 @@ impl Db {
                 )));
             }
             let write = CatalogWrite::DropPlugin { namespace: namespace.to_owned(), name: name.to_owned() };
-            if let Some(seq) = self.catalog_commit(plugin.namespace, snapshot.seq(), write).await? {
+            let said = Event::done(Some(who), "plugin", "delete", &format!("{namespace}.{name}"));
+            if let Some(seq) = self.catalog_commit(plugin.namespace, snapshot.seq(), write, &said).await? {
                 self.inner.plugins.forget(plugin.namespace, name);
                 return Ok(seq);
             }
@@ -139,9 +144,10 @@ impl Db {
         namespace: NamespaceId,
         base: Seq,
         write: CatalogWrite,
+        said: &Event,
     ) -> Result<Option<Seq>, DbError> {
         let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: vec![write], receipt: None };
-        match self.inner.store.commit(transaction).await {
+        match self.inner.store.commit_audited(transaction, vec![said.record()]).await {
             Ok(seq) => Ok(Some(seq)),
             Err(CommitError::Stale) => Ok(None),
             Err(error) => Err(DbError::Commit(error)),
@@ -220,11 +226,18 @@ fn describe(
     }
 }
 
-pub(super) fn may_install(who: &Identity) -> Result<(), DbError> {
+/// Another version is active; by what, and under which number.
+fn activation(who: &Identity, what: &'static str, plugin: &Plugin) -> Event {
+    let object = format!("{}.{}@{}", plugin.namespace_name, plugin.name, plugin.version);
+    Event::done(Some(who), "plugin", what, &object)
+}
+
+pub(super) fn may_install(who: &Identity, what: &'static str, namespace: &str, name: &str) -> Result<(), DbError> {
     if who.role == Role::Admin {
         return Ok(());
     }
-    Err(DbError::Forbidden("uploading, trying, rolling back and removing plugins needs the role admin".into()))
+    let message = "uploading, trying, rolling back and removing plugins needs the role admin".to_owned();
+    Err(DbError::Forbidden(Box::new(Refusal { what, object: format!("{namespace}.{name}"), message })))
 }
 
 /// The name stands in URLs before `@` and `:`.

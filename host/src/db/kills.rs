@@ -26,6 +26,8 @@ pub(super) struct Kills {
     recent: VecDeque<Kill>,
     /// Numbers of kills that the store does not have as they are here, or still has though they are forgotten.
     unsaved: BTreeSet<u64>,
+    /// What the audit log is to say of those, when the store is told.
+    pub(super) audit: Vec<Vec<u8>>,
 }
 
 struct Kill {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
+use super::audit::Event;
 use super::kills::{KIND, Kills};
 use super::{Db, DbError, Identity, LiveRequest, blocking};
 use crate::catalog::Stage;
@@ -159,19 +160,28 @@ impl Streams {
         }
     }
 
-    fn note(&self, live_id: &str, user: Option<Arc<str>>, seq: Seq) {
-        let number = self.kills().note(live_id, user, seq);
+    fn note(&self, live_id: &str, user: Option<Arc<str>>, seq: Seq, said: &Event) {
+        let mut kills = self.kills();
+        let number = kills.note(live_id, user, seq);
+        kills.audit.push(said.record());
+        drop(kills);
         self.bell.send_replace(number);
     }
 
     /// Tells the store of kills what it does not know yet. Blocks.
     fn save(&self) -> Result<(), StoreError> {
         let _one = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        let (numbers, notes) = self.kills().take_unsaved();
+        let mut kills = self.kills();
+        let ((numbers, notes), audit) = (kills.take_unsaved(), std::mem::take(&mut kills.audit));
+        drop(kills);
         if notes.is_empty() {
             return Ok(());
         }
-        self.store.put_notes(KIND, &notes).inspect_err(|_| self.kills().not_saved(numbers))
+        self.store.put_notes(KIND, &notes, &audit).inspect_err(|_| {
+            let mut kills = self.kills();
+            kills.not_saved(numbers);
+            kills.audit.extend(audit.iter().cloned());
+        })
     }
 
     /// The same for what nobody waits for.
@@ -197,7 +207,8 @@ impl Db {
                 "there is no live query {live_id:?}; system.live_queries has those that are open"
             )));
         }
-        streams.note(live_id, user.cloned(), self.inner.store.applied());
+        let said = Event::done(Some(who), "kill", "KILL LIVE QUERY", live_id);
+        streams.note(live_id, user.cloned(), self.inner.store.applied(), &said);
         let noted = streams.clone();
         blocking(move || noted.save()).await??;
         tracing::info!(live_id, by = %who.user, streams = count, "live query killed");

@@ -837,7 +837,7 @@ mod tests {
     }
 
     fn who(user: &str, role: Role) -> Identity {
-        Identity { user: user.into(), role }
+        Identity { user: user.into(), role, address: None }
     }
 
     async fn run(db: &Db, sql: &str) {

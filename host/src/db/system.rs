@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use wire::{Type, Value};
 
+use super::audit::{self, Audit};
 use super::errors;
 use super::streams::{LiveQueryInfo, Streams};
 use crate::config::{Config, Role};
 use crate::live::Live;
 use crate::sql::SqlError;
-use crate::sql::system::{SYSTEM, SystemTable, int, text};
+use crate::sql::system::{Rows, SYSTEM, SystemRows, SystemTable, int, text};
 use crate::store::Store;
 use crate::telemetry::Metrics;
 
@@ -19,12 +20,14 @@ pub(super) struct Sources {
     pub live: Live,
     pub streams: Arc<Streams>,
     pub metrics: Arc<Metrics>,
+    pub audit: Arc<Audit>,
 }
 
 pub(super) fn tables(config: &Config, sources: Sources) -> Vec<SystemTable> {
     let (streams, live) = (sources.streams.clone(), sources.live.clone());
     let errors = errors::system_table(sources.store.clone());
-    vec![settings(config), users(config), stats(sources), live_queries(streams, live), errors]
+    let audit = audit::system_table(sources.audit.clone());
+    vec![settings(config), users(config), stats(sources), live_queries(streams, live), errors, audit]
 }
 
 /// Brings the gauges up to date that nobody counts as they change.
@@ -59,7 +62,7 @@ fn live_queries(streams: Arc<Streams>, live: Live) -> SystemTable {
             ("lag", Type::BigInt),
         ],
         least: Role::User,
-        rows: Box::new(move |env| {
+        rows: SystemRows::All(Box::new(move |env| {
             let row = |query: LiveQueryInfo| {
                 vec![
                     text(query.live_id),
@@ -76,7 +79,7 @@ fn live_queries(streams: Arc<Streams>, live: Live) -> SystemTable {
                 ]
             };
             Ok(streams.visible(&live, &env.user, env.role).into_iter().map(row).collect())
-        }),
+        })),
     }
 }
 
@@ -89,7 +92,7 @@ fn settings(config: &Config) -> SystemTable {
         name: "settings",
         columns: &[("name", Type::Text), ("value", Type::Text)],
         least: Role::Admin,
-        rows: Box::new(move |_| Ok::<Vec<Vec<Value>>, SqlError>(rows())),
+        rows: SystemRows::All(Box::new(move |_| Ok::<Rows, SqlError>(rows()))),
     }
 }
 
@@ -112,7 +115,7 @@ fn users(config: &Config) -> SystemTable {
         name: "users",
         columns: &[("name", Type::Text), ("role", Type::Text), ("tokens", Type::BigInt)],
         least: Role::Admin,
-        rows: Box::new(move |_| Ok(rows())),
+        rows: SystemRows::All(Box::new(move |_| Ok(rows()))),
     }
 }
 
@@ -128,6 +131,6 @@ fn stats(sources: Sources) -> SystemTable {
         name: "stats",
         columns: &[("name", Type::Text), ("value", Type::Double), ("help", Type::Text)],
         least: Role::Admin,
-        rows: Box::new(move |_| Ok(rows())),
+        rows: SystemRows::All(Box::new(move |_| Ok(rows()))),
     }
 }

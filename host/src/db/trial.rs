@@ -63,7 +63,7 @@ pub enum TrialResult {
 impl Db {
     pub async fn try_plugin(&self, who: &Identity, namespace: &str, request: TrialRequest) -> Result<Trial, DbError> {
         self.check_open()?;
-        may_install(who)?;
+        may_install(who, "try", namespace, &request.plugin)?;
         let catalog = self.inner.store.catalog();
         let found = catalog.namespace(namespace).ok_or_else(|| unknown_namespace(namespace))?.id;
         let plugin = stored_version(&catalog, namespace, &request.plugin)?;

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use wire::Scope;
 
+use super::audit::Event;
 use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, bulk, index};
 use crate::catalog::{Catalog, NamespaceId, Table, TableId, TableKind};
 use crate::config::Role;
-use crate::sql::{ChangeSet, Overlay, Param, RequestEnv, RowStream, SqlError, Statement, StatementKind};
+use crate::sql::{ChangeSet, Overlay, Param, Refusal, RequestEnv, RowStream, SqlError, Statement, StatementKind, ddl};
 use crate::store::snapshot::Snapshot;
 use crate::store::{CommitError, Receipt, RowWrite, Seq, Transaction};
 
@@ -143,7 +144,9 @@ pub(super) async fn ddl(
     request: SqlRequest,
 ) -> Result<SqlAnswer, DbError> {
     if who.role != Role::Admin {
-        return Err(DbError::Forbidden("CREATE, ALTER and DROP need the role admin".into()));
+        let (what, object) = statements.first().map(ddl::named).unwrap_or_default();
+        let message = "CREATE, ALTER and DROP need the role admin".to_owned();
+        return Err(DbError::Forbidden(Box::new(Refusal { what, object, message })));
     }
     for _ in 0..TRIES {
         let alone = db.inner.turn.write().await;
@@ -154,6 +157,7 @@ pub(super) async fn ddl(
         }
         let mut env = db.env(who, snapshot, request.namespace.clone(), request.params.clone())?;
         let (mut writes, mut namespace, mut build) = (Vec::new(), None, None);
+        let mut said = Vec::new();
         for statement in statements {
             let plan = db.inner.sql.ddl(statement, &env)?;
             // The next statement sees what this one made.
@@ -167,6 +171,8 @@ pub(super) async fn ddl(
                 return Err(two_namespaces());
             }
             namespace = plan.namespace;
+            let (what, object) = plan.named();
+            said.push(Event::done(Some(who), "ddl", what, object).record());
             writes.extend(plan.writes);
             if plan.build.is_some() && statements.len() > 1 {
                 return Err(build_beside_others());
@@ -185,12 +191,14 @@ pub(super) async fn ddl(
             return Ok(SqlAnswer { results: results(), seq: base, replayed: false });
         };
         let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes, receipt };
-        match db.inner.store.commit(transaction).await {
+        // An index is said to be made when it is: until then it may still be taken away again.
+        let (now, later) = if build.is_some() { (Vec::new(), said) } else { (said, Vec::new()) };
+        match db.inner.store.commit_audited(transaction, now).await {
             Ok(seq) => {
                 // Writes go on while it is built.
                 drop(alone);
                 let seq = match build {
-                    Some((table, index)) => index::build(db, table, index).await?,
+                    Some((table, index)) => index::build(db, table, index, later).await?,
                     None => seq,
                 };
                 return Ok(SqlAnswer { results: results(), seq, replayed: false });
@@ -318,11 +326,13 @@ pub(super) fn may_write(who: &Identity, table: &Table) -> Result<(), DbError> {
     if table.kind == TableKind::User || who.role != Role::User {
         return Ok(());
     }
-    Err(DbError::Forbidden(format!(
+    let message = format!(
         "the role user may not write the {} table \"{}\"; use a token of role service or admin",
         table.kind.as_str(),
         table.name
-    )))
+    );
+    let object = format!("{}.{}", table.namespace_name, table.name);
+    Err(DbError::Forbidden(Box::new(Refusal { what: "write", object, message })))
 }
 
 /// Building takes several commits and may fail: then the others would stand alone.

@@ -35,9 +35,9 @@ pub fn hash(text: &str) -> [u8; 32] {
 
 impl Auth {
     pub fn new(tokens: &[Token], admin_token: &str) -> Auth {
-        let admin = (hash(admin_token), Identity { user: Arc::from(ADMIN), role: Role::Admin });
+        let admin = (hash(admin_token), Identity { user: Arc::from(ADMIN), role: Role::Admin, address: None });
         let others = tokens.iter().map(|token| {
-            let identity = Identity { user: Arc::from(token.user.as_str()), role: token.role };
+            let identity = Identity { user: Arc::from(token.user.as_str()), role: token.role, address: None };
             (hash(&token.token), identity)
         });
         Auth { tokens: std::iter::once(admin).chain(others).collect() }
@@ -46,7 +46,8 @@ impl Auth {
     /// Something that changes when this identity's credentials do; `None` where it has none, or another role.
     pub fn stamp(&self, who: &Identity) -> Option<String> {
         let mut stamp = Sha256::new();
-        let mut of_who = self.tokens.iter().filter(|(_, identity)| identity == who).peekable();
+        let is_who = |identity: &Identity| identity.user == who.user && identity.role == who.role;
+        let mut of_who = self.tokens.iter().filter(|(_, identity)| is_who(identity)).peekable();
         of_who.peek()?;
         of_who.for_each(|(hash, _)| stamp.update(hash));
         Some(stamp.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
@@ -178,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_stamp_is_of_one_identity_and_its_credentials() {
-        let who = |role| Identity { user: Arc::from("alice"), role };
+        let who = |role| Identity { user: Arc::from("alice"), role, address: None };
         let stamp = auth().stamp(&who(Role::User));
         assert!(stamp.is_some());
         assert_eq!(auth().stamp(&who(Role::User)), stamp);

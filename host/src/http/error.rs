@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::db::DbError;
 use crate::plugins::PluginError;
-use crate::sql::SqlError;
+use crate::sql::{Refusal, SqlError};
 use crate::store::{CommitError, StoreError};
 
 /// A problem document and its status.
@@ -23,12 +23,19 @@ pub struct Problem {
     /// Members of this problem alone, such as `position`.
     extra: Vec<(&'static str, Value)>,
     retry_after: Option<u32>,
+    /// What was refused, for the audit log. It goes with the response, to whoever knows who asked.
+    refusal: Option<Box<Refusal>>,
 }
 
 impl Problem {
     pub fn new(status: u16, code: &'static str, detail: impl Into<String>) -> Problem {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Problem { status, code, detail: detail.into(), extra: Vec::new(), retry_after: None }
+        Problem { status, code, detail: detail.into(), extra: Vec::new(), retry_after: None, refusal: None }
+    }
+
+    pub fn forbidden(refusal: Box<Refusal>) -> Problem {
+        let problem = Problem::new(403, "forbidden", refusal.message.clone());
+        Problem { refusal: Some(refusal), ..problem }
     }
 
     pub fn bad_request(detail: impl Into<String>) -> Problem {
@@ -65,6 +72,10 @@ impl Problem {
         self.status
     }
 
+    pub fn refusal(&self) -> Option<&Refusal> {
+        self.refusal.as_deref()
+    }
+
     pub fn code(&self) -> &'static str {
         self.code
     }
@@ -98,6 +109,9 @@ impl IntoResponse for Problem {
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"tidegate\""));
         }
+        if let Some(refusal) = self.refusal {
+            response.extensions_mut().insert(*refusal);
+        }
         response
     }
 }
@@ -113,7 +127,7 @@ impl From<DbError> for Problem {
             DbError::NotFound(detail) => Problem::new(404, "not_found", detail),
             DbError::SeveralResults(_) => Problem::new(406, "several_results", error.to_string()),
             DbError::BadRequest(detail) => Problem::bad_request(detail),
-            DbError::Forbidden(detail) => Problem::new(403, "forbidden", detail),
+            DbError::Forbidden(refusal) => Problem::forbidden(refusal),
             DbError::Gone(detail) => Problem::new(410, "killed", detail),
             DbError::TooMany(detail) => Problem::new(429, "too_many", detail).retry_after(5),
             DbError::KeyReused => Problem::new(422, "idempotency_key_reused", error.to_string()),
@@ -133,7 +147,7 @@ impl From<SqlError> for Problem {
             SqlError::Unsupported { position, .. } => Problem::new(400, "unsupported", detail).at(position),
             SqlError::Constraint { code: "duplicate_key", .. } => Problem::new(409, "duplicate_key", detail),
             SqlError::Constraint { code, .. } => Problem::new(400, code, detail),
-            SqlError::Forbidden(_) => Problem::new(403, "forbidden", detail),
+            SqlError::Forbidden(refusal) => Problem::forbidden(refusal),
             SqlError::Limit(_) => Problem::new(400, "limit", detail),
             SqlError::Busy(_) => Problem::new(503, "busy", detail).retry_after(1),
             SqlError::Deadline(_) => Problem::new(504, "deadline", detail),
@@ -237,6 +251,9 @@ mod tests {
         check(PluginError::Params("minutes".to_owned()).into(), 400, "plugin_params");
         check(DbError::TooMany("streams".to_owned()), 429, "too_many");
         check(DbError::Closed, 503, "closing");
+        let refusal = Refusal { what: "write", object: "main.t".to_owned(), message: "no".to_owned() };
+        let problem = check(DbError::Forbidden(Box::new(refusal.clone())), 403, "forbidden");
+        assert_eq!(problem.within("queries[0]").into_response().extensions().get(), Some(&refusal));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use serde_json::json;
 use wire::Type;
 
 use super::csv;
+use super::denials::Reader;
 use super::error::Problem;
 use super::json::{Rows, text};
 use crate::db::{SqlAnswer, StatementResult};
@@ -94,13 +95,13 @@ fn wish(range: &str) -> Option<(f32, Format)> {
 }
 
 /// Makes the response, with the first piece of the body already there.
-pub async fn respond(answer: SqlAnswer, format: Format, started: Instant) -> Response {
+pub async fn respond(answer: SqlAnswer, format: Format, started: Instant, reader: Option<Reader>) -> Response {
     let mut writer = Writer::new(answer, format, started);
     let mut first = Vec::new();
     let body = match writer.fill(&mut first).await {
         Err(problem) => return problem.into_response(),
         Ok(false) => Body::from(first),
-        Ok(true) => streamed(writer, first),
+        Ok(true) => streamed(writer, first, reader),
     };
     let mut response = Response::new(body);
     let headers = response.headers_mut();
@@ -109,24 +110,28 @@ pub async fn respond(answer: SqlAnswer, format: Format, started: Instant) -> Res
     response
 }
 
-fn streamed(writer: Writer, first: Vec<u8>) -> Body {
-    let pieces = futures::stream::unfold((Some(writer), Some(first)), |(writer, first)| async move {
+fn streamed(writer: Writer, first: Vec<u8>, reader: Option<Reader>) -> Body {
+    let pieces = futures::stream::unfold((Some(writer), Some(first), reader), |(writer, first, reader)| async move {
         if let Some(first) = first {
-            return Some((Ok(Bytes::from(first)), (writer, None)));
+            return Some((Ok(Bytes::from(first)), (writer, None, reader)));
         }
         let mut writer = writer?;
         let mut piece = Vec::with_capacity(PIECE + PIECE / 4);
-        match writer.fill(&mut piece).await {
-            Ok(true) => Some((Ok(Bytes::from(piece)), (Some(writer), None))),
-            Ok(false) => Some((Ok(Bytes::from(piece)), (None, None))),
+        let filled = writer.fill(&mut piece).await;
+        if let (Err(problem), Some(reader)) = (&filled, &reader) {
+            reader.ends_with(problem);
+        }
+        match filled {
+            Ok(true) => Some((Ok(Bytes::from(piece)), (Some(writer), None, reader))),
+            Ok(false) => Some((Ok(Bytes::from(piece)), (None, None, None))),
             Err(problem) if writer.format == Format::Ndjson => {
                 let line = json!({"error": problem.body()});
                 writeln!(piece, "{line}").expect("writing to memory cannot fail");
-                Some((Ok(Bytes::from(piece)), (None, None)))
+                Some((Ok(Bytes::from(piece)), (None, None, None)))
             }
             Err(problem) => {
                 let cut = std::io::Error::other(format!("the result failed midway: {}", problem.code()));
-                Some((Err(cut), (None, None)))
+                Some((Err(cut), (None, None, None)))
             }
         }
     });
@@ -371,7 +376,8 @@ mod tests {
     }
 
     async fn answer(results: Vec<StatementResult>, format: Format) -> (StatusCode, Option<String>) {
-        let response = respond(SqlAnswer { results, seq: Seq(7), replayed: false }, format, Instant::now()).await;
+        let answer = SqlAnswer { results, seq: Seq(7), replayed: false };
+        let response = respond(answer, format, Instant::now(), None).await;
         let status = response.status();
         let body = response.into_body().collect().await.ok();
         (status, body.map(|body| String::from_utf8(body.to_bytes().to_vec()).unwrap()))
@@ -422,7 +428,7 @@ mod tests {
         assert_eq!(answer(early(), Format::Ndjson).await.0, 400);
         assert_eq!(answer(early(), Format::Csv).await.0, 400);
         for format in [Format::Json, Format::Csv, Format::Arrow] {
-            let response = respond(answer_of(rows(late_error())), format, Instant::now());
+            let response = respond(answer_of(rows(late_error())), format, Instant::now(), None);
             let response = response.await;
             assert_eq!(response.status(), 200);
             assert!(response.into_body().collect().await.is_err(), "the body is cut off");
@@ -443,7 +449,7 @@ mod tests {
     #[tokio::test]
     async fn an_arrow_stream_has_its_schema_also_without_rows() {
         for (results, expected) in [(rows(vec![]), 0), (rows(vec![Ok(batch(0..20_000)), Ok(batch(0..1))]), 20_001)] {
-            let response = respond(answer_of(results), Format::Arrow, Instant::now());
+            let response = respond(answer_of(results), Format::Arrow, Instant::now(), None);
             let body = response.await.into_body().collect().await.unwrap().to_bytes();
             let reader = arrow_ipc::reader::StreamReader::try_new(std::io::Cursor::new(body), None).unwrap();
             assert_eq!(reader.schema().field(0).name(), "n");

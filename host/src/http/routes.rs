@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use super::auth::{Auth, Caller};
 use super::body::{Budget, Received, lend, receive};
+use super::denials;
 use super::error::Problem;
 use super::limits::Limits;
 use super::request::Asked;
@@ -26,6 +27,7 @@ use super::tickets::Tickets;
 use super::{plugins, request, rows};
 use crate::config::{Config, HttpOptions};
 use crate::db::{Db, Identity, SqlRequest};
+use crate::sql::Refusal;
 use crate::telemetry::{Exposition, Metrics};
 
 /// Longer URLs are refused; what does not fit belongs into a POST.
@@ -121,19 +123,25 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
     let (mut request, unread) = lend(request);
     let started = Instant::now();
     app.metrics.http_requests.inc();
-    if let Some(identity) = app.auth.take(request.headers_mut()) {
-        request.extensions_mut().insert(identity);
+    let address = request.extensions().get::<Peer>().map(|peer| peer.address.ip().to_canonical());
+    let token = request.headers().contains_key(header::AUTHORIZATION);
+    let ticket = uri_has_ticket(request.uri());
+    let who = app.auth.take(request.headers_mut()).map(|who| Identity { address, ..who });
+    if let Some(who) = &who {
+        request.extensions_mut().insert(who.clone());
     }
     let (method, version) = (request.method().clone(), request.version());
     // Without the query string: it may hold a ticket, or somebody's data.
     let path = request.uri().path().to_owned();
-    let response = match refuse_early(app, &request) {
+    let mut response = match refuse_early(app, &request) {
         Some(problem) => problem.into_response(),
         None => match tower::ServiceExt::oneshot(router.clone(), request).await {
             Ok(response) => response,
             Err(never) => match never {},
         },
     };
+    // At once: whoever goes away meanwhile was refused all the same.
+    denials::look(&app.db, &denials::Asked { who: who.as_ref(), address, token, ticket, path: &path }, &mut response);
     unread.discard().await;
     let streamed = response.body().size_hint().exact().is_none();
     let response = if streamed && version == Version::HTTP_2 {
@@ -205,7 +213,8 @@ async fn metrics(
 ) -> Result<Response, Problem> {
     let local = peer.is_some_and(|peer| peer.address.ip().to_canonical().is_loopback());
     if !local && caller?.0.role != crate::config::Role::Admin {
-        return Err(Problem::new(403, "forbidden", "metrics are for administrators"));
+        let message = "metrics are for administrators".to_owned();
+        return Err(Problem::forbidden(Box::new(Refusal { what: "read", object: "/metrics".to_owned(), message })));
     }
     app.db.refresh_metrics();
     let text = app.exposition.openmetrics().map_err(|_| Problem::internal("the metrics could not be written"))?;
@@ -251,7 +260,8 @@ async fn execute(app: &App, who: &Identity, request: SqlRequest, format: Format)
     let started = Instant::now();
     let answer = app.db.execute(who, request).await?;
     let replayed = answer.replayed;
-    let mut response = results::respond(answer, format, started).await;
+    let reader = denials::Reader { db: app.db.clone(), who: who.clone() };
+    let mut response = results::respond(answer, format, started, Some(reader)).await;
     if replayed {
         mark_replayed(&mut response);
     }
@@ -289,7 +299,7 @@ async fn live_get(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     // Who asks comes first: without identity nothing of the request is looked at but the ticket.
-    if caller.is_err() && !uri.query().is_some_and(|query| query.contains("ticket=")) {
+    if caller.is_err() && !uri_has_ticket(&uri) {
         return caller.map(|_| Response::default());
     }
     let query = request::live_from_query(&uri)?;
@@ -300,7 +310,13 @@ async fn live_get(
     };
     let redeemed = app.tickets.redeem(&ticket, query.request.as_ref())?;
     let asked = Asked { position, ..redeemed.request.clone() };
-    subscribe(&app, redeemed.who.clone(), peer, asked, Some(&redeemed)).await
+    let address = peer.as_ref().map(|peer| peer.address.ip().to_canonical());
+    let who = Identity { address, ..redeemed.who.clone() };
+    subscribe(&app, who, peer, asked, Some(&redeemed)).await
+}
+
+fn uri_has_ticket(uri: &Uri) -> bool {
+    uri.query().is_some_and(|query| query.contains("ticket="))
 }
 
 async fn live_post(
@@ -388,10 +404,11 @@ async fn ticket(
     request::no_parameters(&uri)?;
     let received = live_bytes(&app, &headers, body).await?;
     let request = request::live_from_json(&received.bytes)?;
-    let (ticket, written) = app.tickets.issue(&app.auth, who, request, &received.bytes)?;
+    let (ticket, written) = app.tickets.issue(&app.auth, who.clone(), request, &received.bytes)?;
     if let Some(written) = written {
         written.await.map_err(|_| Problem::internal("the ticket could not be written down"))?;
     }
+    app.db.audit(&who, "ticket", "issue", "");
     let answer = json!({"ticket": ticket, "expires_in_ms": app.tickets.ttl().as_millis() as u64});
     let no_store = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
     Ok((StatusCode::OK, no_store, Json(answer)).into_response())

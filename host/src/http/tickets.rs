@@ -247,7 +247,7 @@ fn read(notes: Vec<(Vec<u8>, Vec<u8>)>, auth: &Auth) -> (Entries, Vec<[u8; 32]>)
 fn entry(kept: &[u8], until: &[u8], auth: &Auth) -> Option<Entry> {
     let kept: Kept = serde_json::from_slice(kept).ok()?;
     let role = [Role::User, Role::Service, Role::Admin].into_iter().find(|role| role.as_str() == kept.role)?;
-    let who = Identity { user: Arc::from(kept.user), role };
+    let who = Identity { user: Arc::from(kept.user), role, address: None };
     if auth.stamp(&who)? != kept.stamp {
         return None;
     }
@@ -308,7 +308,7 @@ mod tests {
     }
 
     fn who(user: &str) -> Identity {
-        Identity { user: Arc::from(user), role: Role::User }
+        Identity { user: Arc::from(user), role: Role::User, address: None }
     }
 
     fn request(sql: &str) -> Asked {

@@ -56,6 +56,22 @@ pub(crate) fn plan(statement: &Statement, env: &RequestEnv) -> Result<DdlPlan, S
     }
 }
 
+/// Kind of statement and name as it was written, for somebody who may not: nothing is looked up.
+pub(crate) fn named(statement: &Statement) -> (&'static str, String) {
+    let (what, name) = match &*statement.ast {
+        ast::Statement::CreateTable(create) => ("CREATE TABLE", Some(&create.name)),
+        ast::Statement::CreateIndex(create) => ("CREATE INDEX", Some(&create.table_name)),
+        ast::Statement::CreateSchema { schema_name: SchemaName::Simple(name), .. } => ("CREATE NAMESPACE", Some(name)),
+        ast::Statement::AlterTable(alter) => ("ALTER TABLE", Some(&alter.name)),
+        ast::Statement::Drop { object_type: ObjectType::Table, names, .. } => ("DROP TABLE", names.first()),
+        ast::Statement::Drop { object_type: ObjectType::Schema, names, .. } => ("DROP NAMESPACE", names.first()),
+        ast::Statement::Drop { object_type: ObjectType::Index, names, .. } => ("DROP INDEX", names.first()),
+        _ => ("DDL", None),
+    };
+    let parts = name.into_iter().flat_map(|name| name.0.iter().filter_map(|part| part.as_ident().map(fold)));
+    (what, parts.collect::<Vec<_>>().join("."))
+}
+
 /// Folded to lower case unless quoted, as DataFusion does it everywhere else.
 pub(crate) fn fold(ident: &Ident) -> String {
     if ident.quote_style.is_some() { ident.value.clone() } else { ident.value.to_lowercase() }

@@ -126,6 +126,7 @@ fn from_shared(error: &DataFusionError) -> SqlError {
 fn from_shared_ours(cause: &(dyn std::error::Error + Send + Sync + 'static)) -> SqlError {
     match cause.downcast_ref::<SqlError>() {
         Some(SqlError::Limit(message)) => SqlError::Limit(message.clone()),
+        Some(SqlError::Forbidden(refusal)) => SqlError::Forbidden(refusal.clone()),
         Some(SqlError::Constraint { code, message }) => SqlError::constraint(code, message.clone()),
         Some(SqlError::Invalid { code, message, position }) => {
             SqlError::Invalid { code, message: message.clone(), position: *position }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use wire::{Type, Value};
 
 use super::dml::show_value;
-use super::system::{SYSTEM, SystemTable, int, optional, text};
+use super::system::{Rows, SYSTEM, SystemRows, SystemTable, int, optional, text};
 use super::{RequestEnv, SqlError};
 use crate::catalog::{Catalog, Column, DefaultValue, Index, Plugin, Table};
 use crate::config::Role;
@@ -17,7 +17,6 @@ pub(crate) const INFORMATION_SCHEMA: &str = "information_schema";
 pub(crate) const CATALOG_NAME: &str = "tidegate";
 
 type Columns = &'static [(&'static str, Type)];
-type Rows = Vec<Vec<Value>>;
 
 pub(crate) fn system_tables() -> Vec<SystemTable> {
     let of = |namespace, name, columns: Columns, rows: fn(&Catalog) -> Rows| SystemTable {
@@ -25,7 +24,7 @@ pub(crate) fn system_tables() -> Vec<SystemTable> {
         name,
         columns,
         least: Role::User,
-        rows: Box::new(move |env: &RequestEnv| Ok::<_, SqlError>(rows(&env.catalog))),
+        rows: SystemRows::All(Box::new(move |env: &RequestEnv| Ok::<_, SqlError>(rows(&env.catalog)))),
     };
     vec![
         of(INFORMATION_SCHEMA, "schemata", SCHEMATA, schemata),

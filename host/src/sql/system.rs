@@ -27,14 +27,25 @@ use wire::{ColumnDecl, ImageBuilder, ImageRef, Schema, Type, Value};
 use super::arrow::{arrow_schema, to_batch};
 use super::information::INFORMATION_SCHEMA;
 use super::leaf::{Leaf, Reader};
-use super::{RequestEnv, SqlError};
+use super::{Refusal, RequestEnv, SqlError};
 use crate::config::Role;
 
 /// The namespace of the server's own tables.
 pub const SYSTEM: &str = "system";
 
-/// What a system table shows to the caller: one value a column, in order.
-pub type SystemRows = Box<dyn Fn(&RequestEnv) -> Result<Vec<Vec<Value>>, SqlError> + Send + Sync>;
+/// Rows of a system table: one value a column, in order.
+pub type Rows = Vec<Vec<Value>>;
+
+/// Some rows, then more, for as long as somebody wants them.
+pub type Pieces = Box<dyn Iterator<Item = Result<Rows, SqlError>> + Send>;
+
+/// What a system table shows to the caller.
+pub enum SystemRows {
+    /// There are few.
+    All(Box<dyn Fn(&RequestEnv) -> Result<Rows, SqlError> + Send + Sync>),
+    /// There may be more than one wants to hold in memory.
+    Pieces(Box<dyn Fn() -> Pieces + Send + Sync>),
+}
 
 /// One table that is not stored.
 pub struct SystemTable {
@@ -58,20 +69,26 @@ impl SystemTable {
         Schema { columns: self.columns.iter().enumerate().map(column).collect() }
     }
 
-    fn read(&self, env: &RequestEnv) -> Result<RecordBatch, SqlError> {
+    /// For whoever may read it.
+    fn read(&self, env: &RequestEnv) -> Result<Pieces, SqlError> {
         if env.role < self.least {
-            let (namespace, name) = (self.namespace, self.name);
-            return Err(SqlError::Forbidden(format!(
-                "reading {namespace}.{name} needs the role {}",
-                self.least.as_str()
-            )));
+            let object = format!("{}.{}", self.namespace, self.name);
+            let message = format!("reading {object} needs the role {}", self.least.as_str());
+            return Err(SqlError::Forbidden(Box::new(Refusal { what: "read", object, message })));
         }
+        match &self.rows {
+            SystemRows::All(rows) => Ok(Box::new(std::iter::once(rows(env)))),
+            SystemRows::Pieces(pieces) => Ok(pieces()),
+        }
+    }
+
+    fn batch(&self, rows: Rows) -> Result<RecordBatch, SqlError> {
         let image = |row: Vec<Value>| {
             let mut image = ImageBuilder::new(self.columns.len() as u16);
             row.iter().enumerate().for_each(|(id, value)| image.set(id as u16, value));
             image.finish()
         };
-        let images: Vec<Vec<u8>> = (self.rows)(env)?.into_iter().map(image).collect();
+        let images: Vec<Vec<u8>> = rows.into_iter().map(image).collect();
         let parsed = images.iter().map(|bytes| ImageRef::parse(bytes).map(|(image, ..)| image));
         let rows = parsed.collect::<Result<Vec<_>, _>>().map_err(|error| SqlError::Internal(error.to_string()))?;
         to_batch(&self.schema(), &rows)
@@ -189,13 +206,16 @@ impl Reader for SystemReader {
     }
 
     fn read(&self, env: Arc<RequestEnv>, schema: &SchemaRef, _batch_rows: usize) -> Result<SendableRecordBatchStream> {
-        let batch = self.table.read(&env).map_err(SqlError::into_datafusion)?;
-        let batch = match &self.projection {
-            Some(picked) => batch.project(picked)?,
-            None => batch,
-        };
-        let rows = futures::stream::iter([Ok(batch)]);
-        Ok(Box::pin(RecordBatchStreamAdapter::new(schema.clone(), rows)))
+        let pieces = self.table.read(&env).map_err(SqlError::into_datafusion)?;
+        let (table, projection) = (self.table.clone(), self.projection.clone());
+        let batches = pieces.map(move |rows| -> Result<RecordBatch> {
+            let batch = rows.and_then(|rows| table.batch(rows)).map_err(SqlError::into_datafusion)?;
+            match &projection {
+                Some(picked) => Ok(batch.project(picked)?),
+                None => Ok(batch),
+            }
+        });
+        Ok(Box::pin(RecordBatchStreamAdapter::new(schema.clone(), futures::stream::iter(batches))))
     }
 }
 

@@ -60,7 +60,8 @@ struct Waiting {
 }
 
 enum Work {
-    Transaction(Transaction),
+    /// With what the audit log is to say of it.
+    Transaction(Transaction, Vec<Vec<u8>>),
     /// Entries for an index that is being built: derived from what is committed, so no commit of its own.
     Piece(Piece),
 }
@@ -98,9 +99,13 @@ impl Queue {
         }
     }
 
-    pub fn push(&self, transaction: Transaction) -> Result<oneshot::Receiver<Answer>, CommitError> {
-        let bytes = weight(&transaction);
-        self.push_work(Work::Transaction(transaction), bytes)
+    pub fn push(
+        &self,
+        transaction: Transaction,
+        audit: Vec<Vec<u8>>,
+    ) -> Result<oneshot::Receiver<Answer>, CommitError> {
+        let bytes = weight(&transaction) + audit.iter().map(Vec::len).sum::<usize>();
+        self.push_work(Work::Transaction(transaction, audit), bytes)
     }
 
     pub fn push_piece(&self, piece: Piece) -> Result<oneshot::Receiver<Answer>, CommitError> {
@@ -115,7 +120,7 @@ impl Queue {
         // One transaction may always wait, however large: its bytes exist already. So may a piece: it is small, and a
         // build has one at a time.
         let waiting = self.waiting_bytes.load(Ordering::Relaxed);
-        if matches!(work, Work::Transaction(_))
+        if matches!(work, Work::Transaction(..))
             && waiting > 0
             && waiting + bytes > QUEUE_COMMITS * self.inner.max_commit_bytes
         {
@@ -289,7 +294,7 @@ impl Committer {
         let answer = match refused {
             Some(refused) => Err(refused(&self.inner).into()),
             None => match &waiting.work {
-                Work::Transaction(transaction) => self.add(group, transaction),
+                Work::Transaction(transaction, audit) => self.add(group, transaction, audit),
                 Work::Piece(piece) => self.add_piece(group, piece),
             },
         };
@@ -297,7 +302,7 @@ impl Committer {
     }
 
     /// Adds one transaction to the group, whole or not at all.
-    fn add(&mut self, group: &mut Group, transaction: &Transaction) -> Answer {
+    fn add(&mut self, group: &mut Group, transaction: &Transaction, audit: &[Vec<u8>]) -> Answer {
         let Some(staged) = self.stage(group, transaction)? else { return Ok(transaction.base) };
         let seq = Seq(group.seq.0 + 1);
         // First, because it is the one part that could still fail.
@@ -333,6 +338,10 @@ impl Committer {
             ddl::delete_dropped(&self.inner.db, &mut group.batch, &group.catalog, &catalog.after);
             group.catalog = catalog.after.clone();
             self.catalog_changed = seq;
+        }
+        for said in audit {
+            let (key, record) = self.inner.audit.next(self.committed_at, Some(seq), said);
+            group.batch.put_cf(default, key, record);
         }
         self.mark(group, seq, staged.frame.len());
         group.seq = seq;

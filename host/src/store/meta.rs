@@ -16,6 +16,7 @@
 //! v/{namespace u32}{name}                the highest version of a deleted plugin
 //! l/{namespace u32}{seq u64}             the change log: a wire::Frame
 //! f/{number u64}         what a plugin failed on: a bounded list of records of the layers above
+//! a/{number u64}         the audit log, see `store/audit.rs`
 //! k/{seq u64}                            a mark in the change log: commit time and bytes logged so far, u64 each
 //! r/… e/…                receipts of writes, see `store/receipts.rs`
 //! s/{key}                settings of the layers above
@@ -77,6 +78,14 @@ pub(super) fn fault_key(number: u64) -> Vec<u8> {
 
 pub(super) fn read_fault_key(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(key.strip_prefix(b"f/")?.try_into().ok()?))
+}
+
+pub(super) fn audit_key(number: u64) -> Vec<u8> {
+    [&b"a/"[..], &number.to_be_bytes()].concat()
+}
+
+pub(super) fn read_audit_key(key: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(key.strip_prefix(b"a/")?.try_into().ok()?))
 }
 
 pub(super) fn setting_key(key: &str) -> Vec<u8> {
@@ -189,6 +198,8 @@ mod tests {
         assert_eq!(setting_key("k"), b"s/k");
         assert_eq!(fault_key(0x102), b"f/\0\0\0\0\0\0\x01\x02");
         assert_eq!(read_fault_key(&fault_key(7)), Some(7));
+        assert_eq!(audit_key(0x102), b"a/\0\0\0\0\0\0\x01\x02");
+        assert_eq!((read_audit_key(&audit_key(7)), read_audit_key(&fault_key(7))), (Some(7), None));
         assert_eq!(log_key(NamespaceId(3), Seq(4)), b"l/\0\0\0\x03\0\0\0\0\0\0\0\x04");
         assert_eq!(read_log_key(&log_key(NamespaceId(3), Seq(4))), Some((NamespaceId(3), Seq(4))));
         assert_eq!(read_log_key(b"l/\0\0\0\x03\0"), None);

@@ -24,17 +24,23 @@ impl Store {
         Ok(found)
     }
 
-    /// All or none; durable when it returns.
-    pub fn put_notes(&self, kind: &str, notes: &[NoteWrite]) -> Result<(), StoreError> {
-        self.write_notes(kind, notes, &synced())
+    /// All or none, and so is what the audit log is to say of it; durable when it returns.
+    pub fn put_notes(&self, kind: &str, notes: &[NoteWrite], audit: &[Vec<u8>]) -> Result<(), StoreError> {
+        self.write_notes(kind, notes, audit, &synced())
     }
 
     /// All or none, there after a crash of this process: a power cut may take the newest.
     pub fn leave_notes(&self, kind: &str, notes: &[NoteWrite]) -> Result<(), StoreError> {
-        self.write_notes(kind, notes, &WriteOptions::default())
+        self.write_notes(kind, notes, &[], &WriteOptions::default())
     }
 
-    fn write_notes(&self, kind: &str, notes: &[NoteWrite], options: &WriteOptions) -> Result<(), StoreError> {
+    fn write_notes(
+        &self,
+        kind: &str,
+        notes: &[NoteWrite],
+        audit: &[Vec<u8>],
+        options: &WriteOptions,
+    ) -> Result<(), StoreError> {
         if self.failed() {
             return Err(self.inner.refusal());
         }
@@ -45,6 +51,10 @@ impl Store {
                 Some(value) => batch.put(key, value),
                 None => batch.delete(key),
             }
+        }
+        for said in audit {
+            let (key, record) = self.inner.audit.next(self.inner.clock.now(), None, said);
+            batch.put(key, record);
         }
         self.inner.db.write_opt(batch, options).map_err(read_error)
     }

@@ -1,5 +1,6 @@
-//! What is kept for a while only: the change log (by commits, bytes and age) and the receipts of writes (by age). A thread of its own looks about once a
-//! second, and when the committer says that there is much; nothing of it is on the commit path.
+//! What is kept for a while only: the change log (by commits, bytes and age), the receipts of writes (by age) and the
+//! audit log (by number and age). A thread of its own looks about once a second, and when the committer says that there
+//! is much; nothing of it is on the commit path.
 //!
 //! The committer leaves a *mark* every so often: the seq, time and bytes of the log so far. So the oldest commit to be
 //! kept is found among a few marks, and what lies before it goes by one range deletion a namespace, together with the
@@ -13,7 +14,7 @@ use std::time::Duration;
 use rocksdb::{Direction, IteratorMode, WriteBatch, WriteOptions};
 
 use super::keys::successor;
-use super::{Inner, Seq, StoreError, meta, read_error, receipts};
+use super::{Inner, Seq, StoreError, audit, meta, read_error, receipts};
 
 /// Nothing here is urgent, and a look costs two reads.
 const TICK: Duration = Duration::from_secs(1);
@@ -68,7 +69,8 @@ impl Retention {
     pub(super) fn start(&self, inner: Arc<Inner>) {
         let work = move || {
             while inner.retention.wait() {
-                if let Err(error) = trim(&inner).and_then(|()| sweep_receipts(&inner)) {
+                let looked = trim(&inner).and_then(|()| sweep_receipts(&inner)).and_then(|()| audit::trim(&inner));
+                if let Err(error) = looked {
                     tracing::warn!(%error, "what is too old could not be removed; the next look tries again");
                 }
             }

@@ -399,7 +399,7 @@ fn faults_are_a_bounded_list_newest_first() {
 fn notes_are_kept_by_kind_and_key() {
     let (dir, store, _table) = with_table(table(1));
     let note = |key: &[u8], value: Option<&[u8]>| (key.to_vec(), value.map(<[u8]>::to_vec));
-    store.put_notes("b", &[note(b"2", Some(b"two")), note(b"1", Some(b"one"))]).unwrap();
+    store.put_notes("b", &[note(b"2", Some(b"two")), note(b"1", Some(b"one"))], &[]).unwrap();
     store.leave_notes("bc", &[note(b"1", Some(b"other"))]).unwrap();
     store.leave_notes("b", &[note(b"2", None), note(b"3", Some(b""))]).unwrap();
     let crashed = crash(dir.path());
@@ -791,6 +791,89 @@ fn a_receipt_is_kept_with_its_write_and_for_its_time() {
     assert_eq!(store.snapshot().receipt(&[7; 32]).unwrap().unwrap().outcome, [4]);
 }
 
+/// Numbers, seqs and what is said, newest first.
+fn audited(store: &Store) -> Vec<(u64, Option<Seq>, Vec<u8>)> {
+    let records = store.audit(u64::MAX, 1_000).unwrap().into_iter();
+    records.map(|record| (record.number, record.seq, record.said)).collect()
+}
+
+#[test]
+fn what_the_audit_log_says_of_a_commit_is_there_with_it() {
+    let (dir, store) = new_store();
+    let transaction = |catalog| Transaction {
+        namespace: MAIN,
+        base: store.snapshot().seq(),
+        rows: Vec::new(),
+        catalog,
+        receipt: None,
+    };
+    let put = |id: u32| vec![CatalogWrite::PutTable(Arc::new(table(id)))];
+    let both = vec![b"one".to_vec(), b"two".to_vec()];
+    let first = block_on(store.commit_audited(transaction(put(1)), both)).unwrap();
+    // What is refused, or changes nothing, is not said.
+    let unknown = vec![CatalogWrite::DropTable(TableId(99))];
+    let refused = block_on(store.commit_audited(transaction(unknown), vec![b"refused".to_vec()]));
+    assert!(refused.is_err(), "{refused:?}");
+    block_on(store.commit_audited(transaction(Vec::new()), vec![b"nothing".to_vec()])).unwrap();
+    store.put_notes("a", &[(b"1".to_vec(), None)], &[b"note".to_vec()]).unwrap();
+    let number = store.next_audit_number();
+    let counted = |said: &[u8]| AuditRecord { number, at: 5, seq: None, said: said.to_vec() };
+    store.leave_audit(&[counted(b"x 1")]).unwrap();
+    store.leave_audit(&[counted(b"x 2")]).unwrap();
+    let due = vec![
+        (4, None, b"x 2".to_vec()),
+        (3, None, b"note".to_vec()),
+        (2, Some(first), b"two".to_vec()),
+        (1, Some(first), b"one".to_vec()),
+    ];
+    assert_eq!(audited(&store), due);
+    let page = store.audit(4, 2).unwrap();
+    assert_eq!(page.iter().map(|record| record.number).collect::<Vec<_>>(), [3, 2]);
+    let crashed = crash(dir.path());
+    drop(store);
+    for dir in [&dir, &crashed] {
+        let store = open_with(&options(dir.path()));
+        assert_eq!(audited(&store), due);
+        assert_eq!(store.next_audit_number(), 5);
+    }
+}
+
+#[test]
+fn the_audit_log_is_kept_by_number_and_age() {
+    let dir = tempfile::tempdir().unwrap();
+    let hour = Duration::from_secs(3_600);
+    let options = StoreOptions { audit_records: 80, audit_age: hour, ..options(dir.path()) };
+    // Not started: it is trimmed here alone.
+    let store = Store::open(&options).unwrap();
+    let say = |count: usize| (0..count).for_each(|_| store.put_notes("a", &[], &[b"said".to_vec()]).unwrap());
+    let on_disk = || {
+        let entries = store.inner.db.iterator(rocksdb::IteratorMode::From(b"a/", rocksdb::Direction::Forward));
+        entries.take_while(|entry| entry.as_ref().unwrap().0.starts_with(b"a/")).count()
+    };
+    say(85);
+    audit::trim(&store.inner).unwrap();
+    assert_eq!((audited(&store).len(), on_disk()), (80, 85), "cut in steps, and not shown");
+    say(15);
+    audit::trim(&store.inner).unwrap();
+    assert_eq!((audited(&store).len(), on_disk()), (80, 80));
+    // What is counted on after it was removed does not come back.
+    store.leave_audit(&[AuditRecord { number: 7, at: 5, seq: None, said: b"late".to_vec() }]).unwrap();
+    assert_eq!(on_disk(), 80);
+
+    store.inner.clock.leap(hour.as_micros() as i64 * 3 / 4);
+    say(3);
+    audit::trim(&store.inner).unwrap();
+    store.inner.clock.leap(hour.as_micros() as i64 / 2);
+    audit::trim(&store.inner).unwrap();
+    assert_eq!(audited(&store).iter().map(|record| record.0).collect::<Vec<_>>(), [103, 102, 101]);
+    // The newest stays: numbers are not given twice.
+    store.inner.clock.leap(hour.as_micros() as i64 * 2);
+    audit::trim(&store.inner).unwrap();
+    assert_eq!((audited(&store).len(), on_disk()), (1, 1));
+    drop(store);
+    assert_eq!(Store::open(&options).unwrap().next_audit_number(), 104);
+}
+
 #[test]
 fn too_large_a_commit_is_refused_whole() {
     let (_dir, store, table) = with_table(table(1));
@@ -814,20 +897,15 @@ fn the_queue_is_bounded() {
     let waiting: Vec<_> = (0..9)
         .map(|id| {
             let rows = vec![write(&snapshot, &table, &Scope::Shared, id, Some(&text))];
-            store.queue.push(Transaction {
-                namespace: MAIN,
-                base: snapshot.seq(),
-                rows,
-                catalog: Vec::new(),
-                receipt: None,
-            })
+            let (base, catalog) = (snapshot.seq(), Vec::new());
+            store.queue.push(Transaction { namespace: MAIN, base, rows, catalog, receipt: None }, Vec::new())
         })
         .collect();
     assert_eq!(waiting.iter().filter(|outcome| outcome.is_ok()).count(), 4);
     assert!(waiting.iter().skip(4).all(|outcome| matches!(outcome, Err(CommitError::Busy))));
     drop(waiting);
     let small = || Transaction { namespace: MAIN, base: Seq(0), rows: Vec::new(), catalog: Vec::new(), receipt: None };
-    let outcomes: Vec<_> = (0..1100).map(|_| store.queue.push(small())).collect();
+    let outcomes: Vec<_> = (0..1100).map(|_| store.queue.push(small(), Vec::new())).collect();
     assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1020);
 
     // Once started, what waited is answered.

@@ -11,6 +11,7 @@ use crate::catalog::{Catalog, NamespaceId, Plugin, Stage};
 use crate::db::trial::{Job, Trial};
 use crate::db::{Db, DbError, Identity, blocking, unknown_namespace};
 use crate::plugins::registry::Owner;
+use crate::sql::Refusal;
 use crate::store::StoreError;
 
 /// What was noted, and what becomes of it now.
@@ -42,8 +43,9 @@ impl Db {
             )));
         };
         if is_theirs(who, &record) {
-            let message = "what it failed on is a row of another user, who alone may run it again";
-            return Err(DbError::Forbidden(message.to_owned()));
+            let message = "what it failed on is a row of another user, who alone may run it again".to_owned();
+            let object = format!("{namespace}.{plugin}");
+            return Err(DbError::Forbidden(Box::new(Refusal { what: "replay", object, message })));
         }
         let stages = stages(&catalog, namespace, &run)?;
         let Some((last, _)) = stages.last() else { return Err(not_kept(number, "the parameters of its live query")) };
@@ -61,7 +63,9 @@ impl Db {
         let stages: Vec<Stage> = stages.into_iter().map(|(_, stage)| stage).collect();
         let plugins = self.inner.plugins.clone();
         let job = move || Job { owner, stages: &stages, kind, schema: &schema, images, measure: false }.run(&plugins);
-        Ok(Replay { noted, trial: blocking(job).await?? })
+        let trial = blocking(job).await??;
+        self.audit(who, "plugin", "replay", &format!("{namespace}.{plugin}"));
+        Ok(Replay { noted, trial })
     }
 }
 
