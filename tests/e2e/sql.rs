@@ -261,6 +261,7 @@ async fn mistakes_are_explained() {
     db.sql("INSERT INTO t VALUES (1, 'a')").await;
     for (sql, codes) in [
         ("SELEC 1", &["syntax"][..]),
+        ("SELECT id, FROM t", &["syntax"]),
         ("SELECT * FROM nowhere", &["unknown_table"]),
         ("SELECT nothing FROM t", &["unknown_column"]),
         ("INSERT INTO t VALUES (1, 'again')", &["duplicate_key"]),
@@ -275,6 +276,8 @@ async fn mistakes_are_explained() {
     }
     let problem = db.try_sql("SELECT id FROM t WHERE", json!([])).await.expect_err("half a query").body;
     assert!(problem["position"].is_number(), "{problem}");
+    let problem = db.try_sql("SELECT id, name, FROM t", json!([])).await.expect_err("a comma too many").body;
+    assert_eq!(problem["position"], 15, "{problem}");
 
     let request = |body: &'static str| {
         db.request(Method::POST, "/v1/sql").header(header::CONTENT_TYPE, "application/json").body(body)
