@@ -298,3 +298,24 @@ async fn an_update_in_bulk_does_not_depend_on_its_commits() {
     let last = format!("SELECT count(*), count(*) FILTER (WHERE n = id + {}) FROM t", 8 * IDS);
     assert_eq!(db.rows(&last).await, json!([[IDS, IDS]]));
 }
+
+/// The prompt of a shell stuck to what curl printed.
+#[tokio::test]
+async fn a_json_document_ends_its_line() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    for request in [
+        query(&db, "SELECT * FROM t", "application/json"),
+        query(&db, "SELECT nothing FROM t", "application/json"),
+        rows(&db, "t", NDJSON, "{\"id\": 1}\n"),
+        db.get("/v1/plugins"),
+        db.request(Method::POST, "/v1/auth/ticket").json(&json!({"sql": "SELECT * FROM t"})),
+    ] {
+        let response = request.send().await.unwrap();
+        let announced = response.content_length();
+        let text = response.text().await.unwrap();
+        assert!(text.ends_with("}\n"), "{text:?}");
+        assert_eq!(announced, Some(text.len() as u64), "{text:?}");
+    }
+}

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 
 use arrow::record_batch::RecordBatch;
-use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, Uri};
@@ -14,7 +13,7 @@ use wire::abi::ManifestLine;
 use super::auth::Caller;
 use super::body::receive;
 use super::error::Problem;
-use super::json::time;
+use super::json::{Json, time};
 use super::request::{no_parameters, once, pairs, parse, unknown_parameter};
 use super::routes::{App, media_type, wrong_type};
 use crate::catalog::{DEFAULT_NAMESPACE, Plugin, PluginKind};
@@ -22,7 +21,7 @@ use crate::db::{PluginErrorEntry, PluginLogs, Replay, Trial, TrialRequest, Trial
 use crate::plugins::logs::LogLine;
 
 type Names = HashMap<String, String>;
-type Answer = Result<(StatusCode, Json<Value>), Problem>;
+type Answer = Result<(StatusCode, Json), Problem>;
 
 /// Namespace and name from the path; `/v1/plugins/{name}` means the default namespace.
 fn names(path: &Names) -> (&str, &str) {

@@ -12,7 +12,6 @@ mod ndjson;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, Uri};
@@ -22,6 +21,7 @@ use serde_json::json;
 use super::auth::Caller;
 use super::body::Incoming;
 use super::error::Problem;
+use super::json::Json;
 use super::request;
 use super::routes::{App, mark_replayed, media_type, wrong_type};
 use crate::db::{BulkFailure, BulkInsert, BulkOptions, BulkReport, BulkRows};
