@@ -287,6 +287,17 @@ async fn mistakes_are_explained() {
         assert_eq!(answer.status(), 400, "{body}");
     }
     expect_problem(db.get("/v1/nothing"), 404, "not_found").await;
+    for (method, path, allowed) in [
+        (Method::PUT, "/v1/sql", "GET,HEAD,POST"),
+        (Method::DELETE, "/v1/plugins", "GET,HEAD"),
+        (Method::POST, "/v1/plugins/late/sing", "GET,HEAD,PUT,DELETE"),
+    ] {
+        let answer = db.request(method.clone(), path).send().await.unwrap();
+        assert_eq!(answer.headers()[header::ALLOW], allowed, "{method} {path}");
+        let problem = expect_problem(db.request(method, path), 405, "method_not_allowed").await;
+        let detail = problem["detail"].as_str().unwrap_or_default();
+        assert!(allowed.split(',').all(|allowed| detail.contains(allowed)), "{detail}");
+    }
     assert_eq!(db.rows("SELECT * FROM t").await, json!([[1, "a"]]));
 }
 

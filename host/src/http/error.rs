@@ -5,7 +5,7 @@
 //! details, which the client does not see).
 
 use axum::body::Body;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
@@ -24,16 +24,26 @@ pub struct Problem {
     /// Members of this problem alone, such as `position`.
     extra: Vec<(&'static str, Value)>,
     retry_after: Option<u32>,
+    /// What would have been possible instead, as a header lists it.
+    allow: Option<HeaderValue>,
 }
 
 impl Problem {
     pub fn new(status: u16, code: &'static str, detail: impl Into<String>) -> Problem {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Problem { status, code, detail: detail.into(), extra: Vec::new(), retry_after: None }
+        Problem { status, code, detail: detail.into(), extra: Vec::new(), retry_after: None, allow: None }
     }
 
     pub fn bad_request(detail: impl Into<String>) -> Problem {
         Problem::new(400, "bad_request", detail)
+    }
+
+    /// `allow` lists the methods that there are, as the header of that name does. `hint`: what to do.
+    pub fn not_allowed(method: &Method, path: &str, allow: HeaderValue, hint: Option<&str>) -> Problem {
+        let methods: Vec<&str> = allow.to_str().unwrap_or_default().split(',').map(str::trim).collect();
+        let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
+        let detail = format!("{method} is not possible at {path}; possible are {}{hint}", methods.join(", "));
+        Problem { allow: Some(allow), ..Problem::new(405, "method_not_allowed", detail) }
     }
 
     /// In the contract, but not in this build.
@@ -95,6 +105,9 @@ impl IntoResponse for Problem {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(allow) = self.allow {
+            headers.insert(header::ALLOW, allow);
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"tidegate\""));
@@ -244,6 +257,15 @@ mod tests {
     fn server_faults_are_not_explained_to_clients() {
         let problem = check(StoreError::Corrupt("block 17 of /secret/path".to_owned()).into(), 500, "internal");
         assert!(!problem.body().to_string().contains("secret"));
+    }
+
+    #[test]
+    fn what_is_possible_instead_is_named() {
+        let allow = HeaderValue::from_static("GET,HEAD");
+        let problem = Problem::not_allowed(&Method::PUT, "/v1/plugins", allow.clone(), Some("say so"));
+        assert_eq!(problem.detail, "PUT is not possible at /v1/plugins; possible are GET, HEAD; say so");
+        let response = problem.into_response();
+        assert_eq!((response.status().as_u16(), &response.headers()[header::ALLOW]), (405, &allow));
     }
 
     #[test]

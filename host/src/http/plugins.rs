@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use arrow::record_batch::RecordBatch;
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use wire::abi::ManifestLine;
@@ -194,7 +194,9 @@ pub async fn act(
         false => (DEFAULT_NAMESPACE, part("namespace"), part("name")),
     };
     if !matches!(action, "rollback" | "try" | "replay") {
-        return Err(Problem::new(405, "method_not_allowed", "POST is not possible here; upload a plugin with PUT"));
+        let allow = HeaderValue::from_static("GET,HEAD,PUT,DELETE");
+        let hint = "upload a plugin with PUT, or POST to its rollback, try or replay";
+        return Err(Problem::not_allowed(&Method::POST, uri.path(), allow, Some(hint)));
     }
     let received = receive(&headers, body, app.options.body_bytes, &app.budget).await?;
     if action == "rollback" {
