@@ -240,6 +240,8 @@ async fn rows_that_are_there_already_are_refused_left_or_updated() {
     for request in [rows(&db, "t", NDJSON, refused), resolving(&db, "t", "error", NDJSON, refused)] {
         let problem = expect_problem(request, 409, "duplicate_key").await;
         assert_eq!((&problem["row"], &problem["committed_rows"]), (&json!(2), &json!(0)), "{problem}");
+        let detail = problem["detail"].as_str().unwrap();
+        assert!(detail.contains("?on_conflict=nothing") && detail.contains("?on_conflict=update"), "{detail}");
     }
 
     // Whatever is in the way: the key, a unique value, a row of the same body.
@@ -273,7 +275,8 @@ async fn rows_that_are_there_already_are_refused_left_or_updated() {
 
     // By the key alone: another row's unique value is in the way, and no value is taken where none may be.
     let problem = expect_problem(resolving(&db, "t", "update", CSV, "id,name\n2,a\n"), 409, "duplicate_key").await;
-    assert!(problem["detail"].as_str().unwrap().contains("is unique"), "{problem}");
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains("is unique") && !detail.contains("?on_conflict"), "it was said already: {detail}");
     expect_problem(resolving(&db, "t", "update", CSV, "id,n\n1,x\n"), 400, "invalid_value").await;
     expect_problem(resolving(&db, "t", "update", CSV, "n\n1\n"), 400, "not_null").await;
     db.sql("CREATE TABLE log (line TEXT)").await;

@@ -62,6 +62,12 @@ impl Problem {
         self
     }
 
+    /// Says last what to do about it.
+    pub fn hinting(mut self, hint: &str) -> Problem {
+        self.detail = format!("{}; {hint}", self.detail);
+        self
+    }
+
     pub fn with(mut self, name: &'static str, value: Value) -> Problem {
         self.extra.push((name, value));
         self
