@@ -382,6 +382,7 @@ mod tests {
             size: 10,
             uploaded_at: 1_357_017_300_000_000,
             uploaded_by: "admin".to_owned(),
+            restored: None,
         };
         let expect = json!({
             "name": "late", "namespace": "main", "version": 3, "active": true, "sha256": "ab", "kinds": ["row_filter"],
