@@ -803,6 +803,25 @@ async fn limits_hold() {
     assert_eq!(bench.run("SELECT 1").await, "1");
 }
 
+/// A join keeps the batches of its left side. Where they have no columns they seemed to weigh nothing, and millions of
+/// them were gigabytes outside of the pool.
+#[tokio::test(flavor = "multi_thread")]
+async fn batches_without_columns_weigh_something() {
+    let bench = bench_with(|options| {
+        options.deadline = Duration::from_secs(10);
+        options.memory_bytes = 1 << 20;
+        options.batch_rows = 64;
+    });
+    bench.run("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    let rows: Vec<String> = (0..1_000).map(|id| format!("({id})")).collect();
+    assert_eq!(bench.run(&format!("INSERT INTO t VALUES {}", rows.join(", "))).await, "affected 1000");
+    // What the second join keeps are the 16,000 batches of the first.
+    let outcome = bench.run_as("alice", "SELECT count(*) FROM t a, t b, t c", &[]).await;
+    assert!(matches!(outcome, Err(SqlError::Limit(_))), "{outcome:?}");
+    // The first join keeps 16.
+    assert_eq!(bench.run("SELECT count(*) FROM t a, t b").await, "1000000");
+}
+
 /// Constants that something is compared with are no part of what is compiled; all others are.
 #[tokio::test(flavor = "multi_thread")]
 async fn live_queries_of_one_shape_share_what_is_compiled() {
