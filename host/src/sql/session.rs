@@ -628,3 +628,46 @@ fn session_config(options: &SqlOptions) -> SessionConfig {
     settings.catalog.default_catalog = super::information::CATALOG_NAME.to_owned();
     config
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(rules: &[Arc<dyn PhysicalOptimizerRule + Send + Sync>]) -> Vec<&str> {
+        rules.iter().map(|rule| rule.name()).collect()
+    }
+
+    /// They are chosen by name, so one that is renamed by an upgrade of DataFusion would come back, or be gone, in silence;
+    /// and one that is new is to be looked at before it is let in.
+    #[test]
+    fn the_physical_rules_are_those_that_were_looked_at() {
+        let all = [
+            "OutputRequirements",
+            "aggregate_statistics",
+            "join_selection",
+            "LimitedDistinctAggregation",
+            "WindowTopN",
+            "EnsureRequirements",
+            "CombinePartialFinalAggregate",
+            "OptimizeAggregateOrder",
+            "ProjectionPushdown",
+            "OutputRequirements",
+            "LimitAggregation",
+            "LimitPushPastWindows",
+            "HashJoinBuffering",
+            "LimitPushdown",
+            "TopKRepartition",
+            "ProjectionPushdown",
+            "PushdownSort",
+            "EnsureCooperative",
+            "SanityCheckPlan",
+            "YieldingJoins",
+        ];
+        assert_eq!(names(&physical_rules()), all);
+        let plain = ["ProjectionPushdown", "LimitPushdown", "ProjectionPushdown", "EnsureCooperative"];
+        assert_eq!(names(&plain_rules()), plain);
+        let left_out = PhysicalOptimizer::new().rules;
+        let left_out = names(&left_out).into_iter().filter(|name| !all.contains(name)).collect::<Vec<_>>();
+        assert_eq!(left_out, ["FilterPushdown", "FilterPushdown(Post)"]);
+    }
+}
