@@ -18,7 +18,7 @@ use quick_cache::sync::Cache;
 
 use super::dml::by_key::RowPlan;
 use super::provider::Rows;
-use super::{Param, RequestEnv, Statement, dml};
+use super::{Param, RequestEnv, Statement, dml, narrow};
 
 /// What is kept of a statement besides its text, roughly: syntax tree or plan.
 const ENTRY_BYTES: u64 = 4 * 1024;
@@ -247,8 +247,10 @@ fn is_brief(expr: &Expr) -> bool {
                         | Operator::IsNotDistinctFrom
                 )
         }
-        // Arithmetic that is checked (`exact.rs`, `decimals.rs`).
-        Expr::ScalarFunction(call) => matches!(call.func.name(), "+" | "-" | "*" | "kept"),
+        // Arithmetic and casts that are checked (`exact.rs`, `decimals.rs`, `narrow.rs`).
+        Expr::ScalarFunction(call) => {
+            matches!(call.func.name(), "+" | "-" | "*" | "kept") || narrow::NAMES.contains(&call.func.name())
+        }
         _ => false,
     }
 }

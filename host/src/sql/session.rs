@@ -31,6 +31,7 @@ use super::context::{Names, bind, symbolic};
 use super::dml::by_key;
 use super::error::from_datafusion;
 use super::exact::exact;
+use super::mixed::marked;
 use super::planner::{Planner, folding, on_large_stack};
 use super::plans::{Key, Plans, Template, is_recursive};
 use super::pool::StatementPool;
@@ -489,6 +490,7 @@ impl Engine {
 
     /// Types coerced, and where DataFusion would answer wrongly, said otherwise; nothing else changed.
     pub(crate) fn analyze(&self, plan: LogicalPlan) -> Result<LogicalPlan, DataFusionError> {
+        let plan = marked(plan)?;
         exact(self.state.analyzer().execute_and_check(plan, self.state.config_options(), |_, _| {})?)
     }
 
