@@ -265,6 +265,15 @@ pub struct Plugin {
     /// Microseconds since 1970.
     pub uploaded_at: i64,
     pub uploaded_by: String,
+    /// Made by a rollback: the upload whose module it is again.
+    pub restored: Option<u32>,
+}
+
+impl Plugin {
+    /// The upload that its module comes from.
+    pub fn upload(&self) -> u32 {
+        self.restored.unwrap_or(self.version)
+    }
 }
 
 /// One stage of a pipeline: which module with which parameters (JSON object text).

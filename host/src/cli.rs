@@ -167,7 +167,7 @@ pub enum Plugin {
     /// Makes an earlier version's module active again, as a version of its own.
     Rollback {
         name: String,
-        /// Which [default: the one before the active one].
+        /// Which [default: the one before that whose module is active].
         #[arg(long)]
         version: Option<u32>,
         #[command(flatten)]

@@ -16,6 +16,8 @@ pub mod json_row;
 mod leaf;
 pub mod live;
 pub mod lookup;
+mod mixed;
+mod narrow;
 pub mod planner;
 pub mod plans;
 mod pool;

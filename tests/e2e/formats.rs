@@ -240,6 +240,8 @@ async fn rows_that_are_there_already_are_refused_left_or_updated() {
     for request in [rows(&db, "t", NDJSON, refused), resolving(&db, "t", "error", NDJSON, refused)] {
         let problem = expect_problem(request, 409, "duplicate_key").await;
         assert_eq!((&problem["row"], &problem["committed_rows"]), (&json!(2), &json!(0)), "{problem}");
+        let detail = problem["detail"].as_str().unwrap();
+        assert!(detail.contains("?on_conflict=nothing") && detail.contains("?on_conflict=update"), "{detail}");
     }
 
     // Whatever is in the way: the key, a unique value, a row of the same body.
@@ -273,7 +275,8 @@ async fn rows_that_are_there_already_are_refused_left_or_updated() {
 
     // By the key alone: another row's unique value is in the way, and no value is taken where none may be.
     let problem = expect_problem(resolving(&db, "t", "update", CSV, "id,name\n2,a\n"), 409, "duplicate_key").await;
-    assert!(problem["detail"].as_str().unwrap().contains("is unique"), "{problem}");
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains("is unique") && !detail.contains("?on_conflict"), "it was said already: {detail}");
     expect_problem(resolving(&db, "t", "update", CSV, "id,n\n1,x\n"), 400, "invalid_value").await;
     expect_problem(resolving(&db, "t", "update", CSV, "n\n1\n"), 400, "not_null").await;
     db.sql("CREATE TABLE log (line TEXT)").await;
@@ -297,4 +300,25 @@ async fn an_update_in_bulk_does_not_depend_on_its_commits() {
     assert!(answer["commits"].as_u64().unwrap() > 1, "{answer}");
     let last = format!("SELECT count(*), count(*) FILTER (WHERE n = id + {}) FROM t", 8 * IDS);
     assert_eq!(db.rows(&last).await, json!([[IDS, IDS]]));
+}
+
+/// The prompt of a shell stuck to what curl printed.
+#[tokio::test]
+async fn a_json_document_ends_its_line() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    for request in [
+        query(&db, "SELECT * FROM t", "application/json"),
+        query(&db, "SELECT nothing FROM t", "application/json"),
+        rows(&db, "t", NDJSON, "{\"id\": 1}\n"),
+        db.get("/v1/plugins"),
+        db.request(Method::POST, "/v1/auth/ticket").json(&json!({"sql": "SELECT * FROM t"})),
+    ] {
+        let response = request.send().await.unwrap();
+        let announced = response.content_length();
+        let text = response.text().await.unwrap();
+        assert!(text.ends_with("}\n"), "{text:?}");
+        assert_eq!(announced, Some(text.len() as u64), "{text:?}");
+    }
 }

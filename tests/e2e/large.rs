@@ -118,6 +118,30 @@ async fn a_table_leaves_in_pieces_and_never_as_a_whole() {
     assert!(lengths.iter().all(|length| *length > least), "{lengths:?} bytes of {rows} rows");
 }
 
+/// A large result over a slow line ended at the deadline, however quickly it was computed: what it waited for its reader
+/// was counted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_result_that_waits_for_its_reader_is_read_to_its_end() {
+    const ROWS: usize = 60_000;
+    let config = "[sql]\ndeadline_ms = 3000\n".to_owned();
+    let server = TestServer::with(Options { config, ..Options::default() }).await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY, text TEXT)").await;
+    // More than all sockets and buffers on the way hold, in many batches.
+    load(&db, "t", ROWS, 1_000).await;
+    // Computed on a thread of its own, which has nothing ready when the reader comes back for more.
+    let mut response = select(&db, "SELECT id, upper(text) AS text FROM t", "application/x-ndjson").await;
+    let first = response.chunk().await.expect("it arrives").expect("a first piece").len();
+    // As long as this takes, nobody reads: it ends at the deadline, which is then over for the other as well.
+    let endless = "SELECT count(*) FROM t a, t b, t c WHERE a.id + b.id + c.id = -1";
+    let failure = db.try_sql(endless, json!([])).await.expect_err("it would run for days");
+    assert_eq!(failure.body["code"], "deadline", "{failure:?}");
+    let rest = response.text().await.expect("the rest of it");
+    assert!(first + rest.len() > ROWS * 1_000, "{first} and {} bytes", rest.len());
+    let last: serde_json::Value = serde_json::from_str(rest.lines().last().unwrap_or_default()).expect("a row");
+    assert_eq!(last["id"], json!(ROWS - 1), "{last}");
+}
+
 /// A few rows that are as large as a commit may be: no batch of them may be a thousand times that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn very_long_texts_are_taken_a_few_at_a_time() {

@@ -261,6 +261,7 @@ async fn mistakes_are_explained() {
     db.sql("INSERT INTO t VALUES (1, 'a')").await;
     for (sql, codes) in [
         ("SELEC 1", &["syntax"][..]),
+        ("SELECT id, FROM t", &["syntax"]),
         ("SELECT * FROM nowhere", &["unknown_table"]),
         ("SELECT nothing FROM t", &["unknown_column"]),
         ("INSERT INTO t VALUES (1, 'again')", &["duplicate_key"]),
@@ -275,6 +276,8 @@ async fn mistakes_are_explained() {
     }
     let problem = db.try_sql("SELECT id FROM t WHERE", json!([])).await.expect_err("half a query").body;
     assert!(problem["position"].is_number(), "{problem}");
+    let problem = db.try_sql("SELECT id, name, FROM t", json!([])).await.expect_err("a comma too many").body;
+    assert_eq!(problem["position"], 15, "{problem}");
 
     let request = |body: &'static str| {
         db.request(Method::POST, "/v1/sql").header(header::CONTENT_TYPE, "application/json").body(body)
@@ -284,6 +287,17 @@ async fn mistakes_are_explained() {
         assert_eq!(answer.status(), 400, "{body}");
     }
     expect_problem(db.get("/v1/nothing"), 404, "not_found").await;
+    for (method, path, allowed) in [
+        (Method::PUT, "/v1/sql", "GET,HEAD,POST"),
+        (Method::DELETE, "/v1/plugins", "GET,HEAD"),
+        (Method::POST, "/v1/plugins/late/sing", "GET,HEAD,PUT,DELETE"),
+    ] {
+        let answer = db.request(method.clone(), path).send().await.unwrap();
+        assert_eq!(answer.headers()[header::ALLOW], allowed, "{method} {path}");
+        let problem = expect_problem(db.request(method, path), 405, "method_not_allowed").await;
+        let detail = problem["detail"].as_str().unwrap_or_default();
+        assert!(allowed.split(',').all(|allowed| detail.contains(allowed)), "{detail}");
+    }
     assert_eq!(db.rows("SELECT * FROM t").await, json!([[1, "a"]]));
 }
 

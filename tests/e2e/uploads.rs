@@ -35,6 +35,45 @@ async fn act(db: &Client, path: &str, body: Value) -> (u16, Value) {
     (response.status().as_u16(), response.json().await.unwrap())
 }
 
+/// The second of two rollbacks went to the version before the first one's, by number: to what had turned out wrong.
+#[tokio::test]
+async fn rollbacks_go_further_back_and_never_to_what_they_left() {
+    let mut server = TestServer::start().await;
+    let db = server.admin();
+    let module = |count: usize| {
+        let more = "(drop (i32.const 1))".repeat(count);
+        with(&format!("(func (export \"tg_filter\") (param i32 i32 i32) (result i64) {more} (i64.const 0))"))
+    };
+    let mut hashes = Vec::new();
+    for count in 1..=3 {
+        hashes.push(db.put_plugin("p", module(count)).await["sha256"].clone());
+    }
+    let (status, back) = act(&db, "p/rollback", json!({})).await;
+    assert_eq!((status, &back["version"], &back["sha256"]), (200, &json!(4), &hashes[1]));
+    // What was gone back from is known after a restart as well.
+    server.kill9();
+    server.restart().await;
+    let (status, back) = act(&db, "p/rollback", json!({})).await;
+    assert_eq!((status, &back["version"], &back["sha256"]), (200, &json!(5), &hashes[0]));
+    let (status, refused) = act(&db, "p/rollback", json!({})).await;
+    let detail = refused["detail"].as_str().unwrap();
+    assert!(status == 404 && detail.contains("no earlier version than 1") && detail.contains("upload"), "{refused}");
+
+    // By number, everything is in reach; from there it goes on.
+    let (status, back) = act(&db, "p/rollback", json!({"version": 3})).await;
+    assert_eq!((status, &back["sha256"]), (200, &hashes[2]));
+    assert_eq!(act(&db, "p/rollback", json!({})).await.1["sha256"], hashes[1]);
+    // A new upload comes from what was active before it, not from a number that is less by one.
+    let mended = db.put_plugin("p", module(4)).await;
+    assert_eq!(mended["version"], 8);
+    assert_eq!(act(&db, "p/rollback", json!({})).await.1["sha256"], hashes[1]);
+    assert_eq!(act(&db, "p/rollback", json!({})).await.1["sha256"], hashes[0]);
+    // The same module once more is an upload like any other, and is gone back from like any other.
+    db.put_plugin("p", module(2)).await;
+    assert_eq!(act(&db, "p/rollback", json!({})).await.1["sha256"], hashes[0]);
+    assert_eq!(act(&db, "p/rollback", json!({})).await.0, 404);
+}
+
 #[tokio::test]
 async fn a_rollback_is_an_activation_and_numbers_are_never_used_again() {
     let mut server = TestServer::start().await;

@@ -141,6 +141,7 @@ pub async fn expect_problem(request: RequestBuilder, status: u16, code: &str) ->
     let body = response.text().await.expect("a body");
     assert_eq!(got, status, "status; body: {body}");
     assert!(content_type.starts_with("application/problem+json"), "content type {content_type}; body: {body}");
+    assert!(body.ends_with("}\n"), "a document ends its line: {body}");
     let problem: Value = serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error} in {body}"));
     assert!(code.split('|').any(|code| problem["code"] == code), "code {code}; problem: {problem}");
     assert_eq!(problem["status"], status, "status in the document: {problem}");

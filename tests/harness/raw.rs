@@ -18,7 +18,7 @@ pub struct Answer {
 impl Answer {
     /// The statuses of the answers, in order.
     pub fn statuses(&self) -> Vec<u16> {
-        // An answer follows the body of the one before without a line break between them.
+        // An answer follows the body of the one before, which need not end in a line break.
         let answers = self.text.split("HTTP/1.").skip(1);
         answers.filter_map(|answer| answer.split(' ').nth(1)?.parse().ok()).collect()
     }

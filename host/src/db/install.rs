@@ -56,7 +56,8 @@ impl Db {
     }
 
     /// Makes an earlier version's module the active one again: as a version of its own, because a version's number says
-    /// when it was active. Without a number, the version before the active one.
+    /// when it was active. Without a number, the version before the one whose module is active, so that going back once
+    /// more never leads to what was gone back from.
     pub async fn roll_back(
         &self,
         who: &Identity,
@@ -72,13 +73,10 @@ impl Db {
             let versions = versions(catalog, namespace, name)?;
             let target = match version {
                 Some(version) => versions.iter().find(|plugin| plugin.version == version),
-                None => versions.iter().rev().nth(1),
+                None => earlier(versions),
             };
             let (Some(target), Some(active)) = (target, versions.last()) else {
-                let wanted =
-                    version.map_or_else(|| "earlier version".to_owned(), |version| format!("version {version}"));
-                let message = format!("plugin \"{name}\" has no {wanted}; {}", there_are(versions));
-                return Err(DbError::NotFound(message));
+                return Err(DbError::NotFound(nowhere_back(name, version, versions)));
             };
             if target.sha256 == active.sha256 {
                 let (plugin, seq) = (active.clone(), snapshot.seq());
@@ -90,6 +88,7 @@ impl Db {
                 version: catalog.next_plugin_version(namespace, name),
                 uploaded_at: now_micros(),
                 uploaded_by: who.user.to_string(),
+                restored: Some(target.upload()),
                 ..Plugin::clone(target)
             });
             let write = CatalogWrite::PutPlugin { plugin: plugin.clone(), wasm };
@@ -170,6 +169,31 @@ fn versions<'c>(catalog: &'c Catalog, namespace: &str, name: &str) -> Result<&'c
     })
 }
 
+/// The newest version before the upload that is active (again), but for modules that were gone back from since.
+fn earlier(versions: &[Arc<Plugin>]) -> Option<&Arc<Plugin>> {
+    let base = versions.last()?.upload();
+    let left = |module: &Plugin| {
+        let mut uploads = versions.iter().filter(|other| other.version >= base && other.restored.is_none());
+        uploads.any(|other| other.sha256 == module.sha256)
+    };
+    versions.iter().rev().find(|plugin| plugin.version < base && !left(plugin))
+}
+
+/// Why there is no version to go back to, and what can be done.
+fn nowhere_back(name: &str, version: Option<u32>, versions: &[Arc<Plugin>]) -> String {
+    let there_are = there_are(versions);
+    if let Some(version) = version {
+        return format!("plugin \"{name}\" has no version {version}; {there_are}");
+    }
+    match versions.last().and_then(|active| active.restored) {
+        Some(first) => format!(
+            "plugin \"{name}\" has no earlier version than {first}, whose module is active; {there_are}: say which \
+             (\"version\"), or upload a mended one"
+        ),
+        None => format!("plugin \"{name}\" has no earlier version to go back to; {there_are}: upload a mended one"),
+    }
+}
+
 /// The version that `name`, `name@3` or `name@sha256:…` means.
 pub(super) fn stored_version(catalog: &Catalog, namespace: &str, asked: &str) -> Result<Arc<Plugin>, DbError> {
     let (name, pin) = match asked.split_once('@') {
@@ -223,6 +247,7 @@ fn describe(
         size: inspected.wasm.len() as u64,
         uploaded_at: now_micros(),
         uploaded_by: who.user.to_string(),
+        restored: None,
     }
 }
 

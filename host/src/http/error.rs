@@ -5,10 +5,11 @@
 //! details, which the client does not see).
 
 use axum::body::Body;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::json::document;
 use crate::db::DbError;
 use crate::plugins::PluginError;
 use crate::sql::{Refusal, SqlError};
@@ -25,12 +26,22 @@ pub struct Problem {
     retry_after: Option<u32>,
     /// What was refused, for the audit log. It goes with the response, to whoever knows who asked.
     refusal: Option<Box<Refusal>>,
+    /// What would have been possible instead, as a header lists it.
+    allow: Option<HeaderValue>,
 }
 
 impl Problem {
     pub fn new(status: u16, code: &'static str, detail: impl Into<String>) -> Problem {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Problem { status, code, detail: detail.into(), extra: Vec::new(), retry_after: None, refusal: None }
+        Problem {
+            status,
+            code,
+            detail: detail.into(),
+            extra: Vec::new(),
+            retry_after: None,
+            refusal: None,
+            allow: None,
+        }
     }
 
     pub fn forbidden(refusal: Box<Refusal>) -> Problem {
@@ -40,6 +51,14 @@ impl Problem {
 
     pub fn bad_request(detail: impl Into<String>) -> Problem {
         Problem::new(400, "bad_request", detail)
+    }
+
+    /// `allow` lists the methods that there are, as the header of that name does. `hint`: what to do.
+    pub fn not_allowed(method: &Method, path: &str, allow: HeaderValue, hint: Option<&str>) -> Problem {
+        let methods: Vec<&str> = allow.to_str().unwrap_or_default().split(',').map(str::trim).collect();
+        let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
+        let detail = format!("{method} is not possible at {path}; possible are {}{hint}", methods.join(", "));
+        Problem { allow: Some(allow), ..Problem::new(405, "method_not_allowed", detail) }
     }
 
     /// In the contract, but not in this build.
@@ -55,6 +74,12 @@ impl Problem {
     /// Says first which part of the request it is about.
     pub fn within(mut self, part: &str) -> Problem {
         self.detail = format!("{part}: {}", self.detail);
+        self
+    }
+
+    /// Says last what to do about it.
+    pub fn hinting(mut self, hint: &str) -> Problem {
+        self.detail = format!("{}; {hint}", self.detail);
         self
     }
 
@@ -98,13 +123,16 @@ impl Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let mut response = Response::new(Body::from(self.body().to_string()));
+        let mut response = Response::new(Body::from(document(&self.body())));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(allow) = self.allow {
+            headers.insert(header::ALLOW, allow);
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"tidegate\""));
@@ -260,6 +288,15 @@ mod tests {
     fn server_faults_are_not_explained_to_clients() {
         let problem = check(StoreError::Corrupt("block 17 of /secret/path".to_owned()).into(), 500, "internal");
         assert!(!problem.body().to_string().contains("secret"));
+    }
+
+    #[test]
+    fn what_is_possible_instead_is_named() {
+        let allow = HeaderValue::from_static("GET,HEAD");
+        let problem = Problem::not_allowed(&Method::PUT, "/v1/plugins", allow.clone(), Some("say so"));
+        assert_eq!(problem.detail, "PUT is not possible at /v1/plugins; possible are GET, HEAD; say so");
+        let response = problem.into_response();
+        assert_eq!((response.status().as_u16(), &response.headers()[header::ALLOW]), (405, &allow));
     }
 
     #[test]

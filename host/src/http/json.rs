@@ -13,15 +13,33 @@ use arrow::datatypes::*;
 use arrow::error::ArrowError;
 use arrow::record_batch::RecordBatch;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde::de::IgnoredAny;
+use serde_json::Value;
 
 /// Field metadata that names the SQL type where the Arrow type leaves it open (JSON and TEXT are both strings).
 const SQL_TYPE: &str = "tg.type";
 
 /// Integers up to here are exact in every JSON reader.
 const EXACT: u64 = 1 << 53;
+
+/// An answer that is one JSON document.
+pub struct Json(pub Value);
+
+impl IntoResponse for Json {
+    fn into_response(self) -> Response {
+        let json = HeaderValue::from_static("application/json");
+        ([(header::CONTENT_TYPE, json)], document(&self.0)).into_response()
+    }
+}
+
+/// The bytes of a document. It ends its line, or the prompt of a shell would stick to it.
+pub fn document(value: &Value) -> String {
+    format!("{value}\n")
+}
 
 /// Writes one value of a column; made once per batch, so that nothing is decided per row.
 type Cell<'a> = Box<dyn Fn(usize, &mut Vec<u8>) + 'a>;

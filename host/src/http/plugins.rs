@@ -3,10 +3,9 @@
 use std::collections::HashMap;
 
 use arrow::record_batch::RecordBatch;
-use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use wire::abi::ManifestLine;
@@ -14,7 +13,7 @@ use wire::abi::ManifestLine;
 use super::auth::Caller;
 use super::body::receive;
 use super::error::Problem;
-use super::json::time;
+use super::json::{Json, time};
 use super::request::{no_parameters, once, pairs, parse, unknown_parameter};
 use super::routes::{App, media_type, wrong_type};
 use crate::catalog::{DEFAULT_NAMESPACE, Plugin, PluginKind};
@@ -22,7 +21,7 @@ use crate::db::{PluginErrorEntry, PluginLogs, Replay, Trial, TrialRequest, Trial
 use crate::plugins::logs::LogLine;
 
 type Names = HashMap<String, String>;
-type Answer = Result<(StatusCode, Json<Value>), Problem>;
+type Answer = Result<(StatusCode, Json), Problem>;
 
 /// Namespace and name from the path; `/v1/plugins/{name}` means the default namespace.
 fn names(path: &Names) -> (&str, &str) {
@@ -195,7 +194,9 @@ pub async fn act(
         false => (DEFAULT_NAMESPACE, part("namespace"), part("name")),
     };
     if !matches!(action, "rollback" | "try" | "replay") {
-        return Err(Problem::new(405, "method_not_allowed", "POST is not possible here; upload a plugin with PUT"));
+        let allow = HeaderValue::from_static("GET,HEAD,PUT,DELETE");
+        let hint = "upload a plugin with PUT, or POST to its rollback, try or replay";
+        return Err(Problem::not_allowed(&Method::POST, uri.path(), allow, Some(hint)));
     }
     let received = receive(&headers, body, app.options.body_bytes, &app.budget).await?;
     if action == "rollback" {
@@ -381,6 +382,7 @@ mod tests {
             size: 10,
             uploaded_at: 1_357_017_300_000_000,
             uploaded_by: "admin".to_owned(),
+            restored: None,
         };
         let expect = json!({
             "name": "late", "namespace": "main", "version": 3, "active": true, "sha256": "ab", "kinds": ["row_filter"],

@@ -249,7 +249,7 @@ impl Writer {
                 out.extend_from_slice(b"{\"results\":[");
             }
             let elapsed_ms = self.started.elapsed().as_micros() as f64 / 1000.0;
-            write!(out, "],\"seq\":{},\"elapsed_ms\":{elapsed_ms}}}", self.seq.0)
+            writeln!(out, "],\"seq\":{},\"elapsed_ms\":{elapsed_ms}}}", self.seq.0)
                 .expect("writing to memory cannot fail");
         }
     }
@@ -399,7 +399,9 @@ mod tests {
             rows(vec![]),
         ];
         let (status, body) = answer(results, Format::Json).await;
-        let mut body: serde_json::Value = serde_json::from_str(&body.unwrap()).unwrap();
+        let body = body.unwrap();
+        assert!(body.ends_with("}\n"), "it ends its line");
+        let mut body: serde_json::Value = serde_json::from_str(&body).unwrap();
         assert_eq!(status, 200);
         assert!(body["elapsed_ms"].take().is_number());
         let columns = json!([{"name": "n", "type": "BIGINT"}]);

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::Router;
 use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -17,6 +17,7 @@ use super::auth::{Auth, Caller};
 use super::body::{Budget, Received, lend, receive};
 use super::denials;
 use super::error::Problem;
+use super::json::Json;
 use super::limits::Limits;
 use super::request::Asked;
 use super::results::{self, Format};
@@ -106,7 +107,6 @@ pub fn router(app: App) -> Router {
         .route("/v1/openapi.json", get(async || Problem::not_implemented("the OpenAPI document")))
         .route("/", get(async || Problem::not_implemented("the web console")))
         .fallback(not_found)
-        .method_not_allowed_fallback(not_allowed)
         .with_state(app)
 }
 
@@ -136,7 +136,7 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
     let mut response = match refuse_early(app, &request) {
         Some(problem) => problem.into_response(),
         None => match tower::ServiceExt::oneshot(router.clone(), request).await {
-            Ok(response) => response,
+            Ok(response) => in_words(response, &method, &path),
             Err(never) => match never {},
         },
     };
@@ -182,12 +182,17 @@ async fn not_found(uri: Uri) -> Problem {
     Problem::new(404, "not_found", detail)
 }
 
-async fn not_allowed(method: Method, uri: Uri) -> Problem {
-    let detail = format!(
-        "{method} is not possible at {}; the answer's header Allow names what is (curl -i shows it)",
-        uri.path()
-    );
-    Problem::new(405, "method_not_allowed", detail)
+/// The router says by a header alone which methods there are at a path; only here is that known.
+fn in_words(response: Response, method: &Method, path: &str) -> Response {
+    let is_bare = !response.headers().contains_key(header::CONTENT_TYPE);
+    match response.headers().get(header::ALLOW) {
+        Some(allow) if is_bare && response.status() == StatusCode::METHOD_NOT_ALLOWED => {
+            let problem = Problem::not_allowed(method, path, allow.clone(), None).into_response();
+            // To HEAD the head is the answer.
+            if *method == Method::HEAD { problem.map(|_| Body::empty()) } else { problem }
+        }
+        _ => response,
+    }
 }
 
 async fn healthz() -> &'static str {

@@ -12,7 +12,6 @@ mod ndjson;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, Uri};
@@ -22,6 +21,7 @@ use serde_json::json;
 use super::auth::Caller;
 use super::body::Incoming;
 use super::error::Problem;
+use super::json::Json;
 use super::request;
 use super::routes::{App, mark_replayed, media_type, wrong_type};
 use crate::db::{BulkFailure, BulkInsert, BulkOptions, BulkReport, BulkRows};
@@ -29,6 +29,10 @@ use crate::sql::{OutputColumn, RowConflict};
 
 /// What a bulk insert may hold besides the piece it reads: rows that wait for their commit, their images, the frame.
 const SHARE: usize = 8 << 20;
+
+/// What to do about rows that are there already.
+const RESOLVE: &str = "with ?on_conflict=nothing in the URL rows that are there already are passed over, with \
+                       ?on_conflict=update those with the same primary key are changed";
 
 /// Where the body is no rows of this table.
 #[derive(Debug)]
@@ -89,7 +93,7 @@ pub async fn post(
             }
             Ok(response)
         }
-        Err(refused) => Err(refused.told(insert.report())),
+        Err(refused) => Err(refused.told(conflict, insert.report())),
     }
 }
 
@@ -154,8 +158,11 @@ impl Refused {
         Refused { problem, row: Some(row), line }
     }
 
-    fn told(self, report: BulkReport) -> Problem {
+    fn told(self, conflict: RowConflict, report: BulkReport) -> Problem {
         let mut problem = self.problem;
+        if problem.code() == "duplicate_key" && conflict == RowConflict::Error {
+            problem = problem.hinting(RESOLVE);
+        }
         for (name, place) in [("row", self.row), ("line", self.line)] {
             if let Some(place) = place {
                 problem = problem.with(name, json!(place));

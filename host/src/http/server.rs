@@ -187,8 +187,8 @@ fn turn_away(stream: &TcpStream) {
     const BODY: &str = r#"{"type":"urn:tidegate:problem:too_many","title":"Service Unavailable","status":503,"detail":"too many connections are open; try again","code":"too_many"}"#;
     let answer = format!(
         "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 2\r\n\
-         Connection: close\r\nContent-Length: {}\r\n\r\n{BODY}",
-        BODY.len()
+         Connection: close\r\nContent-Length: {}\r\n\r\n{BODY}\n",
+        BODY.len() + 1
     );
     let _ = stream.try_write(answer.as_bytes());
 }

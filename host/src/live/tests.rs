@@ -951,6 +951,7 @@ fn plugin(world: &World, version: u32) -> CatalogWrite {
         size: 1,
         uploaded_at: 0,
         uploaded_by: "admin".to_owned(),
+        restored: None,
     };
     CatalogWrite::PutPlugin { plugin: Arc::new(plugin), wasm: Bytes::from_static(b"\0asm") }
 }

@@ -3,8 +3,8 @@
 //! - `+ - * / %` may come to more digits than DECIMAL has, which its type then denies: that is an error.
 //! - `CAST(d AS INT) = 1` is taken for `d = 1` there: what a cast drops is forgotten. Such a cast is hidden from the
 //!   optimizer. So is TRY_CAST, whose NULLs it forgets.
-//! - A DOUBLE constant beside a decimal is multiplied out there, and comes to 99999999999999.991433 for `1e14`. Here it is
-//!   what its shortest text says.
+//! - A DOUBLE constant that is cast to a decimal is multiplied out there, and comes to 99999999999999.991433 for `1e14`.
+//!   Here it is what its shortest text says.
 
 use std::sync::{Arc, LazyLock};
 
@@ -76,17 +76,24 @@ pub(super) fn decimal_constant(expr: Expr) -> Transformed<Expr> {
     Transformed::no(expr)
 }
 
-/// The number in units of the last digit, rounded; `None` if it has more digits than that.
-fn unscaled(value: f64, precision: u8, scale: i8) -> Option<i128> {
+/// The shortest digits that are this DOUBLE and no other, and the power of ten that they are multiplied by; `None` for
+/// what has no digits.
+pub(super) fn shortest(value: f64) -> Option<(i128, i32)> {
     if !value.is_finite() {
         return None;
     }
-    // The shortest digits that are this DOUBLE and no other, as `-1.25e3`.
-    let text = format!("{:e}", value.abs());
+    // As `-1.25e3`.
+    let text = format!("{value:e}");
     let (digits, exponent) = text.split_once('e')?;
     let behind = digits.split_once('.').map_or(0, |(_, behind)| behind.len());
-    let digits: i128 = digits.replace('.', "").parse().ok()?;
-    let shift = exponent.parse::<i32>().ok()? - i32::try_from(behind).ok()? + i32::from(scale);
+    let exponent = exponent.parse::<i32>().ok()? - i32::try_from(behind).ok()?;
+    Some((digits.replace('.', "").parse().ok()?, exponent))
+}
+
+/// The number in units of the last digit, rounded; `None` if it has more digits than that.
+fn unscaled(value: f64, precision: u8, scale: i8) -> Option<i128> {
+    let (digits, exponent) = shortest(value.abs())?;
+    let shift = exponent + i32::from(scale);
     let size = 10i128.checked_pow(shift.unsigned_abs());
     let rounded = match size {
         Some(size) if shift >= 0 => digits.checked_mul(size)?,
@@ -98,7 +105,7 @@ fn unscaled(value: f64, precision: u8, scale: i8) -> Option<i128> {
     (rounded < end).then_some(if value < 0.0 { -rounded } else { rounded })
 }
 
-fn kept(expr: Expr) -> Expr {
+pub(super) fn kept(expr: Expr) -> Expr {
     static KEPT: LazyLock<ScalarUDF> =
         LazyLock::new(|| ScalarUDF::new_from_impl(Kept { signature: Signature::any(1, Volatility::Immutable) }));
     KEPT.call(vec![expr])

@@ -3,7 +3,9 @@
 //! - `+ - *` and `-x` of integers wrap around there; here leaving the range of their type is an error.
 //! - `x IN (a, b)` and `x NOT IN (c, NULL)` are joined there as sets of constants, though a column is among them, or
 //!   NULL; such a list becomes comparisons.
-//! - Decimals, and casts that drop something: [`decimals`](super::decimals).
+//! - Decimals, and casts that drop something: [`decimals`](super::decimals). A decimal beside a DOUBLE:
+//!   [`mixed`](super::mixed).
+//! - Casts to REAL and DOUBLE make infinities there: [`narrow`](super::narrow).
 //! - `x [NOT] IN (sub-query)` inside another expression is true or false there, never NULL: it becomes a mark join.
 //!
 //! Patterns of LIKE are bounded on the way.
@@ -27,12 +29,12 @@ use datafusion::physical_expr_common::datum::apply;
 
 use super::SqlError;
 use super::context::schema_of_expressions;
-use super::decimals;
+use super::{decimals, mixed, narrow};
 
 /// The plan, which has its types already, so that it means what SQL says.
 pub(crate) fn exact(plan: LogicalPlan) -> Result<LogicalPlan> {
     let plan = plan.transform_up_with_subqueries(|plan| {
-        let plan = in_three_values(plan)?;
+        let plan = mixed::agreed(plan)?.transform_data(in_three_values)?;
         plan.transform_data(expressions)
     })?;
     Ok(plan.data)
@@ -51,7 +53,9 @@ fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
             Expr::BinaryExpr(_) => Ok(checked_operation(expr, &schema)),
             Expr::Negative(inner) => negated(inner, &schema),
             Expr::InList(list) => listed(list),
-            Expr::Cast(_) | Expr::TryCast(_) => Ok(decimals::cast(expr, &schema)),
+            Expr::Cast(_) | Expr::TryCast(_) => {
+                narrow::cast(expr, &schema).transform_data(|expr| Ok(decimals::cast(expr, &schema)))
+            }
             Expr::Like(_) => bounded_pattern(&expr).map(|()| Transformed::no(expr)),
             expr => Ok(Transformed::no(expr)),
         })?;

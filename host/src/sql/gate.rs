@@ -4,7 +4,7 @@
 //! makes trees of at most a few hundred levels. It judges no grammar; that is the parser's work.
 
 use datafusion::sql::sqlparser::dialect::GenericDialect;
-use datafusion::sql::sqlparser::keywords::Keyword;
+use datafusion::sql::sqlparser::keywords::{Keyword, RESERVED_FOR_COLUMN_ALIAS};
 use datafusion::sql::sqlparser::tokenizer::{Token, TokenWithSpan, Tokenizer, Word};
 
 use super::SqlError;
@@ -27,6 +27,10 @@ const MAX_STATEMENTS: usize = 100;
 /// bounds them together.
 const MAX_GROWING_CALLS: usize = 64;
 const GROWING: &[&str] = &["repeat", "lpad", "rpad", "encode", "replace", "regexp_replace", "concat", "concat_ws"];
+/// Clauses that a SELECT list ends at and that may have commas themselves.
+const ENDS_SELECTED: &[Keyword] = &[Keyword::FROM, Keyword::WHERE, Keyword::GROUP, Keyword::HAVING, Keyword::ORDER];
+const DANGLING: &str = "nothing comes behind this comma: take it away, or name what is missing (in double quotes where \
+                        the name is a keyword)";
 /// Up to here a tree is too small to trouble an ordinary thread's stack.
 const SMALL_TOKENS: usize = 256;
 
@@ -99,11 +103,13 @@ struct Level {
     items: usize,
     /// Between FROM and the next clause, where a comma is a join.
     from: bool,
+    /// Between SELECT and the next clause.
+    selected: bool,
 }
 
 impl Level {
     fn new(kind: LevelKind) -> Level {
-        Level { kind, logic: 0, term: 0, term_max: 0, inner: 0, best: 0, items: 1, from: false }
+        Level { kind, logic: 0, term: 0, term_max: 0, inner: 0, best: 0, items: 1, from: false, selected: false }
     }
 
     fn height(&self) -> usize {
@@ -127,12 +133,31 @@ impl Gate {
         (self.unions, self.joins, self.ctes) = (0, 0, 0);
         self.levels = vec![Level::new(LevelKind::Plain)];
         for at in 0..tokens.len() {
+            if self.is_dangling(tokens, at) {
+                let error = SqlError::invalid("syntax", DANGLING);
+                return Err(error.at(offset(text, tokens[at].span.start)));
+            }
             self.token(tokens, at).map_err(|message| {
                 let place = offset(text, tokens[at].span.start).map_or(String::new(), |at| format!(" (at byte {at})"));
                 SqlError::Limit(format!("{message}{place}"))
             })?;
         }
         Ok(())
+    }
+
+    /// A comma with nothing behind it. The parser would pass over one at the end of a SELECT list.
+    fn is_dangling(&self, tokens: &[TokenWithSpan], at: usize) -> bool {
+        if tokens[at].token != Token::Comma {
+            return false;
+        }
+        match tokens.get(at + 1).map(|token| &token.token) {
+            None | Some(Token::EOF | Token::RParen | Token::RBracket | Token::RBrace) => true,
+            // In other lists these words may be names.
+            Some(Token::Word(_)) => {
+                self.top_ref().selected && RESERVED_FOR_COLUMN_ALIAS.contains(&keyword_at(tokens, at + 1))
+            }
+            _ => false,
+        }
     }
 
     fn token(&mut self, tokens: &[TokenWithSpan], at: usize) -> Result<(), String> {
@@ -186,6 +211,11 @@ impl Gate {
     }
 
     fn word(&mut self, word: &Word, tokens: &[TokenWithSpan], at: usize) -> Result<(), String> {
+        match word.keyword {
+            Keyword::SELECT => self.top().selected = true,
+            keyword if ENDS_SELECTED.contains(&keyword) && !is_part(tokens, at) => self.top().selected = false,
+            _ => {}
+        }
         match word.keyword {
             Keyword::AND | Keyword::OR | Keyword::XOR => {
                 let top = self.top();
@@ -289,6 +319,12 @@ fn keyword_at(tokens: &[TokenWithSpan], at: usize) -> Keyword {
         Some(Token::Word(word)) if word.quote_style.is_none() => word.keyword,
         _ => Keyword::NoKeyword,
     }
+}
+
+/// Not a clause but a name, as in `t.order` and `AS order`, or a part of WITHIN GROUP.
+fn is_part(tokens: &[TokenWithSpan], at: usize) -> bool {
+    let Some(before) = at.checked_sub(1) else { return false };
+    tokens[before].token == Token::Period || matches!(keyword_at(tokens, before), Keyword::AS | Keyword::WITHIN)
 }
 
 fn bracket_kind(tokens: &[TokenWithSpan], at: usize) -> LevelKind {
@@ -463,6 +499,46 @@ mod tests {
     fn a_refusal_has_its_position() {
         let Err(SqlError::Unsupported { position, .. }) = check("SELECT 1;\n  COPY t TO 'x'") else { panic!() };
         assert_eq!(position, Some(12));
+    }
+
+    /// The parser takes them at the end of a SELECT list alone; here every list is judged alike.
+    #[test]
+    fn a_comma_with_nothing_behind_it_is_refused_where_it_stands() {
+        for text in [
+            "SELECT a, FROM t",
+            "SELECT t.order, FROM t",
+            "SELECT a AS b, WHERE true",
+            "SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY a), FROM t",
+            "SELECT a, LIMIT 1",
+            "SELECT a, UNION SELECT 1",
+            "SELECT DISTINCT ON (a) b, FROM t",
+            "SELECT a,",
+            "SELECT a, ; SELECT 2",
+            "SELECT 1 WHERE 1 IN (SELECT b, FROM t)",
+            "SELECT x FROM (SELECT 2,) AS y (x)",
+            "SELECT (1, 2,)",
+            "SELECT [1,]",
+            "CREATE TABLE t (a INT,)",
+            "INSERT INTO t (a,) VALUES (1)",
+            "INSERT INTO t VALUES (1,)",
+            "SELECT a FROM t ORDER BY a,",
+        ] {
+            let Err(SqlError::Invalid { code, message, position }) = check(text) else { panic!("{text}") };
+            assert_eq!((code, message.as_str()), ("syntax", DANGLING), "{text}");
+            let comma = text.rfind(", F").or_else(|| text.rfind(", W")).or_else(|| text.rfind(','));
+            assert_eq!(position, comma, "{text}");
+        }
+        for text in [
+            "SELECT a, \"from\" FROM t",
+            "SELECT a, b FROM t, u ORDER BY a, offset",
+            "SELECT a, b FROM t GROUP BY a, view",
+            "CREATE TABLE t (a INT, end INT, from TEXT)",
+            "INSERT INTO t (a, from) SELECT 1, 2",
+            "WITH a AS (SELECT 1), b AS (SELECT 2) SELECT * FROM a, b",
+            "SELECT CASE WHEN a THEN 1 END, b FROM t",
+        ] {
+            assert_eq!(outcome(text), "ok", "{text}");
+        }
     }
 
     #[test]

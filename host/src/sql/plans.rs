@@ -18,7 +18,7 @@ use quick_cache::sync::Cache;
 
 use super::dml::by_key::RowPlan;
 use super::provider::Rows;
-use super::{Param, RequestEnv, Statement, dml};
+use super::{Param, RequestEnv, Statement, dml, narrow};
 
 /// What is kept of a statement besides its text, roughly: syntax tree or plan.
 const ENTRY_BYTES: u64 = 4 * 1024;
@@ -61,6 +61,9 @@ pub(crate) struct Template {
     pub(crate) heavy: bool,
     /// Rows of one table, filtered, computed with, cut off: nothing else.
     pub(crate) plain: bool,
+    /// May be read for as long as its reader likes: it holds nothing that others wait for, and no row that it has not read
+    /// yet goes away.
+    pub(crate) unhurried: bool,
     /// Runs a part of itself again and again.
     pub(crate) recursive: bool,
     /// Small enough to be planned physically where it is asked for.
@@ -170,13 +173,16 @@ impl Template {
         took: Duration,
     ) -> Result<Template> {
         let (mut heavy, mut recursive, mut plain, mut brief) = (false, false, true, true);
+        let mut expires = false;
         let mut kept = target.as_ref().is_none_or(|target| !target.is_bound());
         plan.apply_with_subqueries(|node| {
             match node {
                 // Anything but rows of tables was made for this one request: the catalog as it was, what is running.
                 LogicalPlan::TableScan(scan) => {
                     let provider = source_as_provider(&scan.source);
-                    let is_table = provider.as_ref().is_ok_and(|provider| provider.is::<Rows>());
+                    let rows = provider.as_ref().ok().and_then(|provider| provider.downcast_ref::<Rows>());
+                    let is_table = rows.is_some();
+                    expires |= rows.is_some_and(Rows::expires);
                     plain &= is_table;
                     kept &= is_table || provider.is_ok_and(|provider| provider.is::<CteWorkTable>());
                 }
@@ -205,7 +211,8 @@ impl Template {
         let row = target.as_ref().filter(|_| small).and_then(|target| RowPlan::of(target, &plan));
         let (plain, quick) = (plain && !heavy, small && took <= QUICK);
         let brief = quick && brief && !heavy;
-        Ok(Template { target, plan, row, symbolic, heavy, plain, recursive, quick, brief, kept })
+        let unhurried = plain && !expires;
+        Ok(Template { target, plan, row, symbolic, heavy, plain, unhurried, recursive, quick, brief, kept })
     }
 }
 
@@ -247,8 +254,10 @@ fn is_brief(expr: &Expr) -> bool {
                         | Operator::IsNotDistinctFrom
                 )
         }
-        // Arithmetic that is checked (`exact.rs`, `decimals.rs`).
-        Expr::ScalarFunction(call) => matches!(call.func.name(), "+" | "-" | "*" | "kept"),
+        // Arithmetic and casts that are checked (`exact.rs`, `decimals.rs`, `narrow.rs`).
+        Expr::ScalarFunction(call) => {
+            matches!(call.func.name(), "+" | "-" | "*" | "kept") || narrow::NAMES.contains(&call.func.name())
+        }
         _ => false,
     }
 }

@@ -104,6 +104,11 @@ impl Rows {
         Rows { schema: arrow_schema(&schema), columns: schema.columns, table }
     }
 
+    /// Whether rows go by themselves, also under whoever reads them for long.
+    pub(crate) fn expires(&self) -> bool {
+        self.table.kind == TableKind::Stream
+    }
+
     fn plan(
         &self,
         projection: Option<&Vec<usize>>,

@@ -4,7 +4,9 @@
 //! coming back to ask whether it should go on: nothing can interrupt it. On a thread that serves HTTP it would hold up
 //! everybody who is served there, the sockets of live queries with them. Here it holds up queries alone; who waits for
 //! the rows waits elsewhere, and is told at the deadline. What such a plan holds (its memory, its permit) it gives back
-//! when it really has ended.
+//! when it really has ended. What it computes while nobody waits for it counts here.
+
+use std::time::{Duration, Instant};
 
 use ::arrow::record_batch::RecordBatch;
 use futures::StreamExt;
@@ -33,13 +35,18 @@ impl Runner {
     }
 
     /// Starts a plan on one of the threads, where it makes its batches as they are taken; it ends when nobody wants the
-    /// rest.
-    pub(crate) fn run(&self, start: impl FnOnce() -> Result<Batches, SqlError> + Send + 'static) -> Batches {
+    /// rest, or when it has computed for as long as is `left` of its deadline.
+    pub(crate) fn run(
+        &self,
+        deadline: Duration,
+        left: Duration,
+        start: impl FnOnce() -> Result<Batches, SqlError> + Send + 'static,
+    ) -> Batches {
         let (sender, receiver) = mpsc::channel(AHEAD);
         if let Some(runtime) = &self.runtime {
             runtime.spawn(async move {
                 tokio::select! {
-                    () = make(start, &sender) => {}
+                    () = make(deadline, left, start, &sender) => {}
                     () = sender.closed() => {}
                 }
             });
@@ -68,6 +75,8 @@ impl Drop for Runner {
 
 /// Sends all batches, and `None` after the last.
 async fn make(
+    deadline: Duration,
+    mut left: Duration,
     start: impl FnOnce() -> Result<Batches, SqlError>,
     sender: &mpsc::Sender<Option<Result<RecordBatch, SqlError>>>,
 ) {
@@ -75,8 +84,12 @@ async fn make(
         Ok(batches) => batches,
         Err(error) => futures::stream::iter([Err(error)]).boxed(),
     };
-    while let Some(batch) = batches.next().await {
-        if sender.send(Some(batch)).await.is_err() {
+    loop {
+        let began = Instant::now();
+        let Some(batch) = batches.next().await else { break };
+        left = left.saturating_sub(began.elapsed());
+        let batch = if left.is_zero() { batch.and(Err(SqlError::Deadline(deadline))) } else { batch };
+        if sender.send(Some(batch)).await.is_err() || left.is_zero() {
             return;
         }
     }
@@ -92,6 +105,8 @@ mod tests {
 
     use super::*;
 
+    const LONG: Duration = Duration::from_secs(600);
+
     fn batch() -> Result<RecordBatch, SqlError> {
         Ok(RecordBatch::new_empty(Arc::new(Schema::empty())))
     }
@@ -99,21 +114,44 @@ mod tests {
     #[tokio::test]
     async fn what_ends_early_is_not_taken_for_whole() {
         let runner = Runner::start(1).unwrap();
-        let whole: Vec<_> = runner.run(|| Ok(futures::stream::iter([batch(), batch()]).boxed())).collect().await;
+        let whole = runner.run(LONG, LONG, || Ok(futures::stream::iter([batch(), batch()]).boxed()));
+        let whole: Vec<_> = whole.collect().await;
         assert!(whole.len() == 2 && whole.iter().all(Result::is_ok));
-        let failed: Vec<_> = runner.run(|| Err(SqlError::Limit("too much".to_owned()))).collect().await;
+        let failed: Vec<_> = runner.run(LONG, LONG, || Err(SqlError::Limit("too much".to_owned()))).collect().await;
         assert!(matches!(&failed[..], [Err(SqlError::Limit(_))]));
-        let endless = runner.run(|| Ok(futures::stream::iter([batch()]).chain(futures::stream::pending()).boxed()));
+        let endless = || Ok(futures::stream::iter([batch()]).chain(futures::stream::pending()).boxed());
+        let endless = runner.run(LONG, LONG, endless);
         drop(runner);
         let cut: Vec<_> = endless.collect().await;
         assert!(matches!(cut.last(), Some(Err(SqlError::Internal(_)))));
+    }
+
+    /// Whoever takes the batches waits for none of them, and is told all the same.
+    #[tokio::test]
+    async fn what_is_computed_counts() {
+        let runner = Runner::start(1).unwrap();
+        let made = || Ok(futures::stream::repeat_with(batch).boxed());
+        let mut batches = runner.run(LONG, Duration::ZERO, made);
+        assert!(matches!(batches.next().await, Some(Err(SqlError::Deadline(_)))));
+        let busy = || {
+            let began = Instant::now();
+            let slow = futures::stream::repeat_with(move || {
+                while began.elapsed() < Duration::from_millis(20) {
+                    std::hint::spin_loop();
+                }
+                batch()
+            });
+            Ok(slow.boxed())
+        };
+        let mut batches = runner.run(LONG, Duration::from_millis(10), busy);
+        assert!(matches!(batches.next().await, Some(Err(SqlError::Deadline(_)))));
     }
 
     #[tokio::test]
     async fn what_nobody_takes_is_dropped() {
         let runner = Runner::start(1).unwrap();
         let (held, dropped) = tokio::sync::oneshot::channel::<()>();
-        let mut batches = runner.run(move || {
+        let mut batches = runner.run(LONG, LONG, move || {
             let endless = futures::stream::repeat_with(move || {
                 let _still_here = &held;
                 batch()

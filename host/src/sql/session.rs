@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::arrow::array::ArrayRef;
 use ::arrow::record_batch::RecordBatch;
@@ -31,6 +31,7 @@ use super::context::{Names, bind, symbolic};
 use super::dml::by_key;
 use super::error::from_datafusion;
 use super::exact::exact;
+use super::mixed::marked;
 use super::planner::{Planner, folding, on_large_stack};
 use super::plans::{Key, Plans, Template, is_recursive};
 use super::pool::StatementPool;
@@ -118,8 +119,10 @@ impl Sql {
         let permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
         let columns = arrow::output_columns(&plan.schema());
-        let batches = self.run(plan, env, &statement.text, permit, template.brief)?;
-        Ok(self.engine.row_stream(columns, batches, started))
+        let batches = self.run(plan, env, &statement.text, permit, template.brief, started)?;
+        let longest = if template.unhurried { Duration::MAX } else { LONGEST_WAIT };
+        let clock = Clock::new(started, self.engine.options.deadline, longest);
+        Ok(self.engine.row_stream(columns, batches, clock))
     }
 
     /// The table that a statement writes.
@@ -172,7 +175,7 @@ impl Sql {
         let permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
         let mut changes = changes(target)?;
-        let mut batches = self.run(plan, env.clone(), &statement.text, permit, template.brief)?;
+        let mut batches = self.run(plan, env.clone(), &statement.text, permit, template.brief, started)?;
         let deadline = started + self.engine.options.deadline;
         while let Some(batch) = tokio::time::timeout_at(deadline.into(), batches.next())
             .await
@@ -246,8 +249,9 @@ impl Sql {
         let plan = plan.await?;
         let columns = arrow::output_columns(&plan.schema());
         // How many run at once is bounded by whoever asks for them.
-        let batches = self.run(plan, env, &query.text, None, false)?;
-        query.collect(self.engine.row_stream(columns, batches, started), limit).await
+        let batches = self.run(plan, env, &query.text, None, false, started)?;
+        let clock = Clock::new(started, self.engine.options.deadline, LONGEST_WAIT);
+        query.collect(self.engine.row_stream(columns, batches, clock), limit).await
     }
 
     /// SessionContexts made since start: 1.
@@ -335,12 +339,15 @@ impl Sql {
         text: &Arc<str>,
         permit: Option<Permit>,
         brief: bool,
+        started: Instant,
     ) -> Result<Batches, SqlError> {
         if brief {
             return Ok(batches(self.engine.start(plan, env, text)?, text.clone(), permit));
         }
         let (engine, text) = (self.engine.clone(), text.clone());
-        Ok(self.runner.run(move || Ok(batches(engine.start(plan, env, &text)?, text, permit))))
+        let deadline = self.engine.options.deadline;
+        let left = deadline.saturating_sub(started.elapsed());
+        Ok(self.runner.run(deadline, left, move || Ok(batches(engine.start(plan, env, &text)?, text, permit))))
     }
 
     /// Runs a planning job; past the deadline the caller is told so, and the thread is given back when it ends.
@@ -489,6 +496,7 @@ impl Engine {
 
     /// Types coerced, and where DataFusion would answer wrongly, said otherwise; nothing else changed.
     pub(crate) fn analyze(&self, plan: LogicalPlan) -> Result<LogicalPlan, DataFusionError> {
+        let plan = marked(plan)?;
         exact(self.state.analyzer().execute_and_check(plan, self.state.config_options(), |_, _| {})?)
     }
 
@@ -526,28 +534,70 @@ impl Engine {
     }
 
     /// The batches as the caller sees them: SQL types only, ended at the deadline.
-    fn row_stream(&self, columns: Vec<OutputColumn>, batches: Batches, started: Instant) -> RowStream {
+    fn row_stream(&self, columns: Vec<OutputColumn>, batches: Batches, clock: Clock) -> RowStream {
         let schema = arrow::output_schema(&columns);
         let limit = self.options.deadline;
-        let deadline = tokio::time::Instant::from(started + limit);
         let shown = columns.clone();
-        let batches = futures::stream::unfold(Some(batches), move |running| {
+        let batches = futures::stream::unfold(Some((batches, clock)), move |running| {
             let (columns, schema) = (shown.clone(), schema.clone());
             async move {
-                let mut batches = running?;
-                let batch = match tokio::time::timeout_at(deadline, batches.next()).await {
+                let (mut batches, mut clock) = running?;
+                let until = clock.asked(Instant::now());
+                let batch = match tokio::time::timeout_at(until.into(), batches.next()).await {
                     Err(_) => return Some((Err(SqlError::Deadline(limit)), None)),
                     Ok(None) => return None,
                     Ok(Some(batch)) => batch,
                 };
                 match batch.and_then(|batch| arrow::to_output(&columns, &schema, batch)) {
-                    Ok(batch) => Some((Ok(batch), Some(batches))),
+                    Ok(batch) => {
+                        clock.given(batch.get_array_memory_size(), Instant::now());
+                        Some((Ok(batch), Some((batches, clock))))
+                    }
                     // An error is the end: what follows it would be rows of a broken result.
                     Err(error) => Some((Err(error), None)),
                 }
             }
         });
         RowStream { columns, batches: Box::pin(batches) }
+    }
+}
+
+/// Bytes a second that a reader takes at least, on average, whose waiting is not counted: a scan holds a thread meanwhile.
+const READING_RATE: u64 = 16 * 1024;
+/// The longest that is not counted of what others wait for, or what begins to read as late as it is asked to: with any
+/// deadline it is shorter than rows of stream tables are kept after they have expired, so what is read late is there still.
+const LONGEST_WAIT: Duration = Duration::from_secs(240);
+
+/// Until when the rows of a result may be computed. What they wait for a reader that takes enough of them is not counted,
+/// or a large result would never end over a slow line.
+struct Clock {
+    until: Instant,
+    /// When the reader was given what there was.
+    given_at: Instant,
+    /// How long the waiting may be altogether that is not counted.
+    longest: Duration,
+    forgiven: Duration,
+    bytes: u64,
+}
+
+impl Clock {
+    fn new(started: Instant, deadline: Duration, longest: Duration) -> Clock {
+        Clock { until: started + deadline, given_at: Instant::now(), longest, forgiven: Duration::ZERO, bytes: 0 }
+    }
+
+    /// The reader wants more: until when it may have to wait for that.
+    fn asked(&mut self, now: Instant) -> Instant {
+        let waited = now.saturating_duration_since(self.given_at);
+        let earned = Duration::from_millis(self.bytes * 1_000 / READING_RATE).min(self.longest);
+        let free = waited.min(earned.saturating_sub(self.forgiven));
+        self.forgiven += free;
+        self.until += free;
+        self.until
+    }
+
+    fn given(&mut self, bytes: usize, now: Instant) {
+        self.bytes += bytes as u64;
+        self.given_at = now;
     }
 }
 
@@ -627,4 +677,69 @@ fn session_config(options: &SqlOptions) -> SessionConfig {
     settings.execution.sort_spill_reservation_bytes = (options.memory_bytes / 8).min(10 << 20);
     settings.catalog.default_catalog = super::information::CATALOG_NAME.to_owned();
     config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_for_a_reader_that_takes_enough_is_not_counted() {
+        let started = Instant::now();
+        let at = |seconds: u64| started + Duration::from_secs(seconds);
+        let clock = |longest| Clock { given_at: started, ..Clock::new(started, Duration::from_secs(5), longest) };
+        let second = READING_RATE as usize;
+        let mut short = clock(LONGEST_WAIT);
+        assert_eq!(short.asked(at(1)), at(5), "nothing was taken yet");
+        short.given(10 * second, at(3));
+        assert_eq!(short.asked(at(9)), at(11), "six seconds, of ten that the bytes are worth");
+        short.given(0, at(10));
+        assert_eq!(short.asked(at(100)), at(15), "four more");
+        short.given(100_000 * second, at(100));
+        assert_eq!(short.asked(at(10_000)), at(5) + LONGEST_WAIT, "no longer, whatever was taken");
+
+        let mut long = clock(Duration::MAX);
+        long.given(100_000 * second, at(3));
+        assert_eq!(long.asked(at(10_000)), at(10_002), "two seconds are left of five");
+        long.given(0, at(10_001));
+        assert_eq!(long.asked(at(900_000)), at(100_005));
+    }
+
+    fn names(rules: &[Arc<dyn PhysicalOptimizerRule + Send + Sync>]) -> Vec<&str> {
+        rules.iter().map(|rule| rule.name()).collect()
+    }
+
+    /// They are chosen by name, so one that is renamed by an upgrade of DataFusion would come back, or be gone, in silence;
+    /// and one that is new is to be looked at before it is let in.
+    #[test]
+    fn the_physical_rules_are_those_that_were_looked_at() {
+        let all = [
+            "OutputRequirements",
+            "aggregate_statistics",
+            "join_selection",
+            "LimitedDistinctAggregation",
+            "WindowTopN",
+            "EnsureRequirements",
+            "CombinePartialFinalAggregate",
+            "OptimizeAggregateOrder",
+            "ProjectionPushdown",
+            "OutputRequirements",
+            "LimitAggregation",
+            "LimitPushPastWindows",
+            "HashJoinBuffering",
+            "LimitPushdown",
+            "TopKRepartition",
+            "ProjectionPushdown",
+            "PushdownSort",
+            "EnsureCooperative",
+            "SanityCheckPlan",
+            "YieldingJoins",
+        ];
+        assert_eq!(names(&physical_rules()), all);
+        let plain = ["ProjectionPushdown", "LimitPushdown", "ProjectionPushdown", "EnsureCooperative"];
+        assert_eq!(names(&plain_rules()), plain);
+        let left_out = PhysicalOptimizer::new().rules;
+        let left_out = names(&left_out).into_iter().filter(|name| !all.contains(name)).collect::<Vec<_>>();
+        assert_eq!(left_out, ["FilterPushdown", "FilterPushdown(Post)"]);
+    }
 }

@@ -794,6 +794,58 @@ async fn limits_hold() {
     assert_eq!(bench.run("SELECT 1").await, "1");
 }
 
+/// A parameter is no number yet when the plan is made that all executions share; a live query has its value.
+#[tokio::test(flavor = "multi_thread")]
+async fn decimals_beside_parameters_that_are_doubles() {
+    let bench = bench();
+    bench.run("CREATE TABLE t (id INT PRIMARY KEY, d DECIMAL(20,2), p DECIMAL(38,0))").await;
+    let rows = "(1, 1.25, 99999999999999999999999999999999999999), (2, 100000000000000, 5), (3, NULL, NULL)";
+    bench.run(&format!("INSERT INTO t VALUES {rows}")).await;
+    let images = images(&bench, "t");
+    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    for (filter, value, ids) in [
+        ("d = $1", 1e14, "2"),
+        ("d = $1", 1.25, "1"),
+        ("d = $1", 1.255, ""),
+        ("d < $1", 1e20, "1 2"),
+        ("d IN ($1, 7)", 1.25, "1"),
+        ("d BETWEEN $1 AND 1e14", -1e300, "1 2"),
+        ("p > $1", 5.5, "1"),
+        ("p <> $1", 1e300, "1 2"),
+        ("NOT d > $1", 1e-30, ""),
+    ] {
+        let params = [Param::Float(value)];
+        let found = bench.with(&format!("SELECT id FROM t WHERE {filter} ORDER BY id"), &params).await;
+        assert_eq!(found, ids, "{filter}, {value}");
+        let plan = bench.incremental(&format!("SELECT id FROM t WHERE {filter}"), &bench.env("alice", &params));
+        let live = plan.matches(&rows).unwrap().into_iter().zip(1..).filter_map(|(hit, id)| hit.then_some(id));
+        let live: Vec<String> = live.map(|id: i64| id.to_string()).collect();
+        assert_eq!(live.join(" "), ids, "{filter}, {value}: live");
+    }
+    // Without a cast around the column, a change asks only the live queries that it can concern.
+    let plan = bench.incremental("SELECT id FROM t WHERE d = $1", &bench.env("alice", &[Param::Float(1.25)]));
+    assert!(matches!(plan.anchors, crate::catalog::Anchors::OneOf(_)));
+}
+
+/// A join keeps the batches of its left side. Where they have no columns they seemed to weigh nothing, and millions of
+/// them were gigabytes outside of the pool.
+#[tokio::test(flavor = "multi_thread")]
+async fn batches_without_columns_weigh_something() {
+    let bench = bench_with(|options| {
+        options.deadline = Duration::from_secs(10);
+        options.memory_bytes = 1 << 20;
+        options.batch_rows = 64;
+    });
+    bench.run("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    let rows: Vec<String> = (0..1_000).map(|id| format!("({id})")).collect();
+    assert_eq!(bench.run(&format!("INSERT INTO t VALUES {}", rows.join(", "))).await, "affected 1000");
+    // What the second join keeps are the 16,000 batches of the first.
+    let outcome = bench.run_as("alice", "SELECT count(*) FROM t a, t b, t c", &[]).await;
+    assert!(matches!(outcome, Err(SqlError::Limit(_))), "{outcome:?}");
+    // The first join keeps 16.
+    assert_eq!(bench.run("SELECT count(*) FROM t a, t b").await, "1000000");
+}
+
 /// Constants that something is compared with are no part of what is compiled; all others are.
 #[tokio::test(flavor = "multi_thread")]
 async fn live_queries_of_one_shape_share_what_is_compiled() {

@@ -91,5 +91,6 @@ pub fn plugin(name: &str, version: u32) -> Plugin {
         size: 3,
         uploaded_at: 1_700_000_000_000_000,
         uploaded_by: "admin".to_owned(),
+        restored: None,
     }
 }

@@ -2,7 +2,8 @@
 //! messages of types that live here, so that the catalog's own types may change without changing what is on disk.
 //!
 //! A table's record is one message in version 1; in version 2 others follow (what ALTER TABLE needs to know of the
-//! past, the life of a stream's rows). Both are read, the latter is written.
+//! past, the life of a stream's rows). Both are read, the latter is written. A plugin's record says behind its message
+//! what it restores, where it does.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -116,6 +117,12 @@ struct PluginRecord {
     uploaded_by: String,
 }
 
+/// What follows a [`PluginRecord`] of a version that a rollback has made.
+#[derive(Serialize, Deserialize)]
+struct RestoredRecord {
+    version: u32,
+}
+
 #[derive(Serialize, Deserialize)]
 enum PluginKindRecord {
     RowFilter,
@@ -190,7 +197,7 @@ pub(super) fn encode_index(table: TableId, index: &Index) -> Result<Vec<u8>, Sto
 
 pub(super) fn encode_plugin(plugin: &Plugin) -> Result<Vec<u8>, StoreError> {
     let manifest = plugin.manifest.iter().map(serde_json::to_string).collect::<Result<_, _>>();
-    encode(&PluginRecord {
+    let record = encode(&PluginRecord {
         namespace: plugin.namespace.0,
         name: plugin.name.clone(),
         version: plugin.version,
@@ -206,7 +213,11 @@ pub(super) fn encode_plugin(plugin: &Plugin) -> Result<Vec<u8>, StoreError> {
         size: plugin.size,
         uploaded_at: plugin.uploaded_at,
         uploaded_by: plugin.uploaded_by.clone(),
-    })
+    })?;
+    match plugin.restored {
+        Some(version) => encode_to(&RestoredRecord { version }, record),
+        None => Ok(record),
+    }
 }
 
 pub(super) fn encode_retired(namespace: NamespaceId, name: &str, version: u32) -> Result<Vec<u8>, StoreError> {
@@ -293,7 +304,7 @@ impl CatalogLoader {
     }
 
     pub fn plugin(&mut self, record: &[u8]) -> Result<(), StoreError> {
-        let record: PluginRecord = decode("plugin", record)?;
+        let (record, restored) = decode_plugin(record)?;
         let manifest = record.manifest.iter().map(|line| serde_json::from_str::<ManifestLine>(line));
         let manifest = manifest
             .collect::<Result<_, _>>()
@@ -315,6 +326,7 @@ impl CatalogLoader {
             size: record.size,
             uploaded_at: record.uploaded_at,
             uploaded_by: record.uploaded_by,
+            restored,
         }));
         Ok(())
     }
@@ -363,6 +375,15 @@ fn decode_table(record: &[u8]) -> Result<(TableRecord, PastRecord, StreamRecord)
     let stream =
         if rest.is_empty() { StreamRecord::default() } else { postcard::from_bytes(rest).map_err(unreadable)? };
     Ok((record, past, stream))
+}
+
+fn decode_plugin(record: &[u8]) -> Result<(PluginRecord, Option<u32>), StoreError> {
+    let Some((&RECORD_VERSION, bytes)) = record.split_first() else { return Ok((decode("plugin", record)?, None)) };
+    let unreadable = |error| StoreError::Corrupt(format!("a plugin record cannot be read: {error}"));
+    let (record, rest) = postcard::take_from_bytes(bytes).map_err(unreadable)?;
+    let restored: Option<RestoredRecord> =
+        if rest.is_empty() { None } else { Some(postcard::from_bytes(rest).map_err(unreadable)?) };
+    Ok((record, restored.map(|restored| restored.version)))
 }
 
 fn decode<T: DeserializeOwned>(what: &str, record: &[u8]) -> Result<T, StoreError> {
@@ -422,7 +443,8 @@ mod tests {
 
     #[test]
     fn a_catalog_comes_back_whole() {
-        let plugin = fixtures::plugin("late", 3);
+        let (first, mut plugin) = (fixtures::plugin("late", 1), fixtures::plugin("late", 3));
+        plugin.restored = Some(1);
         let mut table = fixtures::table(9);
         table.columns[1].default = Some(DefaultValue::Literal(Value::Decimal(i128::MIN)));
         table.columns[2].default = Some(DefaultValue::Literal(Value::Float(f64::INFINITY)));
@@ -436,7 +458,9 @@ mod tests {
         for index in &table.indexes {
             loader.index(&encode_index(table.id, index).unwrap()).unwrap();
         }
-        loader.plugin(&encode_plugin(&plugin).unwrap()).unwrap();
+        for version in [&first, &plugin] {
+            loader.plugin(&encode_plugin(version).unwrap()).unwrap();
+        }
         loader.retired(&encode_retired(NamespaceId(1), "gone", 7).unwrap()).unwrap();
         let mut saved = Catalog::default();
         (saved.next_namespace, saved.next_table) = (4, 20);
@@ -444,6 +468,7 @@ mod tests {
         assert_eq!((catalog.version, catalog.next_namespace, catalog.next_table), (5, 4, 20));
         assert_eq!(**catalog.table("main", "t9").unwrap(), table);
         assert_eq!(**catalog.plugin("main", "late").unwrap(), plugin);
+        assert_eq!(*catalog.namespace("main").unwrap().plugins["late"][0], first);
         let next = |name| catalog.next_plugin_version("main", name);
         assert_eq!((next("late"), next("gone"), next("new")), (4, 8, 1));
     }

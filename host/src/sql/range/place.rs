@@ -16,6 +16,13 @@ use crate::catalog::Column;
 const EXACT_DOUBLES: f64 = (1u64 << 53) as f64;
 /// No BIGINT is further from its DOUBLE.
 const DOUBLE_STEP: i128 = 1 << 10;
+/// Its digits; a decimal may have more.
+const BIGINT_DIGITS: u8 = 19;
+/// Decimals of fewer digits than this one are each another DOUBLE: the one that is nearest.
+const SHORT: i128 = 10i128.pow(15);
+/// How far a decimal may be from its DOUBLE, as a part of it: to make one of the other takes a few operations, each of which
+/// rounds by less than one part in 2^52.
+const DECIMAL_SLACK: f64 = 1.0 / (1u64 << 44) as f64;
 
 /// Where a constant lies among all values that a column can have.
 #[derive(Debug, PartialEq)]
@@ -104,8 +111,8 @@ impl Integers {
             DataType::Int16 => self.scale == 0 && self.digits <= 5,
             DataType::Int32 => self.scale == 0 && self.digits <= 10,
             DataType::Int64 => self.scale == 0 && self.digits <= 19,
-            // Large ones are rounded: `around` knows.
-            DataType::Float64 => self.scale == 0,
+            // Some are rounded: `around` knows.
+            DataType::Float64 => true,
             DataType::Decimal128(precision, scale) => u8::try_from(*scale).is_ok_and(|scale| {
                 self.scale <= scale && precision.checked_sub(scale).is_some_and(|digits| self.digits <= digits)
             }),
@@ -125,7 +132,27 @@ impl Integers {
                 let low = value.div_euclid(unit) + i128::from(value.rem_euclid(unit) != 0);
                 Some((low, value.div_euclid(unit)))
             }
-            ScalarValue::Float64(Some(value)) if !value.is_nan() => {
+            ScalarValue::Float64(Some(value)) if value.is_nan() => None,
+            ScalarValue::Float64(Some(value)) if self.scale > 0 && self.most < SHORT && value.abs() < SHORT as f64 => {
+                let unit = 10f64.powi(self.scale.into());
+                // As the column is cast.
+                let double = |units: i128| units as f64 / unit;
+                let mut high = (value * unit).floor() as i128;
+                if double(high + 1) <= *value {
+                    high += 1;
+                } else if double(high) > *value {
+                    high -= 1;
+                }
+                let low = if double(high) == *value { high } else { high + 1 };
+                Some((low, high))
+            }
+            ScalarValue::Float64(Some(value)) if self.scale > 0 || self.digits > BIGINT_DIGITS => {
+                let units = value * 10f64.powi(self.scale.into());
+                // What is infinite has no neighbours.
+                let slack = if units.is_finite() { units.abs() * DECIMAL_SLACK + 1.0 } else { 0.0 };
+                Some(((units - slack).floor() as i128, (units + slack).ceil() as i128))
+            }
+            ScalarValue::Float64(Some(value)) => {
                 // Casts to integers end where the type does: beyond every column.
                 let (low, high) = (value.ceil() as i128, value.floor() as i128);
                 let exact = value.abs() < EXACT_DOUBLES || self.digits < 16;
@@ -194,6 +221,37 @@ mod tests {
     }
 
     #[test]
+    fn doubles_among_decimals() {
+        let double = |ty: Type, value: f64| at(ty, ScalarValue::Float64(Some(value)));
+        let near =
+            |least: i128, most: i128| Some(Place::Near { least: Value::Decimal(least), most: Value::Decimal(most) });
+        let price = Type::Decimal { precision: 10, scale: 2 };
+        let between = |below: i128, above: i128| {
+            Some(Place::Between { below: Some(Value::Decimal(below)), above: Some(Value::Decimal(above)) })
+        };
+        // 0.29 * 100 is less than 29.
+        for (value, place) in [(1.25, 125), (0.29, 29), (-0.29, -29), (-0.0, 0), (99_999_999.99, 9_999_999_999)] {
+            assert_eq!(double(price, value), Some(Place::At(Value::Decimal(place))), "{value}");
+        }
+        assert_eq!(double(price, 1.255), between(125, 126));
+        assert_eq!(double(price, -1.255), between(-126, -125));
+        let long = Type::Decimal { precision: 20, scale: 2 };
+        assert_eq!(double(long, 1.25), near(123, 127));
+        assert_eq!(double(long, 0.0), near(-1, 1));
+        let most = Some(Value::Decimal(9_999_999_999));
+        assert_eq!(double(price, 1e300), Some(Place::Between { below: most.clone(), above: None }));
+        assert_eq!(double(price, f64::INFINITY), Some(Place::Between { below: most, above: None }));
+        assert_eq!(double(price, f64::NAN), None);
+        // 4e37 is no power of two: its DOUBLE is another number, which the decimal's cast comes to as well.
+        let wide = Type::Decimal { precision: 38, scale: 0 };
+        let Some(Place::Near { least: Value::Decimal(least), most: Value::Decimal(most) }) = double(wide, 4e37) else {
+            panic!("no range")
+        };
+        let exact = 4 * 10i128.pow(37);
+        assert!(least < exact && exact < most && most - least < exact >> 40);
+    }
+
+    #[test]
     fn doubles_among_reals() {
         assert_eq!(among_reals(0.5), Place::At(Value::Float(0.5)));
         let Place::Between { below: Some(Value::Float(below)), above: Some(Value::Float(above)) } = among_reals(0.1)
@@ -213,6 +271,6 @@ mod tests {
         assert!(fits(Type::Int, DataType::Decimal128(12, 2)) && !fits(Type::Int, DataType::Decimal128(10, 2)));
         let price = Type::Decimal { precision: 10, scale: 2 };
         assert!(fits(price, DataType::Decimal128(11, 3)) && !fits(price, DataType::Decimal128(11, 1)));
-        assert!(!fits(price, DataType::Int64) && !fits(price, DataType::Float64));
+        assert!(fits(price, DataType::Float64) && !fits(price, DataType::Int64));
     }
 }
