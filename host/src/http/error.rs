@@ -5,7 +5,7 @@
 //! details, which the client does not see).
 
 use axum::body::Body;
-use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
@@ -23,25 +23,16 @@ pub struct Problem {
     detail: String,
     /// Members of this problem alone, such as `position`.
     extra: Vec<(&'static str, Value)>,
-    retry_after: Option<u32>,
+    /// A header of this problem alone, such as Retry-After.
+    header: Option<Box<(HeaderName, HeaderValue)>>,
     /// What was refused, for the audit log. It goes with the response, to whoever knows who asked.
     refusal: Option<Box<Refusal>>,
-    /// What would have been possible instead, as a header lists it.
-    allow: Option<HeaderValue>,
 }
 
 impl Problem {
     pub fn new(status: u16, code: &'static str, detail: impl Into<String>) -> Problem {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Problem {
-            status,
-            code,
-            detail: detail.into(),
-            extra: Vec::new(),
-            retry_after: None,
-            refusal: None,
-            allow: None,
-        }
+        Problem { status, code, detail: detail.into(), extra: Vec::new(), header: None, refusal: None }
     }
 
     pub fn forbidden(refusal: Box<Refusal>) -> Problem {
@@ -58,7 +49,7 @@ impl Problem {
         let methods: Vec<&str> = allow.to_str().unwrap_or_default().split(',').map(str::trim).collect();
         let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
         let detail = format!("{method} is not possible at {path}; possible are {}{hint}", methods.join(", "));
-        Problem { allow: Some(allow), ..Problem::new(405, "method_not_allowed", detail) }
+        Problem::new(405, "method_not_allowed", detail).header(header::ALLOW, allow)
     }
 
     /// In the contract, but not in this build.
@@ -88,9 +79,12 @@ impl Problem {
         self
     }
 
-    pub fn retry_after(mut self, seconds: u32) -> Problem {
-        self.retry_after = Some(seconds);
-        self
+    pub fn retry_after(self, seconds: u32) -> Problem {
+        self.header(header::RETRY_AFTER, HeaderValue::from(seconds))
+    }
+
+    fn header(self, name: HeaderName, value: HeaderValue) -> Problem {
+        Problem { header: Some(Box::new((name, value))), ..self }
     }
 
     pub fn status(&self) -> StatusCode {
@@ -128,11 +122,9 @@ impl IntoResponse for Problem {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        if let Some(seconds) = self.retry_after {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
-        if let Some(allow) = self.allow {
-            headers.insert(header::ALLOW, allow);
+        if let Some(header) = self.header {
+            let (name, value) = *header;
+            headers.insert(name, value);
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"tidegate\""));

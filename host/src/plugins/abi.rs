@@ -62,7 +62,7 @@ type Place = (Range<u32>, ImageAt);
 
 impl Made {
     /// How many images.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.places.len()
     }
 
@@ -271,7 +271,7 @@ mod tests {
 
     /// Read anew, as whoever gets their bytes does.
     fn images(made: &Made) -> impl Iterator<Item = ImageRef<'_>> {
-        (0..made.len() as u32).map(|i| {
+        (0..made.count() as u32).map(|i| {
             let (bytes, at) = made.image(i);
             let (image, found, used) = ImageRef::parse(bytes).unwrap();
             assert_eq!((found, used), (at, bytes.len()));

@@ -315,7 +315,7 @@ impl Instance {
         let schema = self.transformed(batch.setup)?;
         let made = abi::output_images(&output, batch.rows, schema);
         let made = made.map_err(|message| CallFault::new(FaultCause::Output, message))?;
-        batch.setup.meter.judged(batch.origin, batch.rows, made.len());
+        batch.setup.meter.judged(batch.origin, batch.rows, made.count());
         batch.setup.meter.answered(output.len());
         Ok(made)
     }

@@ -39,10 +39,12 @@ pub type Rows = Vec<Vec<Value>>;
 /// Some rows, then more, for as long as somebody wants them.
 pub type Pieces = Box<dyn Iterator<Item = Result<Rows, SqlError>> + Send>;
 
+type AllRows = dyn Fn(&RequestEnv) -> Result<Rows, SqlError> + Send + Sync;
+
 /// What a system table shows to the caller.
 pub enum SystemRows {
     /// There are few.
-    All(Box<dyn Fn(&RequestEnv) -> Result<Rows, SqlError> + Send + Sync>),
+    All(Box<AllRows>),
     /// There may be more than one wants to hold in memory.
     Pieces(Box<dyn Fn() -> Pieces + Send + Sync>),
 }
