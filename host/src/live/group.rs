@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 use wire::Schema;
 
-use super::outlet::{AnyOutlet, Lent, Outlets, Round};
+use super::outlet::{AnyOutlet, Feeding, Lent, Outlets};
 use super::tail::{EventsAfter, GroupEnd, GroupTail, lock};
 use super::worker::Mailbox;
 use super::{GroupSpec, SubscribeError};
@@ -61,16 +61,22 @@ impl Group {
 
     /// Not here, on the worker's thread: to write to thousands of sockets takes as long as hundreds of commits.
     fn feed_outlets(self: &Arc<Self>) {
-        // In this order: whoever comes later finds what was appended.
-        let pieces = lock(&self.outlets).pieces();
-        let Some(runtime) = self.registry.runtime.get() else { return };
-        for piece in pieces {
-            let group = Arc::clone(self);
-            runtime.spawn(async move {
-                let mut round = Round::new(&group);
-                piece.iter().for_each(|outlet| outlet.feed(&mut round));
-            });
+        // After appending: whoever enters later finds it, and so does a feeding that is due.
+        let mut outlets = lock(&self.outlets);
+        if outlets.all.is_empty() || outlets.due {
+            return;
         }
+        let Some(runtime) = self.registry.runtime.get() else { return };
+        outlets.due = true;
+        drop(outlets);
+        runtime.spawn(Feeding::start(Arc::clone(self)));
+    }
+
+    /// The outlets that are there now, for a feeding that begins.
+    pub(super) fn take_turn(&self) -> Vec<AnyOutlet> {
+        let mut outlets = lock(&self.outlets);
+        outlets.due = false;
+        outlets.all.clone()
     }
 
     /// Events and bytes appended so far.
@@ -88,7 +94,7 @@ impl Group {
     pub(super) fn end(&self, end: GroupEnd) {
         lock(&self.tail).end(end);
         self.changed.notify_waiters();
-        lock(&self.outlets).iter().for_each(|outlet| outlet.wake());
+        lock(&self.outlets).all.iter().for_each(|outlet| outlet.wake());
     }
 
     pub(super) fn ended(&self) -> Option<GroupEnd> {
