@@ -69,7 +69,7 @@ use group::Registry;
 pub use index::admits;
 pub use outlet::{AnyOutlet, Outlet, Sink};
 pub use requery::{Answer, Images, Requery, RequeryError, Rerun};
-pub use subscription::{Delivery, EndReason, Heartbeat, Subscription};
+pub use subscription::{Delivery, EndReason, Subscription};
 use tail::{CommitTail, lock};
 use worker::{Joined, Mailbox, Shared};
 
@@ -367,11 +367,6 @@ impl Live {
                 None => return Err(SubscribeError::Closed),
             }
         }
-    }
-
-    /// For one stream; to be made where its runtime's timers are.
-    pub fn heartbeat(&self) -> Heartbeat {
-        Heartbeat::every(self.workers.shared.options.heartbeat)
     }
 
     /// What a group has told so far, and how far behind it is; zeros where there is none.
