@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::io::{self, IoSlice, Write};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use axum::body::{Body, Bytes};
@@ -71,24 +71,40 @@ pub fn respond(subscriber: Subscriber, handover: Option<Handover>) -> Response {
 ///
 /// Such a connection has nothing else to do until it closes, and hyper is made for those that do: its buffers, and the
 /// way of every event through body, encoder and queue, cost more than the event. So [`run`] writes to the socket itself.
+///
+/// One for a connection, whose requests come one after the other: what was given ends hyper's part of it ([`TakenOver`]).
 #[derive(Clone, Default)]
 pub struct Handover(Arc<Mutex<Option<Box<Sender>>>>);
 
 impl Handover {
+    fn slot(&self) -> MutexGuard<'_, Option<Box<Sender>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn give(&self, sender: Sender) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(sender));
+        *self.slot() = Some(Box::new(sender));
+    }
+
+    /// What hyper is told when a request was answered.
+    pub fn answered(&self, response: Response) -> Result<Response, TakenOver> {
+        if self.slot().is_some() { Err(TakenOver) } else { Ok(response) }
     }
 
     pub fn take(&self) -> Option<Box<Sender>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.slot().take()
     }
 }
 
+/// For hyper, which ends a connection at an error without sending anything more: a live stream has it from here on.
+#[derive(Debug, thiserror::Error)]
+#[error("a live stream has taken the connection over")]
+pub struct TakenOver;
+
 /// Sends a stream in chunks of HTTP/1.1 until it ends, the client goes, or stops reading.
-pub async fn run(response: Response, mut sender: Box<Sender>, socket: Socket, stall_limit: Duration) {
+pub async fn run(mut sender: Box<Sender>, socket: Socket, stall_limit: Duration) {
     let cut = sender.subscriber.metrics.http_stalled.clone();
     let mut to = Stalling::new(socket.clone(), stall_limit, cut);
-    let mut before = head(&response);
+    let mut before = head(&event_stream(Body::empty()));
     let lent = Lent::new(socket.clone(), sender.subscriber.metrics.clone());
     loop {
         let step = tokio::select! {
