@@ -249,7 +249,8 @@ impl Connection {
         let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             heard.store(true, Ordering::Relaxed);
             let mut request = request.map(Body::new);
-            // What hyper still has of an earlier response (to a client that did not wait for it) is not to be overtaken.
+            // What hyper still has of an earlier response is not to be overtaken. It flushes a response before it reads
+            // the next request, unless a body was left unread: then throwing that away is the end, flushed or not.
             let alone =
                 request.version() == Version::HTTP_11 && request.method() != Method::HEAD && !socket.is_blocked();
             let handover = alone.then(|| offered.clone());
