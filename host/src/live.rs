@@ -1,8 +1,8 @@
 //! Live queries: groups, the workers that evaluate them, replay from the change log, subscriptions as cursors.
 //!
-//! Knows neither SQL text nor wasm nor SSE: what it needs from above it asks through three small traits, which `db`
-//! supplies: [`Program`] (which rows match, what is shown), [`Pipelines`] (the plugins of one worker), [`Encoder`]
-//! (the bytes a subscriber gets).
+//! Knows neither SQL text nor wasm nor SSE: what it needs from above it asks through small traits, which `db` and `http`
+//! supply: [`Program`] (which rows match, what is shown), [`Pipelines`] (the plugins of one worker), [`Requery`] (a query
+//! run as a whole), [`Encoder`] (the bytes a subscriber gets), [`Sink`] (where they go while it only waits).
 //!
 //! # From a commit to a subscriber
 //!

@@ -2,8 +2,8 @@
 //!
 //! [`LiveStream`] keeps the request, because a resync compiles it again: a plugin may have another version, a position
 //! may be older than the log. Between two deliveries the stream is a cursor; rows and encoded events belong to the group,
-//! and the request and what it was compiled to are one for all who asked the same. The heartbeat is whoever's who sends:
-//! at its times they ask for the [`progress`](LiveStream::progress).
+//! and the request and what it was compiled to are one for all who asked the same. The heartbeat belongs to
+//! whoever sends: they ask for the [`progress`](LiveStream::progress) at each beat.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
