@@ -172,7 +172,6 @@ fn matching(world: &World, kind: &Kind, sizes: &[usize]) -> (Vec<f64>, usize) {
     let before = HELD.load(Ordering::Relaxed);
     let table = world.store.catalog().table("main", kind.table).unwrap().clone();
     let mut seq = world.store.applied().0;
-    let mut heartbeat = world.heartbeat(&live);
     let (mut medians, mut bytes) = (Vec::new(), 0);
     for size in sizes {
         while open.len() < *size {
@@ -189,7 +188,7 @@ fn matching(world: &World, kind: &Kind, sizes: &[usize]) -> (Vec<f64>, usize) {
             let started = Instant::now();
             live.published(&commit);
             for subscription in &mut open[..MATCHES] {
-                world.next_events(subscription, &mut heartbeat);
+                world.next_events(subscription);
             }
             if number > COMMITS {
                 times.push(started.elapsed().as_nanos() as f64 / 1e3);

@@ -217,8 +217,6 @@ pub enum LiveOutput {
         fault: PipelineFault,
         seq: Seq,
     },
-    /// The stream waits (for another version of a failed plugin): a sign of life without a position.
-    Waiting,
     /// A row could not be evaluated: the stream ends.
     Failed {
         message: String,

@@ -1,8 +1,8 @@
 //! Live queries: groups, the workers that evaluate them, replay from the change log, subscriptions as cursors.
 //!
-//! Knows neither SQL text nor wasm nor SSE: what it needs from above it asks through three small traits, which `db`
-//! supplies: [`Program`] (which rows match, what is shown), [`Pipelines`] (the plugins of one worker), [`Encoder`]
-//! (the bytes a subscriber gets).
+//! Knows neither SQL text nor wasm nor SSE: what it needs from above it asks through small traits, which `db` and `http`
+//! supply: [`Program`] (which rows match, what is shown), [`Pipelines`] (the plugins of one worker), [`Requery`] (a query
+//! run as a whole), [`Encoder`] (the bytes a subscriber gets), [`Sink`] (where they go while it only waits).
 //!
 //! # From a commit to a subscriber
 //!
@@ -69,7 +69,7 @@ use group::Registry;
 pub use index::admits;
 pub use outlet::{AnyOutlet, Outlet, Sink};
 pub use requery::{Answer, Images, Requery, RequeryError, Rerun};
-pub use subscription::{Delivery, EndReason, Heartbeat, Subscription};
+pub use subscription::{Delivery, EndReason, Subscription};
 use tail::{CommitTail, lock};
 use worker::{Joined, Mailbox, Shared};
 
@@ -367,11 +367,6 @@ impl Live {
                 None => return Err(SubscribeError::Closed),
             }
         }
-    }
-
-    /// For one stream; to be made where its runtime's timers are.
-    pub fn heartbeat(&self) -> Heartbeat {
-        Heartbeat::every(self.workers.shared.options.heartbeat)
     }
 
     /// What a group has told so far, and how far behind it is; zeros where there is none.

@@ -4,7 +4,7 @@ use tests::raw::{address, exchange};
 use tests::server::ADMIN_TOKEN;
 use tests::{Client, PATIENCE, TestServer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 /// Rows of the large result, and bytes of each: more than a socket has room for.
 const ROWS: usize = 4_096;
@@ -70,6 +70,37 @@ async fn a_stream_comes_behind_the_answer_before_it() {
     // It lives: what is written now arrives.
     db.sql("DELETE FROM t WHERE id = 1").await;
     assert!(until(&mut stream, "event: delete").await.contains("event: delete"));
+}
+
+/// The HTTP library reads the next request only when it has sent the answer to the one before, but not where that had a
+/// body which its handler left alone: then the answers pile up behind a socket that is full, and the stream's request is
+/// read all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_comes_behind_answers_that_are_not_sent() {
+    /// Their answers are more than the sockets of both sides have room for.
+    const REQUESTS: usize = 60_000;
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY, text TEXT)").await;
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(4_096).expect("a small one");
+    let mut stream = socket.connect(address(&db)).await.expect("a connection");
+    let before = "HEAD /healthz HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx";
+    let requests = format!("{}{}", before.repeat(REQUESTS), request(&format!("GET {LIVE} HTTP/1.1")));
+    let asking = async {
+        stream.write_all(requests.as_bytes()).await.expect("all are taken");
+        while db.metric("tidegate_subscriptions").await < 1.0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, asking).await.expect("the stream is opened before anything is read");
+
+    let text = until(&mut stream, "event: uptodate").await;
+    let (answers, live) = text.split_at(text.rfind("HTTP/1.1 200").expect("answers"));
+    assert_eq!(answers.matches("HTTP/1.1 200").count(), REQUESTS);
+    assert!(answers.ends_with("\r\n\r\n") && live.contains("\r\n: hello\n"), "{live}");
+    // Had there been nothing to wait for, the connection would be the stream's own.
+    assert!(!live.contains("connection: close"), "{live}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

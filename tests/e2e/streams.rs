@@ -9,6 +9,8 @@ use tests::fold::{Fold, State, canonical};
 use tests::live::seq;
 use tests::{Client, Event, Live, LiveQuery, Options, TestServer};
 
+use crate::failures::{TELL, sour};
+
 async fn tables(server: &TestServer) -> Client {
     let db = server.admin();
     db.sql("CREATE TABLE a (id INT PRIMARY KEY, n INT); CREATE TABLE b (id INT PRIMARY KEY, x TEXT)").await;
@@ -53,6 +55,31 @@ async fn until(live: &mut Live, folds: &mut Folds, names: &[&str], seq: u64) {
             waiting.retain(|name| *name != past);
         }
     }
+}
+
+/// It has no position to tell, so it says at its heartbeat no more than that it lives.
+#[tokio::test]
+async fn a_stream_that_waits_for_its_plugin_shows_that_it_lives() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY, v BIGINT)").await;
+    db.sql("INSERT INTO t VALUES (1, -5)").await;
+    db.put_plugin("sour", sour(TELL, true)).await;
+    let query = LiveQuery::new("SELECT id FROM t").plugin("sour");
+    let mut stream = query.request(&db, None).send().await.unwrap();
+    let mut text = String::new();
+    let mut until = async |mark: &str, count: usize| {
+        let reading = async {
+            while text.split_once("event: plugin-error").is_none_or(|(_, after)| after.matches(mark).count() < count) {
+                let piece = stream.chunk().await.unwrap().expect("the stream goes on");
+                text.push_str(std::str::from_utf8(&piece).unwrap());
+            }
+        };
+        tokio::time::timeout(tests::PATIENCE, reading).await.unwrap_or_else(|_| panic!("no {mark:?} in time"));
+    };
+    until("\n:\n", 3).await;
+    db.put_plugin("sour", sour("(nop)", true)).await;
+    until("event: uptodate", 2).await;
 }
 
 const A: &str = "SELECT id, n FROM a WHERE n > 5";

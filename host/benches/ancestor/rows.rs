@@ -57,15 +57,14 @@ fn shared(world: &World, subscribers: usize, size: usize) -> usize {
     for _ in 0..subscribers {
         open.push(world.runtime.block_on(side.subscribe(spec.clone(), live::From::Now)).unwrap());
     }
-    let mut heartbeat = world.heartbeat(&side);
     // What evaluating allocates once, for all the changes to come, is not this row's.
     let first = world.store.applied().0;
     side.published(&commit(world, first + 1, size));
-    open.iter_mut().for_each(|subscription| drop(world.next_events(subscription, &mut heartbeat)));
+    open.iter_mut().for_each(|subscription| drop(world.next_events(subscription)));
     let mut taken: Vec<Bytes> = Vec::with_capacity(subscribers);
     let (_, held) = held_by(|| {
         side.published(&commit(world, first + 2, size));
-        taken.extend(open.iter_mut().map(|subscription| world.next_events(subscription, &mut heartbeat)));
+        taken.extend(open.iter_mut().map(|subscription| world.next_events(subscription)));
     });
     let handles = taken.capacity() * size_of::<Bytes>();
     assert!(taken.iter().all(|bytes| bytes.as_ptr() == taken[0].as_ptr()), "everybody has the same bytes");

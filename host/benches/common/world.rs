@@ -11,8 +11,8 @@ use host::catalog::{OnError, Semantics};
 use host::config::{Config, Role};
 use host::http::sse::Events;
 use host::live::{
-    Batch, ChangeOutput, Delivery, GroupSpec, Heartbeat, Live, OldMode, Piped, PipelineFault, Pipelines, Program,
-    ProgramError, Question, Subscription,
+    Batch, ChangeOutput, Delivery, GroupSpec, Live, OldMode, Piped, PipelineFault, Pipelines, Program, ProgramError,
+    Question, Subscription,
 };
 use host::sql::live::{Live as Compiled, LivePlan};
 use host::sql::session::Sql;
@@ -104,16 +104,10 @@ impl World {
         })
     }
 
-    /// For subscribers who are asked one after the other.
-    pub fn heartbeat(&self, live: &Live) -> Heartbeat {
-        let _timers = self.runtime.enter();
-        live.heartbeat()
-    }
-
     /// The bytes that a subscriber is given next.
-    pub fn next_events(&self, subscription: &mut Subscription, heartbeat: &mut Heartbeat) -> bytes::Bytes {
+    pub fn next_events(&self, subscription: &mut Subscription) -> bytes::Bytes {
         loop {
-            match self.runtime.block_on(subscription.next(heartbeat, None)) {
+            match self.runtime.block_on(subscription.next(None)) {
                 Delivery::Events { bytes, .. } => return bytes,
                 Delivery::UpToDate(_) => {}
                 other => panic!("{other:?}"),

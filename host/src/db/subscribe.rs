@@ -1,8 +1,9 @@
 //! A live stream from request to end: compile, find or make the group, and what follows when the group ends.
 //!
 //! [`LiveStream`] keeps the request, because a resync compiles it again: a plugin may have another version, a position
-//! may be older than the log. Between two deliveries the stream is a cursor and a timer; rows and encoded events belong
-//! to the group, and the request and what it was compiled to are one for all who asked the same.
+//! may be older than the log. Between two deliveries the stream is a cursor; rows and encoded events belong to the group,
+//! and the request and what it was compiled to are one for all who asked the same. The heartbeat belongs to
+//! whoever sends: they ask for the [`progress`](LiveStream::progress) at each beat.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use super::{
 };
 use crate::catalog::{Anchors, Catalog, OnError, Semantics, Table};
 use crate::live::position::Position;
-use crate::live::{AnyOutlet, Delivery, EndReason, From, GroupSpec, Heartbeat, Rerun, SubscribeError, Subscription};
+use crate::live::{AnyOutlet, Delivery, EndReason, From, GroupSpec, Rerun, SubscribeError, Subscription};
 use crate::plugins::Stage;
 use crate::sql::live::requery::RequeryPlan;
 use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
@@ -57,7 +58,6 @@ pub struct LiveStream {
     queue: VecDeque<LiveOutput>,
     uses: PluginUses,
     listed: Listed,
-    heartbeat: Heartbeat,
 }
 
 enum State {
@@ -119,7 +119,6 @@ impl Db {
             unchecked: None,
             compiling: None,
             queue: VecDeque::new(),
-            heartbeat: self.inner.live.heartbeat(),
         };
         stream.join(from, opening).await?;
         stream.check_activation().await?;
@@ -417,7 +416,7 @@ impl LiveStream {
                     let delivery = tokio::select! {
                         biased;
                         () = self.listed.killed() => None,
-                        delivery = subscription.next(&mut self.heartbeat, outlet) => Some(delivery),
+                        delivery = subscription.next(outlet) => Some(delivery),
                     };
                     match delivery {
                         None => self.end(killed()),
@@ -446,21 +445,31 @@ impl LiveStream {
                     self.retry_plugin(seq).await;
                 }
                 State::AwaitPlugin { catalog, seq, rested, changed } => {
-                    let (seq, heartbeat) = (*seq, self.db.inner.live_options.heartbeat);
+                    let seq = *seq;
                     let rested = rested.map_or_else(|| Instant::now() + FAR, |rested| rested);
                     tokio::select! {
                         biased;
                         () = self.listed.killed() => self.end(killed()),
-                        seen = tokio::time::timeout(heartbeat, catalog.changed()) => match seen {
-                            Err(_elapsed) => return Some(LiveOutput::Waiting),
-                            Ok(Err(_closed)) => self.end(closed_by(&DbError::Closed)),
-                            Ok(Ok(())) => *changed = true,
+                        seen = catalog.changed() => match seen {
+                            Err(_closed) => self.end(closed_by(&DbError::Closed)),
+                            Ok(()) => *changed = true,
                         },
                         () = tokio::time::sleep_until(rested) => self.state = State::Rejoin(Rejoin::Plugin(seq)),
                     }
                 }
             }
         }
+    }
+
+    /// How far a stream is that only waits for commits: what it says at its heartbeat. `None`: it has something to say or
+    /// to do first, or holds no position.
+    pub fn progress(&mut self) -> Option<LiveOutput> {
+        if !self.queue.is_empty() || self.unchecked.is_some() {
+            return None;
+        }
+        let State::Running(subscription) = &mut self.state else { return None };
+        let seq = subscription.progress()?;
+        Some(LiveOutput::UpToDate { position: self.position(seq), seq })
     }
 
     /// The request again, against the catalog as it is now. In a task: who is dropped while waiting finds it further on
@@ -936,7 +945,7 @@ mod tests {
         assert!(Arc::ptr_eq(&first.listed.common, &again.listed.common), "the position is no part of what was asked");
         let (one, two) = (&first.listed.common, &in_other_words.listed.common);
         assert!(!Arc::ptr_eq(one, two) && Arc::ptr_eq(&one.spec, &two.spec), "each its own words");
-        assert!(size_of::<LiveStream>() <= 320, "{} bytes", size_of::<LiveStream>());
+        assert!(size_of::<LiveStream>() <= 296, "{} bytes", size_of::<LiveStream>());
 
         assert!(matches!(first.next(None).await, Some(LiveOutput::Start { .. })));
         assert_eq!(first.queue.capacity(), 0, "what was said leaves no room behind");

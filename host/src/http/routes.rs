@@ -367,8 +367,7 @@ async fn subscribe(
     };
     let subscriber = Subscriber {
         streams,
-        // `live` sends progress every heartbeat; this is for the times when it cannot, say while it waits for a plugin.
-        idle: app.heartbeat * 2,
+        heartbeat: app.heartbeat,
         draining: app.draining.clone(),
         ticket: ticket.map(|redeemed| app.tickets.open(redeemed)).transpose()?,
         metrics: app.metrics.clone(),

@@ -14,12 +14,11 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Method, Version};
-use axum::response::Response;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -148,11 +147,11 @@ impl Server {
                 tracing::debug!(%error, "TCP_NODELAY");
             }
             let socket = Socket::new(stream);
-            let Some((response, sender)) = connection.serve(socket.clone(), peer).await else { return };
+            let Some(sender) = connection.serve(socket.clone(), peer).await else { return };
             // A task of its own: this one has hyper's connection in its frame, for as long as it lives.
             connections.spawn(async move {
                 let _open = open;
-                aborting.run_until_cancelled(stream::run(response, sender, socket, stall_limit)).await;
+                aborting.run_until_cancelled(stream::run(sender, socket, stall_limit)).await;
             });
         });
     }
@@ -240,33 +239,25 @@ struct Connection {
 
 impl Connection {
     /// Until the connection ends, or a live stream takes it over.
-    async fn serve(&self, socket: Socket, peer: SocketAddr) -> Option<(Response, Box<Sender>)> {
+    async fn serve(&self, socket: Socket, peer: SocketAddr) -> Option<Box<Sender>> {
         let options = &self.app.options;
         let stalling = Stalling::new(socket.clone(), options.stall_limit, self.app.metrics.http_stalled.clone());
         let io = TokioIo::new(stalling);
-        let (hand, mut handed) = mpsc::channel(1);
+        let handover = Handover::default();
         let spoke = Arc::new(AtomicBool::new(false));
-        let (app, router, heard) = (self.app.clone(), self.router.clone(), spoke.clone());
+        let (app, router, heard, offered) = (self.app.clone(), self.router.clone(), spoke.clone(), handover.clone());
         let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             heard.store(true, Ordering::Relaxed);
             let mut request = request.map(Body::new);
-            // What hyper still has of an earlier response (to a client that did not wait for it) is not to be overtaken.
+            // What hyper still has of an earlier response is not to be overtaken. It flushes a response before it reads
+            // the next request, unless a body was left unread: then throwing that away is the end, flushed or not.
             let alone =
                 request.version() == Version::HTTP_11 && request.method() != Method::HEAD && !socket.is_blocked();
-            let handover = alone.then(Handover::default);
-            request.extensions_mut().insert(Peer { address: peer, handover: handover.clone() });
+            let handover = alone.then(|| offered.clone());
+            request.extensions_mut().insert(Peer { address: peer, handover });
             // Owned, as HTTP/2 runs each request as a task.
-            let (app, router, hand) = (app.clone(), router.clone(), hand.clone());
-            async move {
-                let response = handle(&app, &router, request).await;
-                if let Some(sender) = handover.and_then(|handover| handover.take()) {
-                    // It has room: a connection over HTTP/1.1 has one request at a time, and this is the last.
-                    let _ = hand.send((response, sender)).await;
-                    std::future::pending::<()>().await;
-                    return Ok(Response::default());
-                }
-                Ok::<_, std::convert::Infallible>(response)
-            }
+            let (app, router, offered) = (app.clone(), router.clone(), offered.clone());
+            async move { offered.answered(handle(&app, &router, request).await) }
         });
         let mut connection = std::pin::pin!(self.builder.serve_connection(io, service));
         // hyper's own timer starts when it knows the protocol; until then a silent client is ours to cut.
@@ -275,12 +266,12 @@ impl Connection {
         loop {
             tokio::select! {
                 result = connection.as_mut() => {
-                    if let Err(error) = result {
+                    let stream = handover.take();
+                    if let (Err(error), None) = (result, &stream) {
                         tracing::debug!(%error, "connection ended");
                     }
-                    return None;
+                    return stream;
                 }
-                stream = handed.recv() => return stream,
                 () = self.closing.cancelled(), if !closing => {
                     closing = true;
                     connection.as_mut().graceful_shutdown();

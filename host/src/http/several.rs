@@ -62,17 +62,29 @@ impl Streams {
                 self.queries[at].ended = true;
                 continue;
             };
-            return Some(match &mut self.marks {
-                None => sse::output(output),
-                Some(marks) => {
-                    // What the client holds of the query is void, and so is where it was.
-                    if matches!(output, LiveOutput::Resync(_) | LiveOutput::Start { from: None, .. }) {
-                        marks[at].position = None;
-                    }
-                    mark(marks, at, &sse::output(output))
-                }
-            });
+            return Some(self.framed(at, output));
         }
+    }
+
+    /// What is said at the heartbeat, between two calls of `next`: how far those queries are that only wait; a comment
+    /// where none does.
+    pub fn progress(&mut self) -> Bytes {
+        let mut said = Vec::new();
+        for at in 0..self.queries.len() {
+            if let Some(output) = self.queries[at].stream.progress() {
+                said.extend_from_slice(&self.framed(at, output));
+            }
+        }
+        if said.is_empty() { sse::COMMENT } else { said.into() }
+    }
+
+    fn framed(&mut self, at: usize, output: LiveOutput) -> Bytes {
+        let Some(marks) = &mut self.marks else { return sse::output(output) };
+        // What the client holds of the query is void, and so is where it was.
+        if matches!(output, LiveOutput::Resync(_) | LiveOutput::Start { from: None, .. }) {
+            marks[at].position = None;
+        }
+        mark(marks, at, &sse::output(output))
     }
 
     /// From whichever query has something first.
@@ -146,10 +158,10 @@ mod tests {
                 name: name.to_owned(),
                 position: position.map(str::to_owned),
             });
-        let text = b"event: insert\ndata: {\"key\":{}}\n\nevent: delete\nid: e-9-g\ndata: {}\n\n: waiting\n\n";
+        let text = b"event: insert\ndata: {\"key\":{}}\n\nevent: delete\nid: e-9-g\ndata: {}\n\n:\n\n";
         let marked = mark(&mut marks, 0, text);
         let expected = "event: insert\ndata: {\"q\":0,\"key\":{}}\n\n\
-                        event: delete\nid: e-9-g~e-7-f~_\ndata: {\"q\":0}\n\n: waiting\n\n";
+                        event: delete\nid: e-9-g~e-7-f~_\ndata: {\"q\":0}\n\n:\n\n";
         assert_eq!(std::str::from_utf8(&marked).unwrap(), expected);
         let marked = mark(&mut marks, 1, b"event: uptodate\nid: e-10-f\ndata: {\"seq\":10}\n\n");
         let expected = "event: uptodate\nid: e-9-g~e-10-f~_\ndata: {\"q\":\"b\",\"seq\":10}\n\n";

@@ -173,7 +173,7 @@ fn frame(event: &str, id: Option<&str>, data: &Value, out: &mut Vec<u8>) {
     write!(out, "data: {data}\n\n").expect("writing to memory cannot fail");
 }
 
-/// Sent when nothing else was for a while, so that proxies keep the connection.
+/// The heartbeat of a stream that has no position to tell: proxies keep the connection.
 pub const COMMENT: Bytes = Bytes::from_static(b":\n\n");
 
 /// After an ordinary end clients come back within this; spread, so that they do not come all at once.
@@ -228,7 +228,6 @@ pub fn output(output: LiveOutput) -> Bytes {
         LiveOutput::PluginError { fault, seq } => {
             frame("plugin-error", None, &plugin_error(fault, seq).body(), &mut out)
         }
-        LiveOutput::Waiting => out.extend_from_slice(b": waiting\n\n"),
         LiveOutput::Failed { message } => {
             frame("failed", None, &Problem::new(422, "row_failed", message).body(), &mut out);
         }

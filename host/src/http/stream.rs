@@ -3,8 +3,7 @@
 use std::future::Future;
 use std::io::{self, IoSlice, Write};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use axum::body::{Body, Bytes};
@@ -33,7 +32,7 @@ pub const CLOSE_SPREAD: Duration = Duration::from_secs(2);
 pub struct Subscriber {
     pub streams: Streams,
     /// Something is sent at least this often.
-    pub idle: Duration,
+    pub heartbeat: Duration,
     pub draining: CancellationToken,
     pub ticket: Option<TicketUse>,
     pub metrics: Arc<Metrics>,
@@ -72,24 +71,40 @@ pub fn respond(subscriber: Subscriber, handover: Option<Handover>) -> Response {
 ///
 /// Such a connection has nothing else to do until it closes, and hyper is made for those that do: its buffers, and the
 /// way of every event through body, encoder and queue, cost more than the event. So [`run`] writes to the socket itself.
+///
+/// One for a connection, whose requests come one after the other: what was given ends hyper's part of it ([`TakenOver`]).
 #[derive(Clone, Default)]
 pub struct Handover(Arc<Mutex<Option<Box<Sender>>>>);
 
 impl Handover {
+    fn slot(&self) -> MutexGuard<'_, Option<Box<Sender>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn give(&self, sender: Sender) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(sender));
+        *self.slot() = Some(Box::new(sender));
+    }
+
+    /// What hyper is told when a request was answered.
+    pub fn answered(&self, response: Response) -> Result<Response, TakenOver> {
+        if self.slot().is_some() { Err(TakenOver) } else { Ok(response) }
     }
 
     pub fn take(&self) -> Option<Box<Sender>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.slot().take()
     }
 }
 
+/// For hyper, which ends a connection at an error without sending anything more: a live stream has it from here on.
+#[derive(Debug, thiserror::Error)]
+#[error("a live stream has taken the connection over")]
+pub struct TakenOver;
+
 /// Sends a stream in chunks of HTTP/1.1 until it ends, the client goes, or stops reading.
-pub async fn run(response: Response, mut sender: Box<Sender>, socket: Socket, stall_limit: Duration) {
+pub async fn run(mut sender: Box<Sender>, socket: Socket, stall_limit: Duration) {
     let cut = sender.subscriber.metrics.http_stalled.clone();
     let mut to = Stalling::new(socket.clone(), stall_limit, cut);
-    let mut before = head(&response);
+    let mut before = head(&event_stream(Body::empty()));
     let lent = Lent::new(socket.clone(), sender.subscriber.metrics.clone());
     loop {
         let step = tokio::select! {
@@ -134,7 +149,7 @@ struct Lent {
 
 impl Lent {
     fn new(socket: Socket, metrics: Arc<Metrics>) -> Lent {
-        let chunks = Chunks { socket, metrics, sent: AtomicBool::new(false), left: Mutex::default() };
+        let chunks = Chunks { socket, metrics, left: Mutex::default() };
         let chunks = Arc::new(Outlet::new(chunks));
         Lent { outlet: chunks.clone(), chunks }
     }
@@ -144,8 +159,6 @@ impl Lent {
 struct Chunks {
     socket: Socket,
     metrics: Arc<Metrics>,
-    /// Something was, since this was last looked at.
-    sent: AtomicBool,
     /// What the socket did not take.
     left: Mutex<Vec<u8>>,
 }
@@ -153,7 +166,6 @@ struct Chunks {
 impl Sink for Chunks {
     fn take(&self, events: &Bytes) -> bool {
         self.metrics.event_bytes_sent.inc_by(events.len() as u64);
-        self.sent.store(true, Ordering::Relaxed);
         let (head, len) = size_line(events.len());
         let parts: [&[u8]; 3] = [&head[..len], events, b"\r\n"];
         // A connection that broke is found by the stream's own task, when it sends what is left.
@@ -218,9 +230,7 @@ fn head(response: &Response) -> Vec<u8> {
 pub struct Sender {
     subscriber: Subscriber,
     hello: Option<Bytes>,
-    /// Rings when the stream may have been quiet for long; whether it was is seen by `sent`.
-    quiet: Pin<Box<Sleep>>,
-    sent: Instant,
+    heartbeat: Heartbeat,
     draining: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Another connection took the stream over.
     replaced: Pin<Box<dyn Future<Output = ()> + Send>>,
@@ -232,8 +242,7 @@ impl Sender {
     fn new(subscriber: Subscriber) -> Sender {
         Sender {
             hello: Some(sse::hello(sse::RETRY)),
-            quiet: Box::pin(tokio::time::sleep(subscriber.idle)),
-            sent: Instant::now(),
+            heartbeat: Heartbeat::every(subscriber.heartbeat),
             draining: Box::pin(subscriber.draining.clone().cancelled_owned()),
             replaced: match &subscriber.ticket {
                 Some(ticket) => Box::pin(ticket.replaced().clone().cancelled_owned()),
@@ -269,24 +278,38 @@ impl Sender {
                     let spread = rand::rng().random_range(0..CLOSE_SPREAD.as_millis() as u64);
                     self.end = Some(Box::pin(tokio::time::sleep(Duration::from_millis(spread))));
                 }
+                // Before what comes: one query that always has something to say shall not hide how far the others are.
+                () = self.heartbeat.beat() => return Step::Send(self.subscriber.streams.progress()),
                 output = self.subscriber.streams.next(lent.map(|lent| &lent.outlet)) => {
-                    self.sent = Instant::now();
                     return output.map_or(Step::End, Step::Send);
-                }
-                () = self.quiet.as_mut() => {
-                    if lent.is_some_and(|lent| lent.chunks.sink.sent.swap(false, Ordering::Relaxed)) {
-                        self.sent = Instant::now();
-                    }
-                    let due = self.sent + self.subscriber.idle;
-                    if due <= Instant::now() {
-                        self.sent = Instant::now();
-                        self.quiet.as_mut().reset(self.sent + self.subscriber.idle);
-                        return Step::Send(sse::COMMENT);
-                    }
-                    self.quiet.as_mut().reset(due);
                 }
             }
         }
+    }
+}
+
+/// When a stream says how far it is, or at least that it lives: whatever it waits for and whatever else it has sent, so
+/// that one timer is all there is to it.
+struct Heartbeat {
+    period: Duration,
+    next: Pin<Box<Sleep>>,
+}
+
+impl Heartbeat {
+    fn every(period: Duration) -> Heartbeat {
+        // A random phase: streams that were opened together shall not beat together.
+        Heartbeat { period, next: Box::pin(tokio::time::sleep(period.mul_f64(rand::random()))) }
+    }
+
+    /// Resolves when it is time. Cancel-safe: a beat that nobody waited for comes at the next call.
+    async fn beat(&mut self) {
+        self.next.as_mut().await;
+        // The next one keeps the phase, however late this one was.
+        let (now, mut next) = (Instant::now(), self.next.deadline());
+        while next <= now {
+            next += self.period;
+        }
+        self.next.as_mut().reset(next);
     }
 }
 

@@ -5,15 +5,13 @@
 //! else replayed from the change log until it does.
 //!
 //! Its struct is all that the live side keeps of a client, 40 bytes, and one that only waits holds no memory elsewhere.
-//! What a connection has anyway is lent by it: a timer ([`Heartbeat`]), and the task that waits.
+//! What a connection has anyway it does not have again: the task that waits, and the timer of the heartbeat, at which
+//! whoever has it asks for the [`progress`](Subscription::progress).
 
-use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, Sleep, sleep};
 
 use super::group::Seat;
 use super::job::{Piece, SnapshotScan, Work};
@@ -84,7 +82,7 @@ pub enum Delivery {
         bytes: Bytes,
         seq: Seq,
     },
-    /// Snapshot or catch-up complete at this seq; then also as idle progress at the heartbeat.
+    /// Snapshot or catch-up complete at this seq.
     UpToDate(Seq),
     /// The cursor fell behind the log: a snapshot has to follow (`resync`, reason expired).
     Expired,
@@ -121,32 +119,6 @@ enum State {
     Ended(Box<Delivery>),
 }
 
-/// When a quiet stream says how far it is. It lasts as long as the stream, over the subscriptions that follow each other
-/// in it: registering a timer anew for every event would cost more than the event.
-pub struct Heartbeat {
-    period: Duration,
-    next: Pin<Box<Sleep>>,
-}
-
-impl Heartbeat {
-    pub(super) fn every(period: Duration) -> Self {
-        let period = period.max(Duration::from_millis(1));
-        // A random phase: streams that were opened together shall not beat together.
-        Heartbeat { period, next: Box::pin(sleep(period.mul_f64(rand::random()))) }
-    }
-
-    /// Resolves when it is time. Cancel-safe: a beat that nobody waited for comes at the next call.
-    async fn beat(&mut self) {
-        self.next.as_mut().await;
-        // The next one keeps the phase, however late this one was.
-        let (now, mut next) = (Instant::now(), self.next.deadline());
-        while next <= now {
-            next += self.period;
-        }
-        self.next.as_mut().reset(next);
-    }
-}
-
 impl Subscription {
     /// From the present rows on.
     pub(super) fn snapshot(seat: Seat, last: Option<u64>) -> Self {
@@ -167,7 +139,7 @@ impl Subscription {
     ///
     /// With an outlet, events of commits may go there instead of being returned, as long as this waits. Events of no
     /// bytes say that the outlet's sink has something left.
-    pub async fn next(&mut self, heartbeat: &mut Heartbeat, outlet: Option<&AnyOutlet>) -> Delivery {
+    pub async fn next(&mut self, outlet: Option<&AnyOutlet>) -> Delivery {
         loop {
             let delivery = match &mut self.state {
                 State::Ended(delivery) => return Delivery::clone(delivery),
@@ -187,7 +159,7 @@ impl Subscription {
                 }
                 State::Commits { caught_up } => {
                     let caught_up = *caught_up;
-                    self.commits(caught_up, heartbeat, outlet).await
+                    self.commits(caught_up, outlet).await
                 }
             };
             if let Some(delivery) = delivery {
@@ -231,12 +203,7 @@ impl Subscription {
     }
 
     /// What lies after the cursor; waits while there is nothing. `None`: look again.
-    async fn commits(
-        &mut self,
-        caught_up: bool,
-        heartbeat: &mut Heartbeat,
-        outlet: Option<&AnyOutlet>,
-    ) -> Option<Delivery> {
+    async fn commits(&mut self, caught_up: bool, outlet: Option<&AnyOutlet>) -> Option<Delivery> {
         if outlet.is_some_and(|outlet| outlet.take_left()) {
             return Some(Delivery::Events { bytes: Bytes::new(), seq: self.cursor });
         }
@@ -264,24 +231,23 @@ impl Subscription {
             self.state = State::Commits { caught_up: true };
             return Some(Delivery::UpToDate(self.cursor));
         }
-        let cursor = &mut self.cursor;
-        let woken = async {
-            match outlet {
-                None => changed.await,
-                Some(outlet) => group.lend(outlet, cursor).woken().await,
-            }
-        };
-        tokio::select! {
-            () = woken => return None,
-            () = heartbeat.beat() => {}
+        match outlet {
+            None => changed.await,
+            Some(outlet) => group.lend(outlet, &mut self.cursor).woken().await,
         }
-        // The worker may have passed many commits without events: look again, then say how far it is.
+        None
+    }
+
+    /// How far a subscriber is that was told everything: the worker may have passed many commits without events. `None`
+    /// while there is something to tell, or present rows and replays are under way.
+    pub fn progress(&mut self) -> Option<Seq> {
+        let State::Commits { caught_up: true } = self.state else { return None };
         let (waiting, processed) = self.seat.group.after(self.cursor, 0);
         if !matches!(waiting, EventsAfter::Nothing) {
             return None;
         }
         self.cursor = self.cursor.max(processed);
-        Some(Delivery::UpToDate(self.cursor))
+        Some(self.cursor)
     }
 
     /// The last delivery. `behind`: the group was further than this subscription.

@@ -413,14 +413,12 @@ impl World {
 
     /// What a feed gives after a position, up to a commit.
     async fn fed(&self, least: i64, after: Seq, until: Seq) -> Vec<String> {
-        let mut heartbeat = self.live.heartbeat();
-        // The worker may not have come by `until` yet, and of a commit without events it tells at the heartbeat only:
-        // then asked anew.
+        // The worker may not have come by `until` yet, and of a commit without events nothing is told: then asked anew.
         loop {
             let mut subscription = self.live.subscribe(self.feed(least), From::After(after)).await.unwrap();
             let mut lines = Vec::new();
             let reached = loop {
-                match subscription.next(&mut heartbeat, None).await {
+                match subscription.next(None).await {
                     Delivery::Events { bytes, .. } => {
                         lines.extend(std::str::from_utf8(&bytes).unwrap().lines().map(|line| {
                             // Without the seq, and without the old side, which a feed has not.
@@ -485,12 +483,23 @@ impl Wire {
     }
 }
 
+/// What a stream would say next: a delivery, else at its heartbeat how far it is.
+async fn told(subscription: &mut Subscription, outlet: Option<&AnyOutlet>) -> Delivery {
+    loop {
+        if let Ok(delivery) = tokio::time::timeout(HEARTBEAT, subscription.next(outlet)).await {
+            return delivery;
+        }
+        if let Some(seq) = subscription.progress() {
+            return Delivery::UpToDate(seq);
+        }
+    }
+}
+
 /// A subscriber that holds what it was told, and objects to what makes no sense.
 struct Client {
     least: i64,
     piped: bool,
     subscription: Subscription,
-    heartbeat: Heartbeat,
     outlet: Arc<Outlet<Wire>>,
     held: BTreeMap<i64, String>,
     position: Option<Seq>,
@@ -506,9 +515,8 @@ impl Client {
             From::Now => (world.expected(world.store.applied(), least, piped), None),
             From::Snapshot | From::Last(_) => (BTreeMap::new(), None),
         };
-        let heartbeat = world.live.heartbeat();
         let outlet = outlet(3);
-        Ok(Client { least, piped, subscription, heartbeat, outlet, held, position, newest_event: Seq(0) })
+        Ok(Client { least, piped, subscription, outlet, held, position, newest_event: Seq(0) })
     }
 
     /// Open, and everything present taken in.
@@ -571,7 +579,7 @@ impl Client {
     }
 
     async fn next(&mut self, world: &World) -> Delivery {
-        let delivery = self.subscription.next(&mut self.heartbeat, None).await;
+        let delivery = told(&mut self.subscription, None).await;
         self.take(world, delivery)
     }
 
@@ -657,9 +665,12 @@ async fn random_run(seed: u64, options: LiveOptions, log_commits: u64) {
                 let outlet: Option<AnyOutlet> = random.random_bool(0.5).then(|| client.outlet.clone() as _);
                 let delivery = tokio::select! {
                     biased;
-                    delivery = client.subscription.next(&mut client.heartbeat, outlet.as_ref()) => Some(delivery),
+                    delivery = client.subscription.next(outlet.as_ref()) => Some(delivery),
                     () = async { for _ in 0..patience { tokio::task::yield_now().await } } => None,
                 };
+                let beats = random.random_bool(0.5);
+                let delivery =
+                    delivery.or_else(|| client.subscription.progress().filter(|_| beats).map(Delivery::UpToDate));
                 if let Some(delivery) = delivery
                     && let Delivery::Expired = client.take(&world, delivery)
                 {
@@ -728,11 +739,10 @@ async fn nothing_is_lost_between_looking_and_waiting() {
         let wire = outlet(7);
         let lent: Option<AnyOutlet> = lends.then(|| wire.clone() as _);
         let mut subscription = world.live.subscribe(world.spec(least, false), From::Now).await.unwrap();
-        let mut heartbeat = world.live.heartbeat();
         readers.spawn(async move {
             let mut ids = Vec::new();
             loop {
-                let delivery = subscription.next(&mut heartbeat, lent.as_ref()).await;
+                let delivery = told(&mut subscription, lent.as_ref()).await;
                 let mut lines = wire.sink.sent();
                 if let Delivery::Events { bytes, .. } = &delivery {
                     lines.push_str(std::str::from_utf8(bytes).unwrap());
@@ -849,7 +859,6 @@ async fn a_feed_gives_what_the_pipeline_makes_of_each_change() {
     let mut world = World::new(unhurried(), 1000).await;
     let start = world.store.applied();
     let mut early = world.live.subscribe(world.feed(10), From::After(start)).await.unwrap();
-    let mut heartbeat = world.live.heartbeat();
     world.put(1, 5).await;
     world.put(1, 12).await;
     let middle = world.put(1, 13).await;
@@ -873,7 +882,7 @@ async fn a_feed_gives_what_the_pipeline_makes_of_each_change() {
     assert_eq!(world.fed(10, middle, end).await, all[4..], "from a position on");
     let mut live = String::new();
     while live.lines().count() < all.len() {
-        match early.next(&mut heartbeat, None).await {
+        match early.next(None).await {
             Delivery::Events { bytes, .. } => live.push_str(std::str::from_utf8(&bytes).unwrap()),
             Delivery::UpToDate(_) => {}
             other => panic!("{other:?}"),
@@ -882,7 +891,7 @@ async fn a_feed_gives_what_the_pipeline_makes_of_each_change() {
     let bad = world.put(4, FAULT_VALUE).await;
     world.put(5, 30).await;
     loop {
-        match early.next(&mut heartbeat, None).await {
+        match early.next(None).await {
             Delivery::UpToDate(_) => {}
             Delivery::End(EndReason::Pipeline { seq, .. }) => {
                 assert_eq!(seq, end, "nothing of the commit that failed, and everything before it");

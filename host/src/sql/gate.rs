@@ -33,6 +33,11 @@ const DANGLING: &str = "nothing comes behind this comma: take it away, or name w
                         the name is a keyword)";
 /// Up to here a tree is too small to trouble an ordinary thread's stack.
 const SMALL_TOKENS: usize = 256;
+/// What is small, nests no deeper and grows no higher than this may be planned on an ordinary thread as well: of all that
+/// was tried within these bounds (derived tables, chains of WITH, UNION, joins, operators) nothing needed 256 KiB of
+/// stack, and such threads have 2 MiB. Derived tables eight deep need more.
+const SHALLOW_NESTING: usize = 4;
+const SHALLOW_HEIGHT: usize = 32;
 
 /// Text that may be parsed.
 #[derive(Debug)]
@@ -41,6 +46,8 @@ pub(crate) struct Gated {
     pub(crate) tokens: Vec<TokenWithSpan>,
     /// Harmless to parse and drop on any thread.
     pub(crate) small: bool,
+    /// Harmless to plan on any thread, too.
+    pub(crate) shallow: bool,
 }
 
 pub(crate) fn check(text: &str) -> Result<Gated, SqlError> {
@@ -67,7 +74,9 @@ pub(crate) fn check(text: &str) -> Result<Gated, SqlError> {
         gate.statement(text, &mut tokens[start..end])?;
         start = end;
     }
-    Ok(Gated { small: tokens.len() <= SMALL_TOKENS, tokens })
+    let small = tokens.len() <= SMALL_TOKENS;
+    let shallow = small && gate.nesting <= SHALLOW_NESTING && gate.height <= SHALLOW_HEIGHT;
+    Ok(Gated { tokens, small, shallow })
 }
 
 #[derive(Default)]
@@ -78,6 +87,9 @@ struct Gate {
     joins: usize,
     ctes: usize,
     growing: usize,
+    /// The most there was, over all statements: open levels, and levels that a tree may have.
+    nesting: usize,
+    height: usize,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -175,12 +187,15 @@ impl Gate {
         }
         // The tree may be as high as all open levels together.
         let height: usize = self.levels.iter().map(Level::height).sum::<usize>() + self.levels.len();
+        self.height = self.height.max(height);
         bound(height, MAX_CHAIN + MAX_NESTING, "operators in one chain")
     }
 
     fn open(&mut self, kind: LevelKind) -> Result<(), String> {
         self.levels.push(Level::new(kind));
-        bound(self.levels.len() - 1, MAX_NESTING, "levels of nesting")?;
+        let nesting = self.levels.len() - 1;
+        self.nesting = self.nesting.max(nesting);
+        bound(nesting, MAX_NESTING, "levels of nesting")?;
         bound(self.count(LevelKind::SubQuery), MAX_SUBQUERY_DEPTH, "levels of sub-queries")?;
         bound(self.count(LevelKind::Case), MAX_CASE_DEPTH, "levels of CASE")
     }
@@ -602,6 +617,25 @@ mod tests {
         for (text, expected) in bad {
             let outcome = outcome(&text);
             assert!(outcome.contains(expected), "{}: {outcome}", &text[..60.min(text.len())]);
+        }
+    }
+
+    #[test]
+    fn what_may_be_planned_anywhere_is_told_from_what_may_not() {
+        let deep = |levels: usize| format!("SELECT {}a{} FROM t", "abs(".repeat(levels), ")".repeat(levels));
+        let chain = |operators: usize| format!("SELECT a FROM t WHERE a = 1{}", " OR a = 1".repeat(operators));
+        for (text, shallow) in [
+            ("SELECT id, v FROM t WHERE room = 'a' AND v BETWEEN 1 AND 9".to_owned(), true),
+            ("SELECT room, count(*) AS n FROM t GROUP BY room ORDER BY n LIMIT 3".to_owned(), true),
+            (deep(4), true),
+            (deep(5), false),
+            (chain(20), true),
+            (chain(40), false),
+            (format!("SELECT 1; {}; SELECT 2", deep(5)), false),
+            (format!("SELECT {}", vec!["a"; 120].join(", ")), true),
+            (format!("SELECT {}", vec!["a"; 130].join(", ")), false),
+        ] {
+            assert_eq!(check(&text).unwrap().shallow, shallow, "{text}");
         }
     }
 

@@ -9,7 +9,7 @@ use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::common::{Result, internal_datafusion_err, internal_err};
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr};
-use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
+use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType};
 use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
 
 use super::RequestEnv;
@@ -27,20 +27,19 @@ pub(super) trait Reader: fmt::Debug + Send + Sync + 'static {
 #[derive(Debug)]
 pub(super) struct Leaf<R> {
     reader: R,
-    schema: SchemaRef,
     properties: Arc<PlanProperties>,
 }
 
 impl<R: Reader> Leaf<R> {
-    /// `equivalences` says in which order the rows come, if in any.
-    pub(super) fn plan(reader: R, schema: SchemaRef, equivalences: EquivalenceProperties) -> Arc<dyn ExecutionPlan> {
+    /// `equivalences` has the columns of the rows, and says in which order these come, if in any.
+    pub(super) fn plan(reader: R, equivalences: EquivalenceProperties) -> Arc<dyn ExecutionPlan> {
         let properties = PlanProperties::new(
             equivalences,
             Partitioning::UnknownPartitioning(1),
             EmissionType::Incremental,
             Boundedness::Bounded,
         );
-        Arc::new(Leaf { reader, schema, properties: Arc::new(properties) })
+        Arc::new(Leaf { reader, properties: Arc::new(properties) })
     }
 }
 
@@ -53,10 +52,6 @@ impl<R: Reader> DisplayAs for Leaf<R> {
 impl<R: Reader> ExecutionPlan for Leaf<R> {
     fn name(&self) -> &str {
         R::NAME
-    }
-
-    fn schema(&self) -> SchemaRef {
-        self.schema.clone()
     }
 
     fn properties(&self) -> &Arc<PlanProperties> {
@@ -74,14 +69,7 @@ impl<R: Reader> ExecutionPlan for Leaf<R> {
         Ok(TreeNodeRecursion::Continue)
     }
 
-    fn replace_children(
-        self: Arc<Self>,
-        children: Vec<Arc<dyn ExecutionPlan>>,
-        _options: ReplaceChildrenOptions,
-    ) -> Result<Arc<dyn ExecutionPlan>> {
-        if children.is_empty() { Ok(self) } else { internal_err!("{} has no children", R::NAME) }
-    }
-
+    // What `replace_children` comes down to.
     fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
         if children.is_empty() { Ok(self) } else { internal_err!("{} has no children", R::NAME) }
     }
@@ -94,6 +82,6 @@ impl<R: Reader> ExecutionPlan for Leaf<R> {
         let env = config
             .get_extension::<RequestEnv>()
             .ok_or_else(|| internal_datafusion_err!("{} was started outside of a request", R::NAME))?;
-        self.reader.read(env, &self.schema, config.batch_size())
+        self.reader.read(env, &self.schema(), config.batch_size())
     }
 }

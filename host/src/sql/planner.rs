@@ -102,6 +102,14 @@ fn caught<T>(job: impl FnOnce() -> Result<T, SqlError>) -> Result<T, SqlError> {
     })
 }
 
+/// Runs `job` at once, about a text that is `shallow` or not: here, or on a thread made for it.
+pub(crate) fn on_fitting_stack<T: Send>(
+    shallow: bool,
+    job: impl FnOnce() -> Result<T, SqlError> + Send,
+) -> Result<T, SqlError> {
+    if shallow { caught(job) } else { on_large_stack(job)? }
+}
+
 /// Runs `job` at once, on a thread made for it: for the few callers that cannot wait asynchronously.
 pub(crate) fn on_large_stack<T: Send>(job: impl FnOnce() -> T + Send) -> Result<T, SqlError> {
     std::thread::scope(|scope| {
@@ -109,4 +117,23 @@ pub(crate) fn on_large_stack<T: Send>(job: impl FnOnce() -> T + Send) -> Result<
         let thread = thread.map_err(|error| SqlError::Internal(format!("cannot start a thread: {error}")))?;
         thread.join().map_err(|_| SqlError::Internal("planning panicked".to_owned()))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn shallow_texts_stay_on_their_thread_and_others_get_one() {
+        let here = thread::current().id();
+        let ran_on = |shallow| on_fitting_stack(shallow, || Ok(thread::current().id())).unwrap();
+        assert_eq!(ran_on(true), here);
+        assert_ne!(ran_on(false), here);
+        for shallow in [true, false] {
+            let panicked = on_fitting_stack::<()>(shallow, || panic!("a bug")).unwrap_err();
+            assert!(matches!(panicked, SqlError::Internal(_)), "{panicked}");
+        }
+    }
 }

@@ -126,7 +126,7 @@ impl Rows {
         let equivalences = equivalences(&self.table, &columns, &schema, ranges.index.is_none());
         // Rows that a filter above drops would count against a limit here.
         let limit = limit.filter(|_| filters.is_empty());
-        Ok(Leaf::plan(TableReader { table: self.table.clone(), columns, ranges, limit }, schema, equivalences))
+        Ok(Leaf::plan(TableReader { table: self.table.clone(), columns, ranges, limit }, equivalences))
     }
 }
 

@@ -32,7 +32,7 @@ use super::dml::by_key;
 use super::error::from_datafusion;
 use super::exact::exact;
 use super::mixed::marked;
-use super::planner::{Planner, folding, on_large_stack};
+use super::planner::{Planner, folding, on_fitting_stack};
 use super::plans::{Key, Plans, Template, is_recursive};
 use super::pool::StatementPool;
 use super::provider::Providers;
@@ -43,7 +43,7 @@ use super::{
     ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, RowConflict, RowFailure, RowStream, SqlError, SqlOptions,
     Statement,
 };
-use super::{arrow, ddl, dml, functions, information, json, live, lookup, show, statement, values};
+use super::{arrow, ddl, dml, functions, gate, information, json, live, lookup, show, statement, values};
 use crate::catalog::Table;
 
 /// The SQL engine; one per server.
@@ -227,9 +227,9 @@ impl Sql {
         ddl::plan(statement, env)
     }
 
-    /// Compiles a live query.
+    /// Compiles a live query. Blocks.
     pub fn live(&self, text: &str, env: &RequestEnv) -> Result<live::Live, SqlError> {
-        on_large_stack(|| live::compile(&self.engine, text, env))?
+        on_fitting_stack(gate::check(text)?.shallow, || live::compile(&self.engine, text, env))
     }
 
     /// Runs a compiled live query as a whole, at the snapshot and for the user of `env`.

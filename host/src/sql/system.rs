@@ -156,8 +156,7 @@ impl Provider {
             None => self.schema.clone(),
         };
         let reader = SystemReader { table: self.table.clone(), projection: projection.cloned() };
-        let unordered = EquivalenceProperties::new(schema.clone());
-        Ok(Leaf::plan(reader, schema, unordered))
+        Ok(Leaf::plan(reader, EquivalenceProperties::new(schema)))
     }
 }
 

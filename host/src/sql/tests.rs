@@ -1028,6 +1028,36 @@ async fn an_order_alone_does_not_matter_to_a_live_query() {
     assert_eq!(prints[0], prints[1]);
 }
 
+/// On a quarter of what a thread for blocking work has. What does not fit ends this process.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_compiled_on_the_callers_thread_fits_its_stack() {
+    let bench = bench();
+    bench.run("CREATE TABLE t (id INT PRIMARY KEY, a INT)").await;
+    let env = bench.env("alice", &[]);
+    let derived = (0..3).fold("t".to_owned(), |from, at| {
+        format!("(SELECT s{at}.id, max(s{at}.a) AS a FROM {from} s{at} GROUP BY s{at}.id ORDER BY a LIMIT {at})")
+    });
+    let link = |at: usize| format!(", c{at} AS (SELECT id, a + 1 AS a FROM c{} WHERE a > {at})", at - 1);
+    let join = |at: usize| format!(" JOIN t t{at} ON t{at}.id = t{}.a", at - 1);
+    for text in [
+        format!("SELECT id FROM t WHERE a{} = 1", "+a".repeat(28)),
+        format!("SELECT id FROM t WHERE {}a = 1", "NOT ".repeat(28)),
+        format!("SELECT id FROM t WHERE a = 1{}", " OR a = 1".repeat(28)),
+        format!("SELECT id FROM {derived} s"),
+        format!("WITH c0 AS (SELECT * FROM t){} SELECT id FROM c10", (1..=10).map(link).collect::<String>()),
+        format!("SELECT count(*) AS n FROM t t0{}", (1..=8).map(join).collect::<String>()),
+        ["SELECT id FROM t"; 16].join(" UNION "),
+        ["SELECT id FROM t"; 16].join(" EXCEPT "),
+    ] {
+        assert!(gate::check(&text).unwrap().shallow, "{text}");
+        std::thread::scope(|scope| {
+            let small = std::thread::Builder::new().stack_size(512 << 10);
+            let compiling = small.spawn_scoped(scope, || bench.sql.live(&text, &env).map(|_| ())).unwrap();
+            compiling.join().unwrap().unwrap_or_else(|error| panic!("{error} for {text}"));
+        });
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_live_is_refused_by_name() {
     let bench = bench();
