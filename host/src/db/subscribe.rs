@@ -54,6 +54,8 @@ pub struct LiveStream {
     unchecked: Option<From>,
     /// The request being compiled again.
     compiling: Option<JoinHandle<Result<Compiled, DbError>>>,
+    /// A seat being taken.
+    seating: Option<Box<Seating>>,
     /// What is to be said before the state is asked again.
     queue: VecDeque<LiveOutput>,
     uses: PluginUses,
@@ -74,6 +76,16 @@ enum State {
         changed: bool,
     },
     Done,
+}
+
+struct Seating {
+    spec: Arc<GroupSpec>,
+    asked: From,
+    /// What that means for the spec.
+    from: From,
+    /// The newest commit before: what comes later comes as events.
+    now: Seq,
+    task: JoinHandle<Result<Subscription, SubscribeError>>,
 }
 
 #[derive(Clone, Copy)]
@@ -118,6 +130,7 @@ impl Db {
             state: State::Done,
             unchecked: None,
             compiling: None,
+            seating: None,
             queue: VecDeque::new(),
         };
         stream.join(from, opening).await?;
@@ -491,21 +504,36 @@ impl LiveStream {
         }
     }
 
+    /// A seat in the group of `spec`, where it starts, and the newest commit before. In a task, for the same reason: what
+    /// takes longer than one beat of the stream's timer would begin anew at each.
+    async fn seat(&mut self, spec: &Arc<GroupSpec>, asked: From) -> Result<(Subscription, From, Seq), SubscribeError> {
+        let begun = self.seating.take().filter(|begun| begun.spec.key == spec.key && begun.asked == asked);
+        let seating = begun.unwrap_or_else(|| {
+            let (now, from) = (self.db.inner.store.applied(), self.start(spec, asked));
+            let (live, to) = (self.db.inner.live.clone(), spec.clone());
+            let task = tokio::spawn(async move { live.subscribe(to, from).await });
+            Box::new(Seating { spec: spec.clone(), asked, from, now, task })
+        });
+        let seating = self.seating.insert(seating);
+        let joined = (&mut seating.task).await;
+        let (from, now) = (seating.from, seating.now);
+        self.seating = None;
+        // A task that panicked has told so; only a server that goes down ends one otherwise.
+        Ok((joined.map_err(|_| SubscribeError::Closed)??, from, now))
+    }
+
     /// Start, where necessary a resync, and then the group's events.
     async fn join(&mut self, from: From, opening: Opening) -> Result<(), DbError> {
-        let (live, from) = (&self.db.inner.live, self.start(from));
-        // Looked at first: what is committed from here on comes as events.
-        let now = self.db.inner.store.applied();
-        let (subscription, from, opening) = match live.subscribe(self.spec.clone(), from).await {
-            Ok(subscription) => (subscription, from, opening),
+        let spec = self.spec.clone();
+        let (seat, opening) = match self.seat(&spec, from).await {
             // The log was trimmed between our look at it and the group's.
             Err(SubscribeError::Expired) => {
-                let from = self.start(present(&self.listed.common.request));
-                let subscription = live.subscribe(self.spec.clone(), from).await.map_err(subscribe_error)?;
-                (subscription, from, Opening::Resync(ResyncReason::Expired))
+                let from = present(&self.listed.common.request);
+                (self.seat(&spec, from).await, Opening::Resync(ResyncReason::Expired))
             }
-            Err(error) => return Err(subscribe_error(error)),
+            seat => (seat, opening),
         };
+        let (subscription, from, now) = seat.map_err(subscribe_error)?;
         self.say_start(from, now);
         match opening {
             Opening::Plain => {}
@@ -528,9 +556,9 @@ impl LiveStream {
     }
 
     /// A feed has no present rows: it starts with the next commit.
-    fn start(&self, from: From) -> From {
+    fn start(&self, spec: &GroupSpec, from: From) -> From {
         match from {
-            From::Snapshot | From::Last(_) | From::Now if self.spec.semantics == Semantics::Feed => {
+            From::Snapshot | From::Last(_) | From::Now if spec.semantics == Semantics::Feed => {
                 From::After(self.db.inner.store.applied())
             }
             from => from,
@@ -581,8 +609,8 @@ impl LiveStream {
         let compiled = self.compile().await?;
         let reason = match rejoin {
             Rejoin::Plugin(seq) if self.goes_on(&compiled, seq) => {
-                match self.db.inner.live.subscribe(compiled.spec.clone(), From::After(seq)).await {
-                    Ok(subscription) => {
+                match self.seat(&compiled.spec, From::After(seq)).await {
+                    Ok((subscription, ..)) => {
                         self.go_on(compiled, subscription, seq);
                         return Ok(());
                     }
@@ -945,7 +973,7 @@ mod tests {
         assert!(Arc::ptr_eq(&first.listed.common, &again.listed.common), "the position is no part of what was asked");
         let (one, two) = (&first.listed.common, &in_other_words.listed.common);
         assert!(!Arc::ptr_eq(one, two) && Arc::ptr_eq(&one.spec, &two.spec), "each its own words");
-        assert!(size_of::<LiveStream>() <= 296, "{} bytes", size_of::<LiveStream>());
+        assert!(size_of::<LiveStream>() <= 304, "{} bytes", size_of::<LiveStream>());
 
         assert!(matches!(first.next(None).await, Some(LiveOutput::Start { .. })));
         assert_eq!(first.queue.capacity(), 0, "what was said leaves no room behind");
