@@ -1,7 +1,8 @@
 //! What subscribers cost whoever writes: the same commit to a server that has none, to one whose subscribers follow another
 //! table, and to the table that they follow. In turns of a few commits, because shared cores are now faster and now
 //! slower; and beside the time that a writer waits what the committer's thread used, and how long it was ready and had no
-//! core, so that a busy machine is not taken for more work.
+//! core, so that a busy machine is not taken for more work. Here the next commit waits until all have heard of the one
+//! before; [`paced`](crate::paced) has them at a given rate.
 
 use std::time::Instant;
 

@@ -1,6 +1,7 @@
 //! How many events a second reach how many subscribers, how late, and at what cost; beside [`peer`], a minimal program
 //! that writes the same bytes to the same number of sockets. Both are read by the same [`reader`] in the same run, so
-//! the ratios hold on a noisy machine where the figures do not.
+//! the ratios hold on a noisy machine where the figures do not. The program has no commits: what they cost is measured
+//! apart ([`paced`]).
 //!
 //! ```text
 //! cargo build && target/debug/load              every size, some minutes
@@ -13,16 +14,19 @@
 
 mod commits;
 mod measure;
+mod paced;
 mod peer;
 mod reader;
 
 use std::time::{Duration, Instant};
 
+use rustix::process::Pid;
 use serde_json::json;
 use tests::{Client, LiveQuery, Options, TestServer};
 
 use commits::Commits;
-use measure::{Latencies, cpu_seconds, memory_bytes};
+use measure::{Cpu, Latencies, memory_bytes};
+use paced::{Paced, Told};
 use peer::Peer;
 use reader::{Reader, stamp};
 
@@ -40,6 +44,9 @@ const MOST_BEHIND: u64 = 32;
 /// Clients that write at once while the highest rate is looked for, each a row of its own. One that waits for its commit
 /// before it makes the next would measure how long a commit takes.
 const WRITERS: i32 = 16;
+
+/// Subscribers from which on their memory can be told from what else the server's memory does meanwhile.
+const MANY: usize = 1_000;
 
 /// Commits before anything is measured: what a server makes for its first ones is nobody's cost.
 const FIRST_COMMITS: usize = 300;
@@ -64,7 +71,8 @@ fn main() {
 
 /// One size: Tidegate, then the peer with as many bytes an event.
 async fn compare(subscribers: usize, rate: u32, window: Duration) {
-    println!("\n{subscribers} subscribers, {rate} changes a second for {} s", window.as_secs());
+    let plural = if subscribers == 1 { "" } else { "s" };
+    println!("\n{subscribers} subscriber{plural}, {rate} changes a second for {} s", window.as_secs());
     let ours = tidegate(subscribers, rate, window).await;
     let peer = minimal(subscribers, rate, window, ours.event_bytes).await;
     println!("{:>26}{:>12}{:>12}{:>8}", "", "tidegate", "minimal", "ratio");
@@ -74,11 +82,19 @@ async fn compare(subscribers: usize, rate: u32, window: Duration) {
     row("p50 ms", ours.paced.ms(0.50), peer.paced.ms(0.50), 2);
     row("p99 ms", ours.paced.ms(0.99), peer.paced.ms(0.99), 2);
     row("CPU µs an event, paced", ours.paced_cpu * 1e6, peer.paced_cpu * 1e6, 2);
+    if let Some(told) = &ours.told {
+        let [cpu, limit, uncertain] = [told.cpu, peer.paced_cpu, told.uncertain].map(|seconds| seconds * 1e6);
+        // To few subscribers, delivering is less than the commits vary by: then there is no ratio to tell.
+        let ratio = if cpu > uncertain { format!("{:.2}", cpu / limit) } else { "-".to_owned() };
+        println!("{:>26}{cpu:>12.2}{limit:>12.2}{ratio:>8}  ± {uncertain:.2}", "beside the commits");
+    }
     row("highest events/s", ours.rate, peer.rate, 0);
     row("CPU µs an event, highest", ours.cpu * 1e6, peer.cpu * 1e6, 2);
     println!("{:>26}{:>12}", "bytes an event", ours.event_bytes);
     if let Some(idle) = ours.idle {
-        println!("{:>26}{:>12.0}", "bytes a subscriber, idle", idle.bytes);
+        if subscribers >= MANY {
+            println!("{:>26}{:>12.0}", "bytes a subscriber, idle", idle.bytes);
+        }
         println!(
             "{:>26}{:>12}{:>12}{:>8}{:>12}{:>8}",
             "a commit, subscribers", "none", "idle", "ratio", "told", "ratio"
@@ -92,14 +108,22 @@ async fn compare(subscribers: usize, rate: u32, window: Duration) {
         row("committer µs on a core", Commits::on_core_us, 1);
         row("committer µs without one", Commits::ready_us, 1);
     }
+    if let Some(told) = ours.told {
+        println!("{:>26}{:>12}{:>12}{:>8}", "a write ms, paced", "unfollowed", "told", "ratio");
+        let [unfollowed, told] = told.writes.map(|writes| writes.ms(0.50));
+        println!("{:>26}{unfollowed:>12.3}{told:>12.3}{:>8.2}", "p50", told / unfollowed);
+    }
 }
 
 struct Figures {
     event_bytes: usize,
     /// From the moment a change was made to its arrival, at the given rate.
     paced: Latencies,
-    /// Seconds of the writing process's CPU for each event.
+    /// Seconds of the writing process's CPU for each event. Of the server's, that has the commits in it, with their
+    /// requests and syncs: they happen whether anybody listens or not.
     paced_cpu: f64,
+    /// Without the commits. The peer has none.
+    told: Option<Told>,
     /// Events a second at the highest rate.
     rate: f64,
     cpu: f64,
@@ -154,17 +178,16 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
     drop(bare);
     let idle = Idle { bytes, commits };
 
-    let mut measured = Measured::start(&reader, cpu_seconds(server.pid()));
-    let mut changes = 0u64;
-    while measured.started.elapsed() < window {
-        write(&db, 1).await;
-        changes += 1;
-        pause_until(measured.started + Duration::from_secs(changes) / rate).await;
-    }
-    reader.until(measured.events + changes * subscribers as u64).await;
-    let (paced, paced_cpu) = (reader.latencies(), measured.cpu_each(&reader, cpu_seconds(server.pid())));
+    let commits = u64::from(rate) * window.as_secs();
+    let before = Paced::run(&server, "other", rate, commits / 2).await;
+    let mut measured = Measured::start(&reader, server.pid());
+    let told = Paced::run(&server, "ticker", rate, commits).await;
+    reader.until(measured.events + commits * subscribers as u64).await;
+    let (paced, paced_cpu) = (reader.latencies(), measured.cpu_each(&reader));
+    let after = Paced::run(&server, "other", rate, commits - commits / 2).await;
+    let told = Told::new(told, paced_cpu, subscribers, [before, after]);
 
-    measured = Measured::start(&reader, cpu_seconds(server.pid()));
+    measured = Measured::start(&reader, server.pid());
     let bytes = reader.bytes();
     let mut changes = 0u64;
     while measured.started.elapsed() < window {
@@ -178,8 +201,9 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
         event_bytes: ((reader.bytes() - bytes) / events) as usize,
         paced,
         paced_cpu,
+        told: Some(told),
         rate: measured.rate(&reader),
-        cpu: measured.cpu_each(&reader, cpu_seconds(server.pid())),
+        cpu: measured.cpu_each(&reader),
         idle: Some(idle),
     }
 }
@@ -191,7 +215,7 @@ async fn minimal(subscribers: usize, rate: u32, window: Duration, event_bytes: u
     reader.connect(subscribers, b"").await;
     peer.ready();
 
-    let mut measured = Measured::start(&reader, cpu_seconds(peer.pid()));
+    let mut measured = Measured::start(&reader, peer.pid());
     let mut changes = 0u64;
     while measured.started.elapsed() < window {
         peer.round();
@@ -199,9 +223,9 @@ async fn minimal(subscribers: usize, rate: u32, window: Duration, event_bytes: u
         pause_until(measured.started + Duration::from_secs(changes) / rate).await;
     }
     reader.until(measured.events + changes * subscribers as u64).await;
-    let (paced, paced_cpu) = (reader.latencies(), measured.cpu_each(&reader, cpu_seconds(peer.pid())));
+    let (paced, paced_cpu) = (reader.latencies(), measured.cpu_each(&reader));
 
-    measured = Measured::start(&reader, cpu_seconds(peer.pid()));
+    measured = Measured::start(&reader, peer.pid());
     let mut changes = 0u64;
     while measured.started.elapsed() < window {
         peer.round();
@@ -209,29 +233,32 @@ async fn minimal(subscribers: usize, rate: u32, window: Duration, event_bytes: u
         reader.until(measured.events + changes.saturating_sub(MOST_BEHIND) * subscribers as u64).await;
     }
     reader.until(measured.events + changes * subscribers as u64).await;
-    let (rate, cpu) = (measured.rate(&reader), measured.cpu_each(&reader, cpu_seconds(peer.pid())));
-    Figures { event_bytes, paced, paced_cpu, rate, cpu, idle: None }
+    let (rate, cpu) = (measured.rate(&reader), measured.cpu_each(&reader));
+    Figures { event_bytes, paced, paced_cpu, told: None, rate, cpu, idle: None }
 }
 
 /// The start of a window.
 struct Measured {
     started: Instant,
     events: u64,
-    cpu: f64,
+    /// The writing process, and what it had used.
+    pid: Pid,
+    cpu: Cpu,
 }
 
 impl Measured {
-    fn start(reader: &Reader, cpu: f64) -> Measured {
+    fn start(reader: &Reader, pid: Pid) -> Measured {
         reader.latencies();
-        Measured { started: Instant::now(), events: reader.events(), cpu }
+        let cpu = Cpu::of(pid);
+        Measured { started: Instant::now(), events: reader.events(), pid, cpu }
     }
 
     fn rate(&self, reader: &Reader) -> f64 {
         (reader.events() - self.events) as f64 / self.started.elapsed().as_secs_f64()
     }
 
-    fn cpu_each(&self, reader: &Reader, cpu: f64) -> f64 {
-        (cpu - self.cpu) / (reader.events() - self.events) as f64
+    fn cpu_each(&self, reader: &Reader) -> f64 {
+        Cpu::of(self.pid).since(&self.cpu) / (reader.events() - self.events) as f64
     }
 }
 

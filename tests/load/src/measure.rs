@@ -1,17 +1,39 @@
 //! What a process uses, and how late things are.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::process::Pid;
 
-/// User and system CPU seconds of a process so far.
-pub fn cpu_seconds(pid: Pid) -> f64 {
-    let stat = read(pid, "stat");
-    // The name in parentheses may hold anything; what follows its end is numbers, `utime` being the 12th.
-    let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
-    let ticks: u64 = fields.split_whitespace().skip(11).take(2).map(|text| text.parse::<u64>().expect("ticks")).sum();
-    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+/// The CPU that a process has had so far.
+pub struct Cpu {
+    /// User and system time of all its threads, in ticks.
+    ticks: u64,
+    /// Seconds on a core, by the thread's folder; nothing where the kernel does not count that.
+    threads: HashMap<PathBuf, f64>,
+}
+
+impl Cpu {
+    pub fn of(pid: Pid) -> Cpu {
+        let stat = read(pid, "stat");
+        // The name in parentheses may hold anything; what follows its end is numbers, `utime` being the 12th.
+        let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|text| text.parse::<u64>().expect("ticks")).sum();
+        let threads = threads(pid).filter_map(|thread| schedstat(&thread).map(|(on_core, _)| (thread, on_core)));
+        Cpu { ticks, threads: threads.collect() }
+    }
+
+    /// Seconds from `before` until now. A tick is 10 ms, more than a program that does little has in a whole window, so
+    /// the threads' own counts are taken, unless some ended meanwhile and took theirs along.
+    pub fn since(&self, before: &Cpu) -> f64 {
+        let tick = 1.0 / rustix::param::clock_ticks_per_second() as f64;
+        let ticks = self.ticks.saturating_sub(before.ticks) as f64 * tick;
+        let spent = |(thread, now): (&PathBuf, &f64)| now - before.threads.get(thread).unwrap_or(&0.0);
+        let exact: f64 = self.threads.iter().map(spent).sum();
+        // User and system time are each cut off to whole ticks.
+        if self.threads.is_empty() || ticks > exact + 2.0 * tick { ticks } else { exact }
+    }
 }
 
 /// The process's own share of all its pages (PSS: pages shared with others count in parts), and its page tables.
@@ -22,12 +44,21 @@ pub fn memory_bytes(pid: Pid) -> u64 {
 /// What a process's thread of this name has had so far: seconds on a core, and seconds that it was ready and had none.
 /// `None` where the kernel does not count that.
 pub fn thread_seconds(pid: Pid, name: &str) -> Option<(f64, f64)> {
+    let is_named = |path: &PathBuf| std::fs::read_to_string(path.join("comm")).is_ok_and(|found| found.trim() == name);
+    schedstat(&threads(pid).find(is_named)?)
+}
+
+/// The folders of a process's threads.
+fn threads(pid: Pid) -> impl Iterator<Item = PathBuf> {
     let folder = format!("/proc/{}/task", pid.as_raw_nonzero());
     let threads = std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{folder}: {error}"));
     // A thread may end while its folder is looked at.
-    let mut threads = threads.filter_map(|thread| Some(thread.ok()?.path()));
-    let is_named = |path: &PathBuf| std::fs::read_to_string(path.join("comm")).is_ok_and(|found| found.trim() == name);
-    let stat = std::fs::read_to_string(threads.find(is_named)?.join("schedstat")).ok()?;
+    threads.filter_map(|thread| Some(thread.ok()?.path()))
+}
+
+/// Seconds on a core, and seconds ready without one.
+fn schedstat(thread: &Path) -> Option<(f64, f64)> {
+    let stat = std::fs::read_to_string(thread.join("schedstat")).ok()?;
     let mut nanos = stat.split_whitespace().map(|text| text.parse::<u64>().ok());
     Some((nanos.next()?? as f64 / 1e9, nanos.next()?? as f64 / 1e9))
 }
@@ -50,6 +81,10 @@ pub struct Latencies(Vec<Duration>);
 impl Latencies {
     pub fn add(&mut self, one: Duration) {
         self.0.push(one);
+    }
+
+    pub fn append(&mut self, mut others: Latencies) {
+        self.0.append(&mut others.0);
     }
 
     /// The duration that this part of all stays under.
