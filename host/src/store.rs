@@ -147,7 +147,7 @@ pub enum CommitError {
     Store(#[from] StoreError),
 }
 
-/// Called on the commit thread for every durable commit, in seq order, before it is acknowledged. Must not block.
+/// Called on the commit thread for every durable commit, in seq order, once it is acknowledged. Must not block.
 pub type CommitHook = Box<dyn Fn(&Arc<Commit>) + Send + Sync>;
 
 /// Handle to the open store; clones share it. When the last one is dropped, the committer finishes what waits and ends.

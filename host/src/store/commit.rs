@@ -3,9 +3,9 @@
 //! Transactions wait in a bounded [`Queue`]. The thread takes all that wait (up to a limit of bytes) and, one after the
 //! other, checks each against the catalog and against what was committed since it read, those before it in the group
 //! included ([`stage`]); gives it the next seq; and adds its rows, its frame and its catalog records to one batch. The
-//! batch is written and synced once. Then, in this order: the new catalog and applied seq become visible, the hook sees
-//! every commit, the transactions are answered. A refusal is answered then too, so that a retry reads what it lost
-//! against.
+//! batch is written and synced once. Then, in this order: the new catalog and applied seq become visible, the transactions
+//! are answered, the hook sees every commit: whoever writes does not wait for what others make of it. A refusal is
+//! answered then too, so that a retry reads what it lost against.
 //!
 //! With another `durability` than `sync` the batch is written without a sync and answered; a sync follows within the sync
 //! interval, and only then the hook sees the commits: an event is never of a commit that a power cut could undo.
@@ -392,6 +392,9 @@ impl Committer {
             // Whoever asked may have gone away.
             let _ = answer.send(outcome);
         }
+        if self.inner.durability == Durability::Sync {
+            self.publish();
+        }
         let durable = Seq(self.inner.durable.load(Ordering::Acquire));
         if durable.0.saturating_sub(self.high_water.0) >= HIGH_WATER_COMMITS {
             self.high_water = durable;
@@ -401,8 +404,8 @@ impl Committer {
         }
     }
 
-    /// Makes the group durable, then visible, then known. Where `durability` is not `sync`, visible comes first: the
-    /// group is acknowledged, and made durable and known within the sync interval.
+    /// Makes the group durable, then visible. Where `durability` is not `sync`, visible comes first: the group is
+    /// acknowledged, and made durable and known within the sync interval.
     fn write(&mut self, group: &mut Group) -> Result<(), StoreError> {
         let (catalog_version, committed_at) = (group.catalog.version, self.committed_at);
         let (log_floor, logged) = (self.inner.log_floor(), self.inner.logged.load(Ordering::Acquire));
@@ -425,10 +428,10 @@ impl Committer {
         }
         self.inner.committed_at.store(self.committed_at, Ordering::Release);
         self.inner.applied.store(group.seq.0, Ordering::Release);
-        self.unpublished.append(&mut group.commits);
         if sync {
-            self.publish();
+            self.inner.durable.store(group.seq.0, Ordering::Release);
         }
+        self.unpublished.append(&mut group.commits);
         if retention::is_long(&self.inner, group.seq) {
             self.inner.retention.wake();
         }
