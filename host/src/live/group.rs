@@ -131,6 +131,11 @@ impl Group {
         lock(&self.tail).floor()
     }
 
+    /// Bytes of all that was told after `seq`; `None`: the tail no longer reaches back that far.
+    pub(super) fn told_since(&self, seq: Seq) -> Option<usize> {
+        lock(&self.tail).since(seq)
+    }
+
     /// What waits after `cursor`, and how far the group was at that time.
     pub(super) fn after(&self, cursor: Seq, limit: usize) -> (EventsAfter, Seq) {
         // In this order: what the tail does not show up to `processed` has not happened. The other way round, a commit

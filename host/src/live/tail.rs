@@ -189,6 +189,12 @@ impl GroupTail {
         self.end.as_ref()
     }
 
+    /// Bytes of the events after `seq`, unless some of them are not here any more.
+    pub(super) fn since(&self, seq: Seq) -> Option<usize> {
+        let start = self.entries.partition_point(|(of, _)| *of <= seq);
+        (seq >= self.floor).then(|| self.entries.range(start..).map(|(_, events)| events.len()).sum())
+    }
+
     /// What waits for a subscriber at `cursor`, joined up to `limit` bytes: one commit as it is, several in one copy.
     pub(super) fn after(&self, cursor: Seq, limit: usize) -> EventsAfter {
         if cursor < self.floor {

@@ -1020,6 +1020,34 @@ async fn closing_ends_everything() {
 }
 
 #[tokio::test]
+async fn those_who_subscribe_together_share_one_snapshot() {
+    let one = LiveOptions { workers: 1, ..options() };
+    let mut world = World::new(one, 1000).await;
+    for id in 0..20 {
+        world.put(id, id).await;
+    }
+    let first = Client::settled(&world, 0, false).await;
+    let encoded = || world.encoder.encoded.load(Ordering::Relaxed);
+    let before = encoded();
+    let mut clients = Vec::new();
+    for _ in 0..50 {
+        clients.push(Client::open(&world, 0, false, From::Snapshot).await.unwrap());
+    }
+    // One that wants less of it, and one that wants something else.
+    let few = Client::open(&world, 0, false, From::Last(3)).await.unwrap();
+    let other = Client::open(&world, 8, false, From::Snapshot).await.unwrap();
+    let end = world.store.applied();
+    let told = clients.iter_mut().map(|client| client.until(&world, end));
+    for delivery in futures::future::join_all(told).await {
+        assert!(matches!(delivery, Delivery::UpToDate(_)), "{delivery:?}");
+    }
+    let snapshots = encoded() - before;
+    assert!(snapshots < 25, "{snapshots} encodings for 50 snapshots of the same");
+    clients.extend([first, few, other]);
+    world.finish_with(clients);
+}
+
+#[tokio::test]
 async fn those_who_come_back_together_share_one_replay() {
     let small = LiveOptions { workers: 1, group_tail_bytes: 1, ..options() };
     let mut world = World::new(small, 1000).await;

@@ -28,7 +28,7 @@ use super::evaluate::{Fault, Query, Rows, Source, evaluate};
 use super::event::CommitEvents;
 use super::group::{Group, Registry};
 use super::index::Index;
-use super::job::{Job, JobError, Piece, Replayed, SnapshotScan, Work, replay_piece, snapshot_piece};
+use super::job::{Job, JobError, Piece, Replayed, Snapshot, SnapshotScan, Work, replay_piece, snapshot_piece};
 use super::log::{LogPiece, read_piece};
 use super::requery::{Answer, RequeryError, Runs};
 use super::subscription::EndReason;
@@ -156,6 +156,7 @@ struct Member {
     group: Arc<Group>,
     pipeline: Option<u64>,
     replayed: Option<Replayed>,
+    snapshot: Option<Arc<Snapshot>>,
     /// Where the query is run again as a whole.
     runs: Option<Runs>,
 }
@@ -168,8 +169,8 @@ pub(super) struct Worker {
     members: HashMap<u64, Member>,
     index: Index,
     jobs: VecDeque<Job>,
-    /// Groups that keep a replayed piece: let go of when there is nothing else to do.
-    replaying: Vec<u64>,
+    /// Groups that keep a replayed piece or a snapshot: let go of when there is nothing else to do.
+    keeping: Vec<u64>,
     /// Groups to be run again, and when.
     due: BTreeSet<(Instant, u64)>,
     /// Groups with jobs that wait for a newer answer.
@@ -249,9 +250,9 @@ impl Worker {
             if more_commits || !self.jobs.is_empty() || !self.piping.is_empty() {
                 continue;
             }
-            for id in self.replaying.drain(..) {
+            for id in self.keeping.drain(..) {
                 if let Some(member) = self.members.get_mut(&id) {
-                    member.replayed = None;
+                    (member.replayed, member.snapshot) = (None, None);
                 }
             }
             let until = self.due.first().map_or(sweep, |(due, _)| sweep.min(*due));
@@ -304,7 +305,8 @@ impl Worker {
         let runs = spec.requery.as_ref().map(|_| Runs::new());
         group.open(if runs.is_some() { NEVER } else { self.processed });
         self.index.insert(group.id, spec);
-        self.members.insert(group.id, Member { group: Arc::clone(group), pipeline, replayed: None, runs });
+        self.members
+            .insert(group.id, Member { group: Arc::clone(group), pipeline, replayed: None, snapshot: None, runs });
         self.mailbox.groups.store(self.members.len(), Ordering::Release);
         // A drop or an ALTER before `processed` will not come by any more, so it is looked for; a later one will.
         if let Some(reason) = outdated(&self.shared.store.catalog(), spec) {
@@ -517,17 +519,19 @@ impl Worker {
         let Some(member) = self.members.get_mut(&job.group) else { return };
         let piece = match job.work {
             Work::Snapshot { last } => {
-                let mut query = member.query(&mut *self.pipelines);
-                SnapshotScan::start(&self.shared.store, query.spec, last)
-                    .map(Box::new)
-                    .and_then(|scan| snapshot_piece(&self.shared, &mut query, scan))
+                let now = self.processed >= self.shared.store.durable();
+                let scan = match member.snapshot.as_ref().filter(|kept| now && member.reaches(kept, last)) {
+                    Some(kept) => Ok(SnapshotScan::sent(Arc::clone(kept))),
+                    None => SnapshotScan::start(&self.shared.store, &member.group.spec, last),
+                };
+                scan.map(Box::new).and_then(|scan| member.present(&self.shared, &mut *self.pipelines, scan))
             }
-            Work::Rows(scan) => snapshot_piece(&self.shared, &mut member.query(&mut *self.pipelines), scan),
-            Work::Replay { after, until } => {
-                self.replaying.push(job.group);
-                replay(&self.shared, &mut *self.pipelines, member, after, until)
-            }
+            Work::Rows(scan) => member.present(&self.shared, &mut *self.pipelines, scan),
+            Work::Replay { after, until } => replay(&self.shared, &mut *self.pipelines, member, after, until),
         };
+        if member.replayed.is_some() || member.snapshot.is_some() {
+            self.keeping.push(job.group);
+        }
         let piece = piece.unwrap_or_else(|error| match error {
             JobError::Store(StoreError::Expired { .. }) => Piece::Expired,
             JobError::Fault(fault) => Piece::Failed(reason(fault, Seq::default())),
@@ -568,6 +572,26 @@ fn replay(
 }
 
 impl Member {
+    /// Whether a snapshot that was sent to somebody, and what the group has told since, is what is present now; and not
+    /// much more to send than a new one would be.
+    fn reaches(&self, kept: &Snapshot, last: Option<u64>) -> bool {
+        kept.last == last && self.group.told_since(kept.seq).is_some_and(|bytes| bytes <= kept.bytes())
+    }
+
+    /// The next piece of a snapshot.
+    fn present(
+        &mut self,
+        shared: &Shared,
+        pipelines: &mut dyn Pipelines,
+        scan: Box<SnapshotScan>,
+    ) -> Result<Piece, JobError> {
+        let (piece, whole) = snapshot_piece(shared, &mut self.query(pipelines), scan)?;
+        if let Some(whole) = whole {
+            self.snapshot = Some(Arc::new(whole));
+        }
+        Ok(piece)
+    }
+
     fn query<'a>(&'a self, pipelines: &'a mut dyn Pipelines) -> Query<'a> {
         let pipeline = self.pipeline.map(|id| (pipelines, id));
         Query { spec: &self.group.spec, key: &self.group.key_schema, pipeline, known: None }

@@ -145,7 +145,10 @@ impl Worker {
         let need = match (&runs.held, &job.work) {
             (_, Work::Rows(_)) => return self.work_on(job),
             (Some(held), Work::Snapshot { last }) if settled >= asked => {
-                let scan = SnapshotScan::held(Arc::clone(held), settled, *last);
+                let scan = match member.snapshot.as_ref().filter(|kept| member.reaches(kept, *last)) {
+                    Some(kept) => SnapshotScan::sent(Arc::clone(kept)),
+                    None => SnapshotScan::held(Arc::clone(held), settled, *last),
+                };
                 return self.work_on(Job { work: Work::Rows(Box::new(scan)), ..job });
             }
             (Some(_), Work::Replay { after, .. }) => {
