@@ -192,7 +192,7 @@ pub(super) fn run(shared: Arc<Shared>, mailbox: Arc<Mailbox>, events: Receiver<E
         members: HashMap::new(),
         index: Index::default(),
         jobs: VecDeque::new(),
-        replaying: Vec::new(),
+        keeping: Vec::new(),
         due: BTreeSet::new(),
         awaited: BTreeSet::new(),
         piping: VecDeque::new(),
@@ -520,7 +520,7 @@ impl Worker {
         let piece = match job.work {
             Work::Snapshot { last } => {
                 let now = self.processed >= self.shared.store.durable();
-                let scan = match member.snapshot.as_ref().filter(|kept| now && member.reaches(kept, last)) {
+                let scan = match member.snapshot.as_ref().filter(|kept| now && reaches(&member.group, kept, last)) {
                     Some(kept) => Ok(SnapshotScan::sent(Arc::clone(kept))),
                     None => SnapshotScan::start(&self.shared.store, &member.group.spec, last),
                 };
@@ -571,13 +571,13 @@ fn replay(
     Ok(Piece::Commits { bytes, seq: end })
 }
 
-impl Member {
-    /// Whether a snapshot that was sent to somebody, and what the group has told since, is what is present now; and not
-    /// much more to send than a new one would be.
-    fn reaches(&self, kept: &Snapshot, last: Option<u64>) -> bool {
-        kept.last == last && self.group.told_since(kept.seq).is_some_and(|bytes| bytes <= kept.bytes())
-    }
+/// Whether a snapshot that was sent to somebody, and what the group has told since, is what is present now; and not much
+/// more to send than a new one would be.
+fn reaches(group: &Group, kept: &Snapshot, last: Option<u64>) -> bool {
+    kept.last == last && group.told_since(kept.seq).is_some_and(|bytes| bytes <= kept.bytes())
+}
 
+impl Member {
     /// The next piece of a snapshot.
     fn present(
         &mut self,

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::{Worker, append, reason};
+use super::{Worker, append, reaches, reason};
 use crate::live::job::{Job, Piece, SnapshotScan, Work};
 use crate::live::requery::{Answer, Piping, Progress, RequeryError, Rerun};
 use crate::live::subscription::EndReason;
@@ -145,7 +145,7 @@ impl Worker {
         let need = match (&runs.held, &job.work) {
             (_, Work::Rows(_)) => return self.work_on(job),
             (Some(held), Work::Snapshot { last }) if settled >= asked => {
-                let scan = match member.snapshot.as_ref().filter(|kept| member.reaches(kept, *last)) {
+                let scan = match member.snapshot.as_ref().filter(|kept| reaches(&member.group, kept, *last)) {
                     Some(kept) => SnapshotScan::sent(Arc::clone(kept)),
                     None => SnapshotScan::held(Arc::clone(held), settled, *last),
                 };
