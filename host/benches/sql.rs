@@ -24,6 +24,10 @@ use host::sql::{Param, RequestEnv, SqlOptions, StatementKind};
 use host::store::{Store, StoreOptions, Transaction};
 use tokio::runtime::Runtime;
 
+/// As the server.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const ROWS: i32 = 1_000;
 /// Interleaved pairs of a comparison: enough for a steady median on a machine that does other things as well.
 const PAIRS: usize = 2_000;
