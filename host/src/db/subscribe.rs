@@ -509,7 +509,8 @@ impl LiveStream {
     async fn seat(&mut self, spec: &Arc<GroupSpec>, asked: From) -> Result<(Subscription, From, Seq), SubscribeError> {
         let begun = self.seating.take().filter(|begun| begun.spec.key == spec.key && begun.asked == asked);
         let seating = begun.unwrap_or_else(|| {
-            let (now, from) = (self.db.inner.store.applied(), self.start(spec, asked));
+            // What is not on disk yet is still to come as events, for `Live::subscribe` as well.
+            let (now, from) = (self.db.inner.store.durable(), self.start(spec, asked));
             let (live, to) = (self.db.inner.live.clone(), spec.clone());
             let task = tokio::spawn(async move { live.subscribe(to, from).await });
             Box::new(Seating { spec: spec.clone(), asked, from, now, task })
@@ -559,7 +560,7 @@ impl LiveStream {
     fn start(&self, spec: &GroupSpec, from: From) -> From {
         match from {
             From::Snapshot | From::Last(_) | From::Now if spec.semantics == Semantics::Feed => {
-                From::After(self.db.inner.store.applied())
+                From::After(self.db.inner.store.durable())
             }
             from => from,
         }
@@ -697,7 +698,8 @@ impl LiveStream {
                     catalog: self.db.inner.catalog_version.subscribe(),
                     seq,
                     rested: fault.retry_after.map(|rest| Instant::now() + rest),
-                    changed: false,
+                    // Looked at once: another version may be active already when a slow reader hears of this.
+                    changed: true,
                 };
                 self.queue.push_back(LiveOutput::PluginError { fault, seq });
             }

@@ -113,30 +113,29 @@ pub async fn run(mut sender: Box<Sender>, socket: Socket, stall_limit: Duration)
             () = socket.closed() => return,
         };
         // From here on nobody else sends.
-        lent.chunks.sink.take_left(&mut before);
+        let left = lent.chunks.sink.take_left();
         let (bytes, last) = match step {
             Step::Send(bytes) => (bytes, false),
             Step::Close(problem) => (sse::closed(&problem), true),
             Step::End => (Bytes::new(), true),
         };
         // An empty chunk would be the last.
-        if !bytes.is_empty() {
-            let (line, len) = size_line(bytes.len());
-            before.extend_from_slice(&line[..len]);
-        }
+        let (line, len) = if bytes.is_empty() { Default::default() } else { size_line(bytes.len()) };
         let after: &[u8] = match (bytes.is_empty(), last) {
             (false, false) => b"\r\n",
             (false, true) => b"\r\n0\r\n\r\n",
             (true, false) => b"",
             (true, true) => b"0\r\n\r\n",
         };
-        let written = write_whole(&mut to, [&before, &bytes, after]).await;
+        let parts = [&before[..], &left[0], &left[1], &left[2], &line[..len], &bytes, after];
+        let written = write_whole(&mut to, parts).await;
         if last || written.is_err() {
             // Whoever has gone does not care.
             let _ = to.shutdown().await;
             return;
         }
-        before.clear();
+        // Not kept for the stream's life.
+        before = Vec::new();
     }
 }
 
@@ -159,8 +158,8 @@ impl Lent {
 struct Chunks {
     socket: Socket,
     metrics: Arc<Metrics>,
-    /// What the socket did not take.
-    left: Mutex<Vec<u8>>,
+    /// The rest of a chunk that the socket did not take whole; its events are everybody's.
+    left: Mutex<[Bytes; 3]>,
 }
 
 impl Sink for Chunks {
@@ -169,10 +168,15 @@ impl Sink for Chunks {
         let (head, len) = size_line(events.len());
         let parts: [&[u8]; 3] = [&head[..len], events, b"\r\n"];
         // A connection that broke is found by the stream's own task, when it sends what is left.
-        let taken = self.socket.try_write(&parts.map(IoSlice::new)).unwrap_or(0);
+        let mut taken = self.socket.try_write(&parts.map(IoSlice::new)).unwrap_or(0);
         let whole = taken == parts.iter().map(|part| part.len()).sum::<usize>();
         if !whole {
-            let left = parts.concat().split_off(taken);
+            let chunk = [Bytes::copy_from_slice(&head[..len]), events.clone(), Bytes::from_static(b"\r\n")];
+            let left = chunk.map(|part| {
+                let sent = taken.min(part.len());
+                taken -= sent;
+                part.slice(sent..)
+            });
             *self.left.lock().unwrap_or_else(PoisonError::into_inner) = left;
         }
         whole
@@ -180,9 +184,8 @@ impl Sink for Chunks {
 }
 
 impl Chunks {
-    fn take_left(&self, to: &mut Vec<u8>) {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        to.append(&mut std::mem::take(&mut *left));
+    fn take_left(&self) -> [Bytes; 3] {
+        std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -195,7 +198,7 @@ fn size_line(bytes: usize) -> ([u8; 18], usize) {
     (line, 18 - left)
 }
 
-async fn write_whole(to: &mut Stalling<Socket>, parts: [&[u8]; 3]) -> io::Result<()> {
+async fn write_whole<const N: usize>(to: &mut Stalling<Socket>, parts: [&[u8]; N]) -> io::Result<()> {
     let mut slices = parts.map(IoSlice::new);
     let mut left = &mut slices[..];
     while left.iter().any(|slice| !slice.is_empty()) {

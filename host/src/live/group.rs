@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 use wire::Schema;
 
-use super::outlet::{AnyOutlet, Feeding, Lent, Outlets};
+use super::outlet::{AnyOutlet, Feeding, Feeds, Lent, Outlets};
 use super::tail::{EventsAfter, GroupEnd, GroupTail, lock};
 use super::worker::Mailbox;
 use super::{GroupSpec, SubscribeError};
@@ -63,20 +63,28 @@ impl Group {
     fn feed_outlets(self: &Arc<Self>) {
         // After appending: whoever enters later finds it, and so does a feeding that is due.
         let mut outlets = lock(&self.outlets);
-        if outlets.all.is_empty() || outlets.due {
-            return;
+        let before = std::mem::replace(&mut outlets.feeding, Feeds::Again);
+        if before == Feeds::No {
+            match self.registry.runtime.get().filter(|_| !outlets.all.is_empty()) {
+                Some(runtime) => drop(runtime.spawn(Feeding::start(Arc::clone(self)))),
+                None => outlets.feeding = Feeds::No,
+            }
         }
-        let Some(runtime) = self.registry.runtime.get() else { return };
-        outlets.due = true;
-        drop(outlets);
-        runtime.spawn(Feeding::start(Arc::clone(self)));
     }
 
-    /// The outlets that are there now, for a feeding that begins.
-    pub(super) fn take_turn(&self) -> Vec<AnyOutlet> {
+    /// The outlets that are there now, if there is something to feed them since the last time.
+    pub(super) fn next_feeding(&self) -> Option<Vec<AnyOutlet>> {
         let mut outlets = lock(&self.outlets);
-        outlets.due = false;
-        outlets.all.clone()
+        match outlets.feeding {
+            Feeds::Again => {
+                outlets.feeding = Feeds::Yes;
+                Some(outlets.all.clone())
+            }
+            Feeds::Yes | Feeds::No => {
+                outlets.feeding = Feeds::No;
+                None
+            }
+        }
     }
 
     /// Events and bytes appended so far.

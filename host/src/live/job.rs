@@ -32,6 +32,8 @@ pub(super) struct Job {
 pub(super) enum Work {
     /// Takes a snapshot; of its rows all, or the last so many.
     Snapshot { last: Option<u64> },
+    /// The same of a result that is held.
+    Held { scan: Box<SnapshotScan>, last: Option<u64> },
     /// The next rows of a snapshot.
     Rows(Box<SnapshotScan>),
     /// Commits after `after`, up to `until`.
@@ -65,33 +67,22 @@ type RowStart = (usize, Option<i64>);
 pub(super) struct SnapshotScan {
     seq: Seq,
     rows: Present,
-    /// How many rows were wanted, and are wanted still; `None`: all.
-    last: Option<u64>,
+    /// How many rows are wanted still; `None`: all.
     left: Option<u64>,
-    /// What was sent of it, while that may be kept for others.
-    sent: Option<Vec<Bytes>>,
 }
 
 enum Present {
     Stored(RowScan),
     /// The result of a query that is run again, and the next row of it.
     Held(Arc<Held>, usize),
-    /// What somebody else was sent, and the next piece of it.
-    Sent(Arc<Snapshot>, usize),
 }
 
-/// A snapshot as it was sent to somebody. When many subscribe at the same time the first pays and all share the bytes;
-/// what has happened since is in the group's tail.
+/// A snapshot as it was sent to somebody, in one piece. When many subscribe at the same time the first pays and all share
+/// the bytes; what has happened since is in the group's tail. Larger ones are read by each, at their own pace.
 pub(super) struct Snapshot {
     pub seq: Seq,
     pub last: Option<u64>,
-    pieces: Vec<Bytes>,
-}
-
-impl Snapshot {
-    pub(super) fn bytes(&self) -> usize {
-        self.pieces.iter().map(Bytes::len).sum()
-    }
+    pub bytes: Bytes,
 }
 
 impl SnapshotScan {
@@ -106,20 +97,12 @@ impl SnapshotScan {
             None => snapshot.scan(&spec.table, &spec.scope, spec.range.clone()),
             Some(_) => snapshot.scan_back(&spec.table, &spec.scope, spec.range.clone()),
         };
-        // Rows that expire are shown until then, and not a moment longer.
-        let sent = spec.table.ttl_micros.is_none().then(Vec::new);
-        Ok(SnapshotScan { seq: snapshot.seq(), rows: Present::Stored(rows), last, left: last, sent })
+        Ok(SnapshotScan { seq: snapshot.seq(), rows: Present::Stored(rows), left: last })
     }
 
     /// A result as it is known at `seq`.
     pub(super) fn held(held: Arc<Held>, seq: Seq, last: Option<u64>) -> Self {
-        SnapshotScan { seq, rows: Present::Held(held, 0), last, left: last, sent: Some(Vec::new()) }
-    }
-
-    /// What somebody else was sent.
-    pub(super) fn sent(snapshot: Arc<Snapshot>) -> Self {
-        let (seq, last) = (snapshot.seq, snapshot.last);
-        SnapshotScan { seq, rows: Present::Sent(snapshot, 0), last, left: None, sent: None }
+        SnapshotScan { seq, rows: Present::Held(held, 0), left: last }
     }
 }
 
@@ -135,19 +118,13 @@ fn read(rows: &mut RowScan, bytes: usize) -> Result<(Vec<u8>, Vec<RowStart>, boo
     Ok((base, starts, true))
 }
 
-/// The next piece of a snapshot; with the last one, all of it where it is small enough to be kept.
+/// The next piece of a snapshot.
 pub(super) fn snapshot_piece(
     shared: &Shared,
     query: &mut Query<'_>,
     mut scan: Box<SnapshotScan>,
-) -> Result<(Piece, Option<Snapshot>), JobError> {
+) -> Result<Piece, JobError> {
     let (events, mut more) = match &mut scan.rows {
-        Present::Sent(snapshot, next) => {
-            let (bytes, seq) = (snapshot.pieces[*next].clone(), scan.seq);
-            *next += 1;
-            let more = *next < snapshot.pieces.len();
-            return Ok((Piece::Rows { bytes, seq, rest: more.then_some(scan) }, None));
-        }
         Present::Stored(rows) => stored_piece(shared, query, scan.seq, rows)?,
         Present::Held(held, next) => {
             let from = *next;
@@ -164,16 +141,7 @@ pub(super) fn snapshot_piece(
         }
         shared.encoder.encode(query.spec, &events, &mut out);
     }
-    let bytes = Bytes::from(out);
-    if let Some(sent) = &mut scan.sent {
-        sent.push(bytes.clone());
-        if sent.iter().map(Bytes::len).sum::<usize>() > shared.options.group_tail_bytes {
-            scan.sent = None;
-        }
-    }
-    let last = scan.last;
-    let whole = if more { None } else { scan.sent.take().map(|pieces| Snapshot { seq, last, pieces }) };
-    Ok((Piece::Rows { bytes, seq, rest: more.then_some(scan) }, whole))
+    Ok(Piece::Rows { bytes: out.into(), seq, rest: more.then_some(scan) })
 }
 
 fn stored_piece(

@@ -3,8 +3,8 @@
 //! A subscriber that was told everything has nothing to do before the next commit. To wake its task for that, only for it
 //! to send the same bytes as all the others and to wait again, costs half as much as the sending. So it may lend an
 //! [`Outlet`] while it waits. What is appended to the group is put into all outlets by a few tasks ([`Feeding`]), and the
-//! subscriber sleeps on. It wakes when that does not do: its sink has not taken everything, the tail no longer reaches
-//! back to it, the group has ended.
+//! subscriber sleeps on. It wakes when that does not do: its sink has not taken everything, there is more than one delivery
+//! takes, the tail no longer reaches back to it, the group has ended.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -36,8 +36,8 @@ pub struct Outlet<S: ?Sized> {
 
 #[derive(Default)]
 struct Place {
-    /// While it is lent: what the subscriber was told.
-    cursor: Option<Seq>,
+    /// While it is lent: to which group, and what the subscriber was told of it.
+    cursor: Option<(u64, Seq)>,
     /// The sink has something left.
     left: bool,
 }
@@ -57,7 +57,8 @@ const PIECE: usize = 16;
 /// One time through all outlets of a group.
 ///
 /// Whoever wrote the commit waits for an answer on the same threads, so pieces are small, and no more tasks share them
-/// than there are threads: a queue of a hundred pieces would be in front of every answer.
+/// than there are threads: a queue of a hundred pieces would be in front of every answer. For the same reason a group has
+/// one feeding at a time. What is appended meanwhile is fed by the next, to each outlet in one write.
 pub(super) struct Feeding {
     group: Arc<Group>,
     outlets: Vec<AnyOutlet>,
@@ -65,15 +66,17 @@ pub(super) struct Feeding {
 }
 
 impl Feeding {
-    /// Feeds all outlets that there are by then, from some tasks. What is appended from now on is fed by another one.
+    /// Feeds the group's outlets from some tasks, again and again until nothing was appended meanwhile.
     pub(super) async fn start(group: Arc<Group>) {
-        let outlets = group.take_turn();
-        let tasks = Handle::current().metrics().num_workers().min(outlets.len().div_ceil(PIECE));
-        let feeding = Arc::new(Feeding { group, outlets, next: AtomicUsize::new(0) });
-        for _ in 1..tasks {
-            tokio::spawn(feeding.clone().run());
+        while let Some(outlets) = group.next_feeding() {
+            let tasks = Handle::current().metrics().num_workers().min(outlets.len().div_ceil(PIECE));
+            let feeding = Arc::new(Feeding { group: Arc::clone(&group), outlets, next: AtomicUsize::new(0) });
+            let tasks: Vec<_> = (0..tasks).map(|_| tokio::spawn(feeding.clone().run())).collect();
+            for task in tasks {
+                // A panic is told by the runtime; what was not fed for it is fed by the next one.
+                let _ = task.await;
+            }
         }
-        feeding.run().await;
     }
 
     async fn run(self: Arc<Self>) {
@@ -94,21 +97,32 @@ impl Feeding {
 /// What those who were told the same are told next, found once for a round.
 struct Round<'g> {
     group: &'g Group,
-    known: Option<(Seq, Bytes, Seq)>,
+    known: Option<Known>,
+}
+
+#[derive(Clone)]
+struct Known {
+    after: Seq,
+    bytes: Bytes,
+    seq: Seq,
+    /// There is more than one delivery takes.
+    more: bool,
 }
 
 impl Round<'_> {
-    fn after(&mut self, cursor: Seq) -> EventsAfter {
-        if let Some((of, bytes, seq)) = &self.known
-            && *of == cursor
-        {
-            return EventsAfter::Next { bytes: bytes.clone(), seq: *seq };
+    fn after(&mut self, cursor: Seq) -> Result<Known, EventsAfter> {
+        if let Some(known) = self.known.as_ref().filter(|known| known.after == cursor) {
+            return Ok(known.clone());
         }
-        let (found, _) = self.group.after(cursor, DELIVERY_BYTES);
-        if let EventsAfter::Next { bytes, seq } = &found {
-            self.known = Some((cursor, bytes.clone(), *seq));
+        match self.group.after(cursor, DELIVERY_BYTES).0 {
+            EventsAfter::Next { bytes, seq } => {
+                let more = !matches!(self.group.after(seq, 0).0, EventsAfter::Nothing);
+                let known = Known { after: cursor, bytes, seq, more };
+                self.known = Some(known.clone());
+                Ok(known)
+            }
+            other => Err(other),
         }
-        found
     }
 }
 
@@ -116,18 +130,22 @@ impl Outlet<dyn Sink> {
     /// Puts into the sink what its subscriber has not been told.
     fn feed(&self, round: &mut Round<'_>) {
         let mut place = lock(&self.place);
-        // Its subscriber may have woken meanwhile, and what is left comes first.
-        let Some(cursor) = place.cursor.filter(|_| !place.left) else { return };
+        // Its subscriber may have woken meanwhile, be in another group by now, and what is left comes first.
+        let Some((group, cursor)) = place.cursor.filter(|_| !place.left) else { return };
+        if group != round.group.id {
+            return;
+        }
         match round.after(cursor) {
-            EventsAfter::Next { bytes, seq } => {
-                place.cursor = Some(seq);
+            Ok(Known { bytes, seq, more, .. }) => {
+                place.cursor = Some((group, seq));
                 place.left = !self.sink.take(&bytes);
-                if place.left {
+                // A subscriber that is far behind goes on by itself.
+                if place.left || more {
                     self.woken.notify_one();
                 }
             }
-            EventsAfter::Nothing => {}
-            EventsAfter::Behind { .. } | EventsAfter::Ended { .. } => self.woken.notify_one(),
+            Err(EventsAfter::Nothing | EventsAfter::Next { .. }) => {}
+            Err(EventsAfter::Behind { .. } | EventsAfter::Ended { .. }) => self.woken.notify_one(),
         }
     }
 
@@ -141,12 +159,21 @@ impl Outlet<dyn Sink> {
     }
 }
 
+/// Whether a group's [`Feeding`] is under way.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Feeds {
+    #[default]
+    No,
+    Yes,
+    /// And something was appended since it began, or none has begun yet.
+    Again,
+}
+
 /// Outlets of the subscribers that wait in one group.
 #[derive(Default)]
 pub(super) struct Outlets {
     pub(super) all: Vec<AnyOutlet>,
-    /// A [`Feeding`] is under way that has not looked at `all` yet.
-    pub(super) due: bool,
+    pub(super) feeding: Feeds,
 }
 
 impl Outlets {
@@ -174,7 +201,7 @@ pub(super) struct Lent<'a> {
 
 impl<'a> Lent<'a> {
     pub(super) fn new(group: &'a Group, outlet: &'a AnyOutlet, cursor: &'a mut Seq) -> Self {
-        lock(&outlet.place).cursor = Some(*cursor);
+        lock(&outlet.place).cursor = Some((group.id, *cursor));
         lock(&group.outlets).enter(outlet);
         Lent { group, outlet, cursor }
     }
@@ -182,7 +209,7 @@ impl<'a> Lent<'a> {
     /// Resolves when there is something for the subscriber itself.
     pub(super) async fn woken(&self) {
         // What was appended before the outlet was lent has woken nobody.
-        let cursor = lock(&self.outlet.place).cursor.unwrap_or_default();
+        let cursor = lock(&self.outlet.place).cursor.map_or(*self.cursor, |(_, cursor)| cursor);
         if matches!(self.group.after(cursor, 0).0, EventsAfter::Nothing) {
             self.outlet.woken.notified().await;
         }
@@ -191,7 +218,7 @@ impl<'a> Lent<'a> {
 
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
-        if let Some(cursor) = lock(&self.outlet.place).cursor.take() {
+        if let Some((_, cursor)) = lock(&self.outlet.place).cursor.take() {
             *self.cursor = cursor;
         }
         lock(&self.group.outlets).leave(self.outlet);

@@ -45,6 +45,9 @@ const TURN_COMMITS: usize = 64;
 /// Messages taken before commits get their turn.
 const TURN_EVENTS: usize = 256;
 
+/// Groups of a busy worker that keep a piece for others: they are of the same seconds, and memory is bounded.
+const KEEPING_GROUPS: usize = 64;
+
 /// The least age at which a quiet group's tail is let go of: a reader slower than this may as well read the log.
 const LEAST_TAIL_AGE: Duration = Duration::from_secs(5);
 
@@ -156,7 +159,7 @@ struct Member {
     group: Arc<Group>,
     pipeline: Option<u64>,
     replayed: Option<Replayed>,
-    snapshot: Option<Arc<Snapshot>>,
+    snapshot: Option<Snapshot>,
     /// Where the query is run again as a whole.
     runs: Option<Runs>,
 }
@@ -169,8 +172,9 @@ pub(super) struct Worker {
     members: HashMap<u64, Member>,
     index: Index,
     jobs: VecDeque<Job>,
-    /// Groups that keep a replayed piece or a snapshot: let go of when there is nothing else to do.
-    keeping: Vec<u64>,
+    /// Groups that keep a replayed piece or a snapshot, some of the last that did: let go of when there is nothing else
+    /// to do, or too many.
+    keeping: VecDeque<u64>,
     /// Groups to be run again, and when.
     due: BTreeSet<(Instant, u64)>,
     /// Groups with jobs that wait for a newer answer.
@@ -192,7 +196,7 @@ pub(super) fn run(shared: Arc<Shared>, mailbox: Arc<Mailbox>, events: Receiver<E
         members: HashMap::new(),
         index: Index::default(),
         jobs: VecDeque::new(),
-        keeping: Vec::new(),
+        keeping: VecDeque::new(),
         due: BTreeSet::new(),
         awaited: BTreeSet::new(),
         piping: VecDeque::new(),
@@ -250,11 +254,7 @@ impl Worker {
             if more_commits || !self.jobs.is_empty() || !self.piping.is_empty() {
                 continue;
             }
-            for id in self.keeping.drain(..) {
-                if let Some(member) = self.members.get_mut(&id) {
-                    (member.replayed, member.snapshot) = (None, None);
-                }
-            }
+            self.let_go(0);
             let until = self.due.first().map_or(sweep, |(due, _)| sweep.min(*due));
             let taken = match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(event) => self.take(event),
@@ -519,18 +519,23 @@ impl Worker {
         let Some(member) = self.members.get_mut(&job.group) else { return };
         let piece = match job.work {
             Work::Snapshot { last } => {
-                let now = self.processed >= self.shared.store.durable();
-                let scan = match member.snapshot.as_ref().filter(|kept| now && reaches(&member.group, kept, last)) {
-                    Some(kept) => Ok(SnapshotScan::sent(Arc::clone(kept))),
-                    None => SnapshotScan::start(&self.shared.store, &member.group.spec, last),
-                };
-                scan.map(Box::new).and_then(|scan| member.present(&self.shared, &mut *self.pipelines, scan))
+                // What is acknowledged has to be in it, be it not synced yet.
+                let now = self.processed >= self.shared.store.applied();
+                match member.kept(last).filter(|_| now) {
+                    Some(piece) => Ok(piece),
+                    None => SnapshotScan::start(&self.shared.store, &member.group.spec, last)
+                        .and_then(|scan| member.begin(&self.shared, &mut *self.pipelines, scan, last)),
+                }
             }
-            Work::Rows(scan) => member.present(&self.shared, &mut *self.pipelines, scan),
+            Work::Held { scan, last } => match member.kept(last) {
+                Some(piece) => Ok(piece),
+                None => member.begin(&self.shared, &mut *self.pipelines, *scan, last),
+            },
+            Work::Rows(scan) => snapshot_piece(&self.shared, &mut member.query(&mut *self.pipelines), scan),
             Work::Replay { after, until } => replay(&self.shared, &mut *self.pipelines, member, after, until),
         };
-        if member.replayed.is_some() || member.snapshot.is_some() {
-            self.keeping.push(job.group);
+        if (member.replayed.is_some() || member.snapshot.is_some()) && self.keeping.back() != Some(&job.group) {
+            self.keeping.push_back(job.group);
         }
         let piece = piece.unwrap_or_else(|error| match error {
             JobError::Store(StoreError::Expired { .. }) => Piece::Expired,
@@ -543,6 +548,18 @@ impl Worker {
         });
         // Whoever asked may be gone.
         let _ = job.reply.send(piece);
+        self.let_go(KEEPING_GROUPS);
+    }
+
+    /// All but so many groups keep nothing any more.
+    fn let_go(&mut self, most: usize) {
+        while self.keeping.len() > most
+            && let Some(id) = self.keeping.pop_front()
+        {
+            if let Some(member) = self.members.get_mut(&id) {
+                (member.replayed, member.snapshot) = (None, None);
+            }
+        }
     }
 }
 
@@ -571,23 +588,29 @@ fn replay(
     Ok(Piece::Commits { bytes, seq: end })
 }
 
-/// Whether a snapshot that was sent to somebody, and what the group has told since, is what is present now; and not much
-/// more to send than a new one would be.
-fn reaches(group: &Group, kept: &Snapshot, last: Option<u64>) -> bool {
-    kept.last == last && group.told_since(kept.seq).is_some_and(|bytes| bytes <= kept.bytes())
-}
-
 impl Member {
-    /// The next piece of a snapshot.
-    fn present(
+    /// The snapshot that was sent to somebody, if that and what the group has told since is what is present now, and not
+    /// much more to send than a new one would be.
+    fn kept(&self, last: Option<u64>) -> Option<Piece> {
+        let kept = self.snapshot.as_ref().filter(|kept| kept.last == last)?;
+        let since = self.group.told_since(kept.seq)?;
+        (since <= kept.bytes.len()).then(|| Piece::Rows { bytes: kept.bytes.clone(), seq: kept.seq, rest: None })
+    }
+
+    /// The first piece of a snapshot. Where it is all of it, it is kept for others.
+    fn begin(
         &mut self,
         shared: &Shared,
         pipelines: &mut dyn Pipelines,
-        scan: Box<SnapshotScan>,
+        scan: SnapshotScan,
+        last: Option<u64>,
     ) -> Result<Piece, JobError> {
-        let (piece, whole) = snapshot_piece(shared, &mut self.query(pipelines), scan)?;
-        if let Some(whole) = whole {
-            self.snapshot = Some(Arc::new(whole));
+        let piece = snapshot_piece(shared, &mut self.query(pipelines), Box::new(scan))?;
+        // Rows that expire are shown until then, and not a moment longer.
+        if let Piece::Rows { bytes, seq, rest: None } = &piece
+            && self.group.spec.table.ttl_micros.is_none()
+        {
+            self.snapshot = Some(Snapshot { seq: *seq, last, bytes: bytes.clone() });
         }
         Ok(piece)
     }

@@ -11,6 +11,10 @@ use wire::{ColumnDecl, ImageBuilder, Kind, Schema, Type};
 /// Bytes of how many rows one change was made into.
 const COUNT_BYTES: usize = 4;
 
+/// What all batches of one run may answer together, in outputs of one batch: a commit of many small rows cannot be
+/// blown up without end.
+pub const RUN_OUTPUTS: usize = 64;
+
 /// Longest schema message that a guest may answer.
 pub const SCHEMA_BYTES: u32 = 256 * 1024;
 const MAX_NAME_BYTES: usize = 128;
@@ -90,12 +94,16 @@ struct Making<'a> {
     image: ImageBuilder,
     bytes: Vec<u8>,
     places: Vec<Place>,
+    /// Bytes that the rows may have together, and may still have: descriptors and slots may point to the same ones again
+    /// and again, so the output's own limit is none.
+    most: usize,
+    room: usize,
 }
 
 impl<'a> Making<'a> {
-    fn new(output: &'a [u8], schema: &'a Schema, images: usize) -> Making<'a> {
-        let image = ImageBuilder::new(schema.slots());
-        Making { output, schema, image, bytes: Vec::with_capacity(output.len()), places: Vec::with_capacity(images) }
+    fn new(output: &'a [u8], schema: &'a Schema, images: usize, most: usize) -> Making<'a> {
+        let (image, bytes) = (ImageBuilder::new(schema.slots()), Vec::with_capacity(output.len()));
+        Making { output, schema, image, bytes, places: Vec::with_capacity(images), most, room: most }
     }
 
     /// The row that a descriptor of the output says.
@@ -103,8 +111,11 @@ impl<'a> Making<'a> {
         let mut fixed = [0; DESCRIPTOR_BYTES];
         fixed.copy_from_slice(descriptor);
         self.image.clear();
-        copy_row(self.output, Descriptor::from_bytes(fixed), self.schema, &mut self.image)
-            .map_err(|error| format!("output row {}: {error}", self.places.len()))?;
+        let Making { output, schema, image, room, .. } = self;
+        let copied = copy_row(output, Descriptor::from_bytes(fixed), schema, image, room);
+        if !copied.map_err(|error| format!("output row {}: {error}", self.places.len()))? {
+            return Err(format!("its rows have over {} bytes together", self.most));
+        }
         let start = self.bytes.len() as u32;
         let at = self.image.finish_into(&mut self.bytes);
         self.places.push((start..self.bytes.len() as u32, at));
@@ -117,18 +128,18 @@ impl<'a> Making<'a> {
 }
 
 /// The images of a transform's output, one per row of the batch: `n` descriptors, then what they point to.
-pub fn output_images(output: &[u8], n: usize, schema: &Schema) -> Result<Made, String> {
+/// `most` bounds them together.
+pub fn output_images(output: &[u8], n: usize, schema: &Schema, most: usize) -> Result<Made, String> {
     let descriptors = output
         .get(..n * DESCRIPTOR_BYTES)
         .ok_or_else(|| format!("the output has {} bytes, too few for {n} descriptors", output.len()))?;
-    let mut made = Making::new(output, schema, n);
+    let mut made = Making::new(output, schema, n, most);
     descriptors.chunks_exact(DESCRIPTOR_BYTES).try_for_each(|descriptor| made.row(descriptor))?;
     Ok(made.end())
 }
 
 /// The images of a change transform's output, for each change of the batch any number: `n` counts (u32), then as many
-/// descriptors as they add up to, then what those point to. Answers the counts, too. `most` bounds the images together,
-/// because descriptors may point to the same bytes again and again.
+/// descriptors as they add up to, then what those point to. Answers the counts, too. `most` as above.
 pub fn output_changes(output: &[u8], n: usize, schema: &Schema, most: usize) -> Result<(Vec<u32>, Made), String> {
     let short = |what: &str| format!("the output has {} bytes, too few for {what}", output.len());
     let counts = output.get(..n * COUNT_BYTES).ok_or_else(|| short(&format!("{n} counts")))?;
@@ -136,21 +147,27 @@ pub fn output_changes(output: &[u8], n: usize, schema: &Schema, most: usize) -> 
     let counts =
         counts.chunks_exact(COUNT_BYTES).map(|count| u32::from_le_bytes([count[0], count[1], count[2], count[3]]));
     let counts: Vec<u32> = counts.collect();
-    let mut made = Making::new(output, schema, n);
+    let mut made = Making::new(output, schema, n, most);
     for _ in counts.iter().flat_map(|count| 0..*count) {
         made.row(descriptors.next().ok_or_else(|| short("as many descriptors as it counts"))?)?;
-        if made.bytes.len() > most {
-            return Err(format!("its rows have over {most} bytes together"));
-        }
     }
     Ok((counts, made.end()))
 }
 
-fn copy_row(output: &[u8], at: Descriptor, schema: &Schema, builder: &mut ImageBuilder) -> Result<(), String> {
+/// `false`: there is no room for it.
+fn copy_row(
+    output: &[u8],
+    at: Descriptor,
+    schema: &Schema,
+    builder: &mut ImageBuilder,
+    room: &mut usize,
+) -> Result<bool, String> {
     let columns = at.columns as usize;
     if columns != schema.columns.len() {
         return Err(format!("it has {columns} columns, the output schema {}", schema.columns.len()));
     }
+    let fixed = columns.div_ceil(8) + columns * SLOT_BYTES;
+    let mut left = room.checked_sub(fixed);
     let present = part(output, at.present, columns.div_ceil(8)).ok_or("its bitmap lies outside the output")?;
     let slots = part(output, at.slots, columns * SLOT_BYTES).ok_or("its slots lie outside the output")?;
     let heap = output.get(at.heap as usize..).ok_or("its heap lies outside the output")?;
@@ -164,10 +181,17 @@ fn copy_row(output: &[u8], at: Descriptor, schema: &Schema, builder: &mut ImageB
         }
         let mut fixed = [0; SLOT_BYTES];
         fixed.copy_from_slice(slot);
-        copy_value(u64::from_le_bytes(fixed), heap, column, builder)
-            .map_err(|error| format!("column `{}` {error}", column.name))?;
+        let slot = u64::from_le_bytes(fixed);
+        if let Kind::Text | Kind::Bytes | Kind::Decimal | Kind::Uuid = column.ty.kind() {
+            left = left.and_then(|left| left.checked_sub((slot >> 32) as usize));
+        }
+        if left.is_none() {
+            return Ok(false);
+        }
+        copy_value(slot, heap, column, builder).map_err(|error| format!("column `{}` {error}", column.name))?;
     }
-    Ok(())
+    *room = left.unwrap_or_default();
+    Ok(left.is_some())
 }
 
 fn part(bytes: &[u8], at: u32, len: usize) -> Option<&[u8]> {
@@ -285,7 +309,7 @@ mod tests {
 
     #[test]
     fn good_rows_are_copied_and_bad_ones_named() {
-        let images = output_images(&output(&[row(1, "a"), row(2, "ü")]), 2, &schema()).unwrap();
+        let images = output_images(&output(&[row(1, "a"), row(2, "ü")]), 2, &schema(), 10_000).unwrap();
         let (image, ..) = ImageRef::parse(images.image(1).0).unwrap();
         assert_eq!((image.int(0), image.text(1), image.float(2)), (Some(2), Some("ü"), Some(1.5)));
 
@@ -296,14 +320,29 @@ mod tests {
             (vec![row(1, "a"), null], 2, "output row 1: column `id` is NULL, but not nullable"),
             (vec![digits], 1, "output row 0: column `price` has more than 4 digits"),
         ] {
-            let error = output_images(&output(&rows), n, &schema()).unwrap_err();
+            let error = output_images(&output(&rows), n, &schema(), 10_000).unwrap_err();
             assert!(error.contains(expected), "{error}");
         }
         let mut bytes = output(&[row(1, "a")]);
         let last = bytes.len() - 1;
         bytes.truncate(last);
-        assert!(output_images(&bytes, 1, &schema()).unwrap_err().contains("points outside the output"));
-        assert!(output_images(&[0; 15], 1, &schema()).unwrap_err().contains("too few for 1 descriptors"));
+        assert!(output_images(&bytes, 1, &schema(), 10_000).unwrap_err().contains("points outside the output"));
+        assert!(output_images(&[0; 15], 1, &schema(), 10_000).unwrap_err().contains("too few for 1 descriptors"));
+    }
+
+    /// 64 rows of eight columns that all point to one text of 1 MB took 900 MB before anybody looked.
+    #[test]
+    fn rows_that_share_their_bytes_are_bounded_together() {
+        let one = output(&[row(1, &"x".repeat(100))]);
+        let (descriptor, shift) = (&one[..DESCRIPTOR_BYTES], 4 * DESCRIPTOR_BYTES as u32);
+        let mut at = Descriptor::from_bytes(descriptor.try_into().unwrap());
+        (at.present, at.slots, at.heap) = (at.present + shift, at.slots + shift, at.heap + shift);
+        let mut bytes = at.to_bytes().repeat(4);
+        bytes.extend_from_slice(&[0; DESCRIPTOR_BYTES]);
+        bytes.extend_from_slice(&one[DESCRIPTOR_BYTES..]);
+        let of = |most| output_images(&bytes, 4, &schema(), most);
+        assert_eq!(of(4 * 149).unwrap().count(), 4);
+        assert!(of(4 * 149 - 1).unwrap_err().contains("its rows have over 595 bytes together"));
     }
 
     #[test]
@@ -358,7 +397,7 @@ mod tests {
 
         #[test]
         fn any_output_is_taken_or_refused_without_panic(bytes in any::<Vec<u8>>(), n in 0usize..4) {
-            if let Ok(made) = output_images(&bytes, n, &schema()) {
+            if let Ok(made) = output_images(&bytes, n, &schema(), 10_000) {
                 prop_assert_eq!(images(&made).count(), n);
             }
         }
@@ -368,7 +407,7 @@ mod tests {
             let mut bytes = output(&[row(1, "abc"), row(-2, "")]);
             let len = bytes.len();
             bytes[flip % len] ^= 1 << bit;
-            if let Ok(made) = output_images(&bytes, 2, &schema()) {
+            if let Ok(made) = output_images(&bytes, 2, &schema(), 10_000) {
                 for image in images(&made) {
                     for column in &schema().columns {
                         prop_assert!(image.value(column.id, column.ty).is_ok());

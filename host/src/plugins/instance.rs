@@ -312,8 +312,8 @@ impl Instance {
     /// `tg_transform` of a row transform: one image per row.
     pub fn transform(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<Made, CallFault> {
         let output = self.output(batch, part)?;
-        let schema = self.transformed(batch.setup)?;
-        let made = abi::output_images(&output, batch.rows, schema);
+        let (schema, most) = (self.transformed(batch.setup)?, self.body.shared.options.output_bytes * abi::RUN_OUTPUTS);
+        let made = abi::output_images(&output, batch.rows, schema, most);
         let made = made.map_err(|message| CallFault::new(FaultCause::Output, message))?;
         batch.setup.meter.judged(batch.origin, batch.rows, made.count());
         batch.setup.meter.answered(output.len());

@@ -17,17 +17,13 @@ use wire::frame::changed_columns;
 use wire::image::ImageAt;
 use wire::{ChangeAt, ImageError, ImageRef, Kind, Op};
 
-use super::abi::Made;
+use super::abi::{Made, RUN_OUTPUTS};
 use super::health::UnitKey;
 use super::instance::{Batch, CallFault, Instances, Setup, Space};
 use super::registry::Shared;
 use super::window::{Lease, PART_ROWS_AT, WorkerPart};
 use super::{FaultCause, Origin, PluginError, UnitFault};
 use crate::catalog::OnError;
-
-/// What all batches of one run may answer together, in outputs of one batch: a commit of many small rows cannot be
-/// blown up without end.
-const RUN_OUTPUTS: usize = 64;
 
 /// One stage of an open pipeline.
 pub struct OpenStage {

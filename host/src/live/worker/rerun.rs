@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::{Worker, append, reaches, reason};
+use super::{Worker, append, reason};
 use crate::live::job::{Job, Piece, SnapshotScan, Work};
 use crate::live::requery::{Answer, Piping, Progress, RequeryError, Rerun};
 use crate::live::subscription::EndReason;
@@ -143,13 +143,10 @@ impl Worker {
         let Some(runs) = &mut member.runs else { return };
         let settled = member.group.settled();
         let need = match (&runs.held, &job.work) {
-            (_, Work::Rows(_)) => return self.work_on(job),
+            (_, Work::Rows(_) | Work::Held { .. }) => return self.work_on(job),
             (Some(held), Work::Snapshot { last }) if settled >= asked => {
-                let scan = match member.snapshot.as_ref().filter(|kept| reaches(&member.group, kept, *last)) {
-                    Some(kept) => SnapshotScan::sent(Arc::clone(kept)),
-                    None => SnapshotScan::held(Arc::clone(held), settled, *last),
-                };
-                return self.work_on(Job { work: Work::Rows(Box::new(scan)), ..job });
+                let (scan, last) = (Box::new(SnapshotScan::held(Arc::clone(held), settled, *last)), *last);
+                return self.work_on(Job { work: Work::Held { scan, last }, ..job });
             }
             (Some(_), Work::Replay { after, .. }) => {
                 let piece = match *after >= member.group.floor() {
