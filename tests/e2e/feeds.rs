@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use tests::live::seq;
-use tests::{Client, Live, LiveQuery, TestServer, plugin};
+use tests::{Client, Live, LiveQuery, Options, TestServer, plugin};
 
 pub const COLUMNS: &str = "id BIGINT PRIMARY KEY, carrier TEXT, flight INT, dep_delay DOUBLE";
 
@@ -93,6 +93,28 @@ async fn a_feed_has_each_output_once_and_in_order() {
         all[0] = json!(["insert", 1, row(10, "AA", 15, true)]);
         all
     });
+}
+
+/// Commits that were acknowledged and not synced yet were told to be in the past, and a feed could not be opened behind
+/// them; to others a snapshot was given that had been read before them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commits_that_are_not_synced_yet_are_in_a_snapshot_and_no_trouble_to_a_feed() {
+    let config = "[storage]\ndurability = \"interval\"\nsync_interval_ms = 1000\n".to_owned();
+    let server = TestServer::with(Options { config, ..Options::default() }).await;
+    let db = server.admin();
+    db.put_plugin("feed", feed(-1, "unreachable")).await;
+    db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY)").await;
+    for id in 0..8 {
+        // Somebody else's snapshot is kept, while the worker has so much to do.
+        let before = futures::future::join_all((0..4).map(|_| db.live("SELECT id FROM t"))).await;
+        db.sql(&format!("INSERT INTO t VALUES ({id})")).await;
+        let mut fed = db.live(LiveQuery::new("SELECT id FROM t").plugin("feed")).await;
+        assert_eq!(fed.next_event().await.data["semantics"], json!("feed"));
+        let rows = db.live("SELECT id FROM t").await.until_uptodate().await;
+        let rows = rows.iter().filter(|event| event.name == "insert").count();
+        assert_eq!(rows, id + 1, "what was acknowledged is there");
+        drop(before);
+    }
 }
 
 #[tokio::test]

@@ -1019,6 +1019,42 @@ async fn closing_ends_everything() {
     world.finish_with(vec![client]);
 }
 
+/// What was appended before its feeding began lay in the tail until the next commit, or heartbeat, where it was more than
+/// one delivery takes.
+#[tokio::test]
+async fn more_than_one_delivery_goes_on_by_itself() {
+    const COMMITS: i64 = 8;
+    let large = LiveOptions { workers: 1, group_tail_bytes: 8 << 20, ..options() };
+    let mut world = World::new(large, 1000).await;
+    let mut subscription = world.live.subscribe(world.spec(0, false), From::Now).await.unwrap();
+    let wire = outlet(usize::MAX);
+    let lent: AnyOutlet = wire.clone();
+    assert!(matches!(subscription.next(Some(&lent)).await, Delivery::UpToDate(_)));
+    let reader = tokio::spawn(async move {
+        let mut ids = Vec::new();
+        while ids.len() < COMMITS as usize {
+            let delivery = subscription.next(Some(&lent)).await;
+            let mut lines = wire.sink.sent();
+            if let Delivery::Events { bytes, .. } = &delivery {
+                lines.push_str(std::str::from_utf8(bytes).unwrap());
+            }
+            ids.extend(lines.lines().map(|line| line.split(' ').nth(2).unwrap().parse::<i64>().unwrap()));
+        }
+        ids
+    });
+    // It waits now; and while this thread stands still nothing is fed.
+    tokio::task::yield_now().await;
+    for id in 0..COMMITS {
+        futures::executor::block_on(world.write(&[(id, Some((Some(5), "n".repeat(60_000))))]));
+    }
+    while world.metrics.events.get() < COMMITS as u64 {
+        std::thread::yield_now();
+    }
+    let ids = tokio::time::timeout(Duration::from_secs(60), reader).await.expect("all of it comes").unwrap();
+    assert_eq!(ids, (0..COMMITS).collect::<Vec<_>>());
+    world.finish();
+}
+
 #[tokio::test]
 async fn those_who_subscribe_together_share_one_snapshot() {
     let one = LiveOptions { workers: 1, ..options() };
