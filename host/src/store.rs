@@ -252,7 +252,7 @@ impl Store {
     }
 
     /// The newest commit that is on disk, whatever happens. Behind [`Store::applied`] only where `durability` is not
-    /// `sync`. Nothing after it may be told to a subscriber.
+    /// `sync`. Nothing after it may be told to a subscriber; the hook may not have seen it yet.
     pub fn durable(&self) -> Seq {
         Seq(self.inner.durable.load(Ordering::Acquire))
     }
