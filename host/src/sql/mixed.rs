@@ -160,7 +160,8 @@ fn agree(places: &mut [&mut Expr], schema: &DFSchema) -> Result<bool> {
     }
     // What has no type here (a parameter whose type nothing says) is no number yet.
     let common = places.first().and_then(|place| place.get_type(schema).ok());
-    let Some(common @ DataType::Decimal128(..)) = common else { return Ok(false) };
+    // With fewer digits behind the point nothing was coerced to it: such a cast is one that SQL says.
+    let Some(common @ DataType::Decimal128(_, LEAST_SCALE..)) = common else { return Ok(false) };
     let sides = places.iter().map(|place| Side::of(place, &common, schema)).collect::<Result<Vec<_>>>()?;
     if !sides.iter().any(|side| side.ty.is_floating()) {
         return Ok(false);
@@ -177,7 +178,7 @@ fn agree(places: &mut [&mut Expr], schema: &DFSchema) -> Result<bool> {
 
 /// The same of a value and the rows of a sub-query.
 fn agree_with_rows(side: &mut Expr, rows: &mut Subquery, schema: &DFSchema) -> Result<bool> {
-    let Ok(common @ DataType::Decimal128(..)) = side.get_type(schema) else { return Ok(false) };
+    let Ok(common @ DataType::Decimal128(_, LEAST_SCALE..)) = side.get_type(schema) else { return Ok(false) };
     let (bare, members) = (Side::of(side, &common, schema)?, bare_rows(rows, &common)?);
     if !bare.ty.is_floating() && !members.subquery.schema().field(0).data_type().is_floating() {
         return Ok(false);
