@@ -24,26 +24,51 @@ use super::decimals::{kept, shortest};
 const LEAST_SCALE: i8 = 7;
 
 /// The plan before its types are coerced, with what SQL says as a cast told apart from the casts that will be added: those
-/// are taken back here.
+/// are taken back here. The places of `round` are said as INT: with a cast around them that is added and folded again, its
+/// type is another one in between.
 pub(crate) fn marked(plan: LogicalPlan) -> Result<LogicalPlan> {
     let is_said = |expr: &Expr| {
         matches!(expr, Expr::Cast(Cast { field, .. })
             if matches!(field.data_type(), DataType::Decimal128(_, scale) if *scale >= LEAST_SCALE))
     };
     let marked = plan.transform_up_with_subqueries(|plan| {
-        if !any_expression(&plan, is_said)? {
+        if !any_expression(&plan, |expr| is_said(expr) || places(expr).is_some())? {
             return Ok(Transformed::no(plan));
         }
         let names = NamePreserver::new(&plan);
         plan.map_expressions(|expr| {
             let name = names.save(&expr);
             let marked = expr.transform_up(|expr| {
-                Ok(if is_said(&expr) { Transformed::yes(kept(expr)) } else { Transformed::no(expr) })
+                Ok(match places(&expr) {
+                    Some(places) => Transformed::yes(with_places(expr, places)),
+                    None if is_said(&expr) => Transformed::yes(kept(expr)),
+                    None => Transformed::no(expr),
+                })
             })?;
             Ok(marked.update_data(|expr| name.restore(expr)))
         })
     })?;
     Ok(marked.data)
+}
+
+/// Of a call of `round`, where they are spelled out as BIGINT.
+fn places(expr: &Expr) -> Option<i32> {
+    match expr {
+        Expr::ScalarFunction(call) if call.func.name() == "round" => match call.args.as_slice() {
+            [_, Expr::Literal(ScalarValue::Int64(Some(places)), _)] => i32::try_from(*places).ok(),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn with_places(mut expr: Expr, places: i32) -> Expr {
+    if let Expr::ScalarFunction(call) = &mut expr
+        && let [_, said] = call.args.as_mut_slice()
+    {
+        *said = Expr::Literal(ScalarValue::Int32(Some(places)), None);
+    }
+    expr
 }
 
 /// The node with its comparisons said as above.
