@@ -119,9 +119,13 @@ impl Sql {
         let permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
         let columns = arrow::output_columns(&plan.schema());
-        let batches = self.run(plan, env, &statement.text, permit, template.brief, started)?;
-        let longest = if template.unhurried { Duration::MAX } else { LONGEST_WAIT };
+        let longest = match (template.unhurried, permit.is_some()) {
+            (true, _) => Duration::MAX,
+            (false, true) => LONGEST_HELD,
+            (false, false) => LONGEST_WAIT,
+        };
         let clock = Clock::new(started, self.engine.options.deadline, longest);
+        let batches = self.run(plan, env, &statement.text, permit, template.brief, &clock)?;
         Ok(self.engine.row_stream(columns, batches, clock))
     }
 
@@ -175,7 +179,8 @@ impl Sql {
         let permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
         let mut changes = changes(target)?;
-        let mut batches = self.run(plan, env.clone(), &statement.text, permit, template.brief, started)?;
+        let clock = Clock::new(started, self.engine.options.deadline, LONGEST_HELD);
+        let mut batches = self.run(plan, env.clone(), &statement.text, permit, template.brief, &clock)?;
         let deadline = started + self.engine.options.deadline;
         while let Some(batch) = tokio::time::timeout_at(deadline.into(), batches.next())
             .await
@@ -249,8 +254,8 @@ impl Sql {
         let plan = plan.await?;
         let columns = arrow::output_columns(&plan.schema());
         // How many run at once is bounded by whoever asks for them.
-        let batches = self.run(plan, env, &query.text, None, false, started)?;
         let clock = Clock::new(started, self.engine.options.deadline, LONGEST_WAIT);
+        let batches = self.run(plan, env, &query.text, None, false, &clock)?;
         query.collect(self.engine.row_stream(columns, batches, clock), limit).await
     }
 
@@ -331,7 +336,7 @@ impl Sql {
     }
 
     /// Runs a plan on threads of its own, or, where it is `brief`, by whoever takes its batches. The permit is given back
-    /// with the plan: at its end, at an error, or when nobody wants the rest.
+    /// with the plan: at its end, at an error, when nobody wants the rest, or when the rest is taken too late.
     fn run(
         &self,
         plan: Arc<dyn ExecutionPlan>,
@@ -339,15 +344,16 @@ impl Sql {
         text: &Arc<str>,
         permit: Option<Permit>,
         brief: bool,
-        started: Instant,
+        clock: &Clock,
     ) -> Result<Batches, SqlError> {
         if brief {
             return Ok(batches(self.engine.start(plan, env, text)?, text.clone(), permit));
         }
         let (engine, text) = (self.engine.clone(), text.clone());
         let deadline = self.engine.options.deadline;
-        let left = deadline.saturating_sub(started.elapsed());
-        Ok(self.runner.run(deadline, left, move || Ok(batches(engine.start(plan, env, &text)?, text, permit))))
+        let left = clock.until.saturating_duration_since(Instant::now());
+        let start = move || Ok(batches(engine.start(plan, env, &text)?, text, permit));
+        Ok(self.runner.run(deadline, left, clock.latest(), start))
     }
 
     /// Runs a planning job; past the deadline the caller is told so, and the thread is given back when it ends.
@@ -542,7 +548,12 @@ impl Engine {
             let (columns, schema) = (shown.clone(), schema.clone());
             async move {
                 let (mut batches, mut clock) = running?;
-                let until = clock.asked(Instant::now());
+                let now = Instant::now();
+                let until = clock.asked(now);
+                // A batch that is ready is given whatever the time: who reads slowly always finds one.
+                if now >= until {
+                    return Some((Err(SqlError::Deadline(limit)), None));
+                }
                 let batch = match tokio::time::timeout_at(until.into(), batches.next()).await {
                     Err(_) => return Some((Err(SqlError::Deadline(limit)), None)),
                     Ok(None) => return None,
@@ -564,8 +575,10 @@ impl Engine {
 
 /// Bytes a second that a reader takes at least, on average, whose waiting is not counted: a scan holds a thread meanwhile.
 const READING_RATE: u64 = 16 * 1024;
-/// The longest that is not counted of what others wait for, or what begins to read as late as it is asked to: with any
-/// deadline it is shorter than rows of stream tables are kept after they have expired, so what is read late is there still.
+/// The longest that is not counted of what holds a permit, which others wait for.
+const LONGEST_HELD: Duration = Duration::from_secs(30);
+/// The longest that is not counted of what begins to read as late as it is asked to: with any deadline it is shorter than
+/// rows of stream tables are kept after they have expired, so what is read late is there still.
 const LONGEST_WAIT: Duration = Duration::from_secs(240);
 
 /// Until when the rows of a result may be computed. What they wait for a reader that takes enough of them is not counted,
@@ -583,6 +596,11 @@ struct Clock {
 impl Clock {
     fn new(started: Instant, deadline: Duration, longest: Duration) -> Clock {
         Clock { until: started + deadline, given_at: Instant::now(), longest, forgiven: Duration::ZERO, bytes: 0 }
+    }
+
+    /// Until when a reader may take more at all; `None` where it has as long as it likes.
+    fn latest(&self) -> Option<Instant> {
+        self.until.checked_add(self.longest)
     }
 
     /// The reader wants more: until when it may have to wait for that.
@@ -703,6 +721,28 @@ mod tests {
         assert_eq!(long.asked(at(10_000)), at(10_002), "two seconds are left of five");
         long.given(0, at(10_001));
         assert_eq!(long.asked(at(900_000)), at(100_005));
+    }
+
+    #[tokio::test]
+    async fn what_is_ready_is_not_given_beyond_the_deadline() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("spill");
+        let options = SqlOptions { spill_dir: path, ..crate::config::Config::new(dir.path()).sql };
+        let sql = Sql::new(options, Vec::new()).unwrap();
+        let schema = Arc::new(::arrow::datatypes::Schema::empty());
+        let ready = futures::stream::repeat_with(move || Ok(RecordBatch::new_empty(schema.clone())));
+        let clock = Clock::new(Instant::now(), Duration::ZERO, LONGEST_HELD);
+        let mut rows = sql.engine.row_stream(Vec::new(), ready.boxed(), clock);
+        assert!(matches!(rows.batches.next().await, Some(Err(SqlError::Deadline(_)))));
+        assert!(rows.batches.next().await.is_none());
+    }
+
+    #[test]
+    fn a_reader_has_its_time_and_no_more() {
+        let (started, deadline) = (Instant::now(), Duration::from_secs(5));
+        let latest = |longest| Clock::new(started, deadline, longest).latest();
+        assert_eq!(latest(LONGEST_HELD), Some(started + deadline + LONGEST_HELD));
+        assert_eq!(latest(Duration::MAX), None);
     }
 
     fn names(rules: &[Arc<dyn PhysicalOptimizerRule + Send + Sync>]) -> Vec<&str> {
