@@ -589,13 +589,16 @@ struct Clock {
     given_at: Instant,
     /// How long the waiting may be altogether that is not counted.
     longest: Duration,
+    /// How long it was until somebody asked at all: other results of the request were read meanwhile.
+    late: Option<Duration>,
     forgiven: Duration,
     bytes: u64,
 }
 
 impl Clock {
     fn new(started: Instant, deadline: Duration, longest: Duration) -> Clock {
-        Clock { until: started + deadline, given_at: Instant::now(), longest, forgiven: Duration::ZERO, bytes: 0 }
+        let (until, given_at) = (started + deadline, Instant::now());
+        Clock { until, given_at, longest, late: None, forgiven: Duration::ZERO, bytes: 0 }
     }
 
     /// Until when a reader may take more at all; `None` where it has as long as it likes.
@@ -606,7 +609,8 @@ impl Clock {
     /// The reader wants more: until when it may have to wait for that.
     fn asked(&mut self, now: Instant) -> Instant {
         let waited = now.saturating_duration_since(self.given_at);
-        let earned = Duration::from_millis(self.bytes * 1_000 / READING_RATE).min(self.longest);
+        let late = *self.late.get_or_insert(waited);
+        let earned = (late + Duration::from_millis(self.bytes * 1_000 / READING_RATE)).min(self.longest);
         let free = waited.min(earned.saturating_sub(self.forgiven));
         self.forgiven += free;
         self.until += free;
@@ -708,7 +712,7 @@ mod tests {
         let clock = |longest| Clock { given_at: started, ..Clock::new(started, Duration::from_secs(5), longest) };
         let second = READING_RATE as usize;
         let mut short = clock(LONGEST_WAIT);
-        assert_eq!(short.asked(at(1)), at(5), "nothing was taken yet");
+        assert_eq!(short.asked(started), at(5), "nothing was taken yet");
         short.given(10 * second, at(3));
         assert_eq!(short.asked(at(9)), at(11), "six seconds, of ten that the bytes are worth");
         short.given(0, at(10));
@@ -716,7 +720,13 @@ mod tests {
         short.given(100_000 * second, at(100));
         assert_eq!(short.asked(at(10_000)), at(5) + LONGEST_WAIT, "no longer, whatever was taken");
 
+        let mut late = clock(LONGEST_WAIT);
+        assert_eq!(late.asked(at(60)), at(65), "another result was read before");
+        late.given(10 * second, at(60));
+        assert_eq!(late.asked(at(90)), at(75), "ten seconds more");
+
         let mut long = clock(Duration::MAX);
+        assert_eq!(long.asked(started), at(5));
         long.given(100_000 * second, at(3));
         assert_eq!(long.asked(at(10_000)), at(10_002), "two seconds are left of five");
         long.given(0, at(10_001));
