@@ -130,7 +130,8 @@ mod tests {
         let whole = runner.run(LONG, LONG, None, || Ok(futures::stream::iter([batch(), batch()]).boxed()));
         let whole: Vec<_> = whole.collect().await;
         assert!(whole.len() == 2 && whole.iter().all(Result::is_ok));
-        let failed: Vec<_> = runner.run(LONG, LONG, None, || Err(SqlError::Limit("too much".to_owned()))).collect().await;
+        let failed: Vec<_> =
+            runner.run(LONG, LONG, None, || Err(SqlError::Limit("too much".to_owned()))).collect().await;
         assert!(matches!(&failed[..], [Err(SqlError::Limit(_))]));
         let endless = || Ok(futures::stream::iter([batch()]).chain(futures::stream::pending()).boxed());
         let endless = runner.run(LONG, LONG, None, endless);

@@ -55,6 +55,8 @@ pub struct Sql {
     /// One permit a heavy query that runs, one a heavy query that waits.
     heavy: Arc<Semaphore>,
     waiting: Semaphore,
+    /// One permit a result that is read beyond its deadline.
+    slow: Arc<Semaphore>,
 }
 
 type Permit = OwnedSemaphorePermit;
@@ -88,7 +90,8 @@ impl Sql {
         let (heavy, waiting) = (Semaphore::new(options.heavy_queries), Semaphore::new(options.heavy_queue));
         let runner = Runner::start(options.heavy_queries * THREADS_OF_A_QUERY + SPARE_THREADS)?;
         let engine = Arc::new(Engine::new(options, tables)?);
-        Ok(Sql { engine, planner: Planner::start()?, runner, plans, heavy: Arc::new(heavy), waiting })
+        let (heavy, slow) = (Arc::new(heavy), Arc::new(Semaphore::new(SLOW_READERS)));
+        Ok(Sql { engine, planner: Planner::start()?, runner, plans, heavy, waiting, slow })
     }
 
     /// Token gate, then parse (on a thread with a large stack where it needs one), then the allow-list of statements.
@@ -124,7 +127,7 @@ impl Sql {
             (false, true) => LONGEST_HELD,
             (false, false) => LONGEST_WAIT,
         };
-        let clock = Clock::new(started, self.engine.options.deadline, longest);
+        let clock = self.clock(started, longest);
         let batches = self.run(plan, env, &statement.text, permit, template.brief, &clock)?;
         Ok(self.engine.row_stream(columns, batches, clock))
     }
@@ -179,7 +182,7 @@ impl Sql {
         let permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
         let mut changes = changes(target)?;
-        let clock = Clock::new(started, self.engine.options.deadline, LONGEST_HELD);
+        let clock = self.clock(started, LONGEST_HELD);
         let mut batches = self.run(plan, env.clone(), &statement.text, permit, template.brief, &clock)?;
         let deadline = started + self.engine.options.deadline;
         while let Some(batch) = tokio::time::timeout_at(deadline.into(), batches.next())
@@ -254,7 +257,7 @@ impl Sql {
         let plan = plan.await?;
         let columns = arrow::output_columns(&plan.schema());
         // How many run at once is bounded by whoever asks for them.
-        let clock = Clock::new(started, self.engine.options.deadline, LONGEST_WAIT);
+        let clock = self.clock(started, LONGEST_WAIT);
         let batches = self.run(plan, env, &query.text, None, false, &clock)?;
         query.collect(self.engine.row_stream(columns, batches, clock), limit).await
     }
@@ -333,6 +336,10 @@ impl Sql {
                 Err(SqlError::Busy(format!("the query waited for its turn for {:?}; try again", options.deadline)))
             }
         }
+    }
+
+    fn clock(&self, started: Instant, longest: Duration) -> Clock {
+        Clock::new(started, self.engine.options.deadline, longest, self.slow.clone())
     }
 
     /// Runs a plan on threads of its own, or, where it is `brief`, by whoever takes its batches. The permit is given back
@@ -581,9 +588,14 @@ const LONGEST_HELD: Duration = Duration::from_secs(30);
 /// rows of stream tables are kept after they have expired, so what is read late is there still.
 const LONGEST_WAIT: Duration = Duration::from_secs(240);
 
+/// How many results are read beyond their deadline at the same time: each may hold a thread and some batches.
+const SLOW_READERS: usize = 32;
+
 /// Until when the rows of a result may be computed. What they wait for a reader that takes enough of them is not counted,
-/// or a large result would never end over a slow line.
+/// or a large result would never end over a slow line. For more than [`SLOW_READERS`] at once it is.
 struct Clock {
+    /// The same with everything counted.
+    due: Instant,
     until: Instant,
     /// When the reader was given what there was.
     given_at: Instant,
@@ -593,17 +605,21 @@ struct Clock {
     late: Option<Duration>,
     forgiven: Duration,
     bytes: u64,
+    slow: Arc<Semaphore>,
+    /// Among the slow readers, beyond what is due.
+    place: Option<Permit>,
 }
 
 impl Clock {
-    fn new(started: Instant, deadline: Duration, longest: Duration) -> Clock {
-        let (until, given_at) = (started + deadline, Instant::now());
-        Clock { until, given_at, longest, late: None, forgiven: Duration::ZERO, bytes: 0 }
+    fn new(started: Instant, deadline: Duration, longest: Duration, slow: Arc<Semaphore>) -> Clock {
+        let (due, given_at) = (started + deadline, Instant::now());
+        let (late, forgiven, bytes, place) = (None, Duration::ZERO, 0, None);
+        Clock { due, until: due, given_at, longest, late, forgiven, bytes, slow, place }
     }
 
     /// Until when a reader may take more at all; `None` where it has as long as it likes.
     fn latest(&self) -> Option<Instant> {
-        self.until.checked_add(self.longest)
+        self.due.checked_add(self.longest)
     }
 
     /// The reader wants more: until when it may have to wait for that.
@@ -614,7 +630,13 @@ impl Clock {
         let free = waited.min(earned.saturating_sub(self.forgiven));
         self.forgiven += free;
         self.until += free;
-        self.until
+        if now < self.due {
+            return self.until;
+        }
+        if self.place.is_none() {
+            self.place = self.slow.clone().try_acquire_owned().ok();
+        }
+        if self.place.is_some() { self.until } else { self.due }
     }
 
     fn given(&mut self, bytes: usize, now: Instant) {
@@ -709,7 +731,11 @@ mod tests {
     fn waiting_for_a_reader_that_takes_enough_is_not_counted() {
         let started = Instant::now();
         let at = |seconds: u64| started + Duration::from_secs(seconds);
-        let clock = |longest| Clock { given_at: started, ..Clock::new(started, Duration::from_secs(5), longest) };
+        let deadline = Duration::from_secs(5);
+        let clock = |longest| {
+            let slow = Arc::new(Semaphore::new(1));
+            Clock { given_at: started, ..Clock::new(started, deadline, longest, slow) }
+        };
         let second = READING_RATE as usize;
         let mut short = clock(LONGEST_WAIT);
         assert_eq!(short.asked(started), at(5), "nothing was taken yet");
@@ -733,15 +759,39 @@ mod tests {
         assert_eq!(long.asked(at(900_000)), at(100_005));
     }
 
+    #[test]
+    fn only_so_many_read_on_beyond_the_deadline() {
+        let started = Instant::now();
+        let at = |seconds: u64| started + Duration::from_secs(seconds);
+        let slow = Arc::new(Semaphore::new(1));
+        let reading = || {
+            let clock = Clock::new(started, Duration::from_secs(5), Duration::MAX, slow.clone());
+            let mut clock = Clock { given_at: started, ..clock };
+            assert_eq!(clock.asked(started), at(5));
+            clock.given(100 * READING_RATE as usize, at(1));
+            clock
+        };
+        let (mut first, mut second) = (reading(), reading());
+        assert_eq!(second.asked(at(4)), at(8), "before the deadline there is room for all");
+        second.given(0, at(4));
+        assert_eq!(first.asked(at(9)), at(13));
+        assert_eq!(second.asked(at(9)), at(5), "no place is left");
+        first.given(0, at(9));
+        assert_eq!(first.asked(at(20)), at(24), "it keeps its own");
+        drop(first);
+        assert_eq!(reading().asked(at(9)), at(13));
+    }
+
     #[tokio::test]
     async fn what_is_ready_is_not_given_beyond_the_deadline() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("spill");
-        let options = SqlOptions { spill_dir: path, ..crate::config::Config::new(dir.path()).sql };
+        let deadline = Duration::ZERO;
+        let options = SqlOptions { spill_dir: path, deadline, ..crate::config::Config::new(dir.path()).sql };
         let sql = Sql::new(options, Vec::new()).unwrap();
         let schema = Arc::new(::arrow::datatypes::Schema::empty());
         let ready = futures::stream::repeat_with(move || Ok(RecordBatch::new_empty(schema.clone())));
-        let clock = Clock::new(Instant::now(), Duration::ZERO, LONGEST_HELD);
+        let clock = sql.clock(Instant::now(), LONGEST_HELD);
         let mut rows = sql.engine.row_stream(Vec::new(), ready.boxed(), clock);
         assert!(matches!(rows.batches.next().await, Some(Err(SqlError::Deadline(_)))));
         assert!(rows.batches.next().await.is_none());
@@ -750,7 +800,7 @@ mod tests {
     #[test]
     fn a_reader_has_its_time_and_no_more() {
         let (started, deadline) = (Instant::now(), Duration::from_secs(5));
-        let latest = |longest| Clock::new(started, deadline, longest).latest();
+        let latest = |longest| Clock::new(started, deadline, longest, Arc::new(Semaphore::new(1))).latest();
         assert_eq!(latest(LONGEST_HELD), Some(started + deadline + LONGEST_HELD));
         assert_eq!(latest(Duration::MAX), None);
     }
