@@ -2,7 +2,8 @@
 //!
 //! To compare them DataFusion makes decimals with 15 digits behind the point of both, inexactly, and fails where either
 //! has more digits before the point than are left. Here a number that is spelled out (`1.5`, `1e20`) is the decimal that it
-//! says, where there are digits enough for it beside the others; everything else is compared as DOUBLE.
+//! says, where there are digits enough for it beside the others; everything else is compared as DOUBLE. More than 17 digits
+//! of such a number are lost before: the planner has read it as a DOUBLE, and the decimal is its shortest text.
 
 use std::iter::once;
 use std::sync::Arc;
