@@ -28,7 +28,16 @@ const MAX_STATEMENTS: usize = 100;
 const MAX_GROWING_CALLS: usize = 64;
 const GROWING: &[&str] = &["repeat", "lpad", "rpad", "encode", "replace", "regexp_replace", "concat", "concat_ws"];
 /// Clauses that a SELECT list ends at and that may have commas themselves.
-const ENDS_SELECTED: &[Keyword] = &[Keyword::FROM, Keyword::WHERE, Keyword::GROUP, Keyword::HAVING, Keyword::ORDER];
+const ENDS_SELECTED: &[Keyword] = &[
+    Keyword::FROM,
+    Keyword::WHERE,
+    Keyword::GROUP,
+    Keyword::HAVING,
+    Keyword::ORDER,
+    // Behind a SELECT that is inserted.
+    Keyword::ON,
+    Keyword::RETURNING,
+];
 const DANGLING: &str = "nothing comes behind this comma: take it away, or name what is missing (in double quotes where \
                         the name is a keyword)";
 /// Up to here a tree is too small to trouble an ordinary thread's stack.
@@ -336,10 +345,11 @@ fn keyword_at(tokens: &[TokenWithSpan], at: usize) -> Keyword {
     }
 }
 
-/// Not a clause but a name, as in `t.order` and `AS order`, or a part of WITHIN GROUP.
+/// Not a clause but a name, as in `t.order` and `AS order`, or a part of WITHIN GROUP, DISTINCT ON, IS DISTINCT FROM.
 fn is_part(tokens: &[TokenWithSpan], at: usize) -> bool {
     let Some(before) = at.checked_sub(1) else { return false };
-    tokens[before].token == Token::Period || matches!(keyword_at(tokens, before), Keyword::AS | Keyword::WITHIN)
+    tokens[before].token == Token::Period
+        || matches!(keyword_at(tokens, before), Keyword::AS | Keyword::WITHIN | Keyword::DISTINCT)
 }
 
 fn bracket_kind(tokens: &[TokenWithSpan], at: usize) -> LevelKind {
@@ -527,6 +537,9 @@ mod tests {
             "SELECT a, LIMIT 1",
             "SELECT a, UNION SELECT 1",
             "SELECT DISTINCT ON (a) b, FROM t",
+            "SELECT a IS DISTINCT FROM 1, FROM t",
+            "SELECT a IS NOT DISTINCT FROM b, WHERE true",
+            "INSERT INTO t SELECT 1, RETURNING a",
             "SELECT a,",
             "SELECT a, ; SELECT 2",
             "SELECT 1 WHERE 1 IN (SELECT b, FROM t)",
@@ -549,6 +562,8 @@ mod tests {
             "SELECT a, b FROM t GROUP BY a, view",
             "CREATE TABLE t (a INT, end INT, from TEXT)",
             "INSERT INTO t (a, from) SELECT 1, 2",
+            "INSERT INTO t SELECT 1, 2 RETURNING a, end",
+            "INSERT INTO t SELECT 1, 2 ON CONFLICT (id) DO UPDATE SET a = 5, end = 6",
             "WITH a AS (SELECT 1), b AS (SELECT 2) SELECT * FROM a, b",
             "SELECT CASE WHEN a THEN 1 END, b FROM t",
         ] {

@@ -2,7 +2,8 @@
 //!
 //! To compare them DataFusion makes decimals with 15 digits behind the point of both, inexactly, and fails where either
 //! has more digits before the point than are left. Here a number that is spelled out (`1.5`, `1e20`) is the decimal that it
-//! says, where there are digits enough for it beside the others; everything else is compared as DOUBLE.
+//! says, where there are digits enough for it beside the others; everything else is compared as DOUBLE. More than 17 digits
+//! of such a number are lost before: the planner has read it as a DOUBLE, and the decimal is its shortest text.
 
 use std::iter::once;
 use std::sync::Arc;
@@ -24,26 +25,51 @@ use super::decimals::{kept, shortest};
 const LEAST_SCALE: i8 = 7;
 
 /// The plan before its types are coerced, with what SQL says as a cast told apart from the casts that will be added: those
-/// are taken back here.
+/// are taken back here. The places of `round` are said as INT: with a cast around them that is added and folded again, its
+/// type is another one in between.
 pub(crate) fn marked(plan: LogicalPlan) -> Result<LogicalPlan> {
     let is_said = |expr: &Expr| {
         matches!(expr, Expr::Cast(Cast { field, .. })
             if matches!(field.data_type(), DataType::Decimal128(_, scale) if *scale >= LEAST_SCALE))
     };
     let marked = plan.transform_up_with_subqueries(|plan| {
-        if !any_expression(&plan, is_said)? {
+        if !any_expression(&plan, |expr| is_said(expr) || places(expr).is_some())? {
             return Ok(Transformed::no(plan));
         }
         let names = NamePreserver::new(&plan);
         plan.map_expressions(|expr| {
             let name = names.save(&expr);
             let marked = expr.transform_up(|expr| {
-                Ok(if is_said(&expr) { Transformed::yes(kept(expr)) } else { Transformed::no(expr) })
+                Ok(match places(&expr) {
+                    Some(places) => Transformed::yes(with_places(expr, places)),
+                    None if is_said(&expr) => Transformed::yes(kept(expr)),
+                    None => Transformed::no(expr),
+                })
             })?;
             Ok(marked.update_data(|expr| name.restore(expr)))
         })
     })?;
     Ok(marked.data)
+}
+
+/// Of a call of `round`, where they are spelled out as BIGINT.
+fn places(expr: &Expr) -> Option<i32> {
+    match expr {
+        Expr::ScalarFunction(call) if call.func.name() == "round" => match call.args.as_slice() {
+            [_, Expr::Literal(ScalarValue::Int64(Some(places)), _)] => i32::try_from(*places).ok(),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn with_places(mut expr: Expr, places: i32) -> Expr {
+    if let Expr::ScalarFunction(call) = &mut expr
+        && let [_, said] = call.args.as_mut_slice()
+    {
+        *said = Expr::Literal(ScalarValue::Int32(Some(places)), None);
+    }
+    expr
 }
 
 /// The node with its comparisons said as above.
@@ -160,7 +186,8 @@ fn agree(places: &mut [&mut Expr], schema: &DFSchema) -> Result<bool> {
     }
     // What has no type here (a parameter whose type nothing says) is no number yet.
     let common = places.first().and_then(|place| place.get_type(schema).ok());
-    let Some(common @ DataType::Decimal128(..)) = common else { return Ok(false) };
+    // With fewer digits behind the point nothing was coerced to it: such a cast is one that SQL says.
+    let Some(common @ DataType::Decimal128(_, LEAST_SCALE..)) = common else { return Ok(false) };
     let sides = places.iter().map(|place| Side::of(place, &common, schema)).collect::<Result<Vec<_>>>()?;
     if !sides.iter().any(|side| side.ty.is_floating()) {
         return Ok(false);
@@ -177,7 +204,7 @@ fn agree(places: &mut [&mut Expr], schema: &DFSchema) -> Result<bool> {
 
 /// The same of a value and the rows of a sub-query.
 fn agree_with_rows(side: &mut Expr, rows: &mut Subquery, schema: &DFSchema) -> Result<bool> {
-    let Ok(common @ DataType::Decimal128(..)) = side.get_type(schema) else { return Ok(false) };
+    let Ok(common @ DataType::Decimal128(_, LEAST_SCALE..)) = side.get_type(schema) else { return Ok(false) };
     let (bare, members) = (Side::of(side, &common, schema)?, bare_rows(rows, &common)?);
     if !bare.ty.is_floating() && !members.subquery.schema().field(0).data_type().is_floating() {
         return Ok(false);

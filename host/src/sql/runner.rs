@@ -35,18 +35,19 @@ impl Runner {
     }
 
     /// Starts a plan on one of the threads, where it makes its batches as they are taken; it ends when nobody wants the
-    /// rest, or when it has computed for as long as is `left` of its deadline.
+    /// rest, when it has computed for as long as is `left` of its deadline, or when a batch is not taken until `latest`.
     pub(crate) fn run(
         &self,
         deadline: Duration,
         left: Duration,
+        latest: Option<Instant>,
         start: impl FnOnce() -> Result<Batches, SqlError> + Send + 'static,
     ) -> Batches {
         let (sender, receiver) = mpsc::channel(AHEAD);
         if let Some(runtime) = &self.runtime {
             runtime.spawn(async move {
                 tokio::select! {
-                    () = make(deadline, left, start, &sender) => {}
+                    () = make(deadline, left, latest, start, &sender) => {}
                     () = sender.closed() => {}
                 }
             });
@@ -77,6 +78,7 @@ impl Drop for Runner {
 async fn make(
     deadline: Duration,
     mut left: Duration,
+    latest: Option<Instant>,
     start: impl FnOnce() -> Result<Batches, SqlError>,
     sender: &mpsc::Sender<Option<Result<RecordBatch, SqlError>>>,
 ) {
@@ -89,8 +91,19 @@ async fn make(
         let Some(batch) = batches.next().await else { break };
         left = left.saturating_sub(began.elapsed());
         let batch = if left.is_zero() { batch.and(Err(SqlError::Deadline(deadline))) } else { batch };
-        if sender.send(Some(batch)).await.is_err() || left.is_zero() {
-            return;
+        let sent = match latest {
+            Some(latest) => tokio::time::timeout_at(latest.into(), sender.send(Some(batch))).await,
+            None => Ok(sender.send(Some(batch)).await),
+        };
+        match sent {
+            Ok(Ok(())) if !left.is_zero() => {}
+            Ok(_) => return,
+            Err(_) => {
+                // What the plan holds is given back first: who takes nothing may take its time to hear of it, too.
+                drop(batches);
+                let _ = sender.send(Some(Err(SqlError::Deadline(deadline)))).await;
+                return;
+            }
         }
     }
     // Nobody to hear it is as good.
@@ -114,13 +127,14 @@ mod tests {
     #[tokio::test]
     async fn what_ends_early_is_not_taken_for_whole() {
         let runner = Runner::start(1).unwrap();
-        let whole = runner.run(LONG, LONG, || Ok(futures::stream::iter([batch(), batch()]).boxed()));
+        let whole = runner.run(LONG, LONG, None, || Ok(futures::stream::iter([batch(), batch()]).boxed()));
         let whole: Vec<_> = whole.collect().await;
         assert!(whole.len() == 2 && whole.iter().all(Result::is_ok));
-        let failed: Vec<_> = runner.run(LONG, LONG, || Err(SqlError::Limit("too much".to_owned()))).collect().await;
+        let failed: Vec<_> =
+            runner.run(LONG, LONG, None, || Err(SqlError::Limit("too much".to_owned()))).collect().await;
         assert!(matches!(&failed[..], [Err(SqlError::Limit(_))]));
         let endless = || Ok(futures::stream::iter([batch()]).chain(futures::stream::pending()).boxed());
-        let endless = runner.run(LONG, LONG, endless);
+        let endless = runner.run(LONG, LONG, None, endless);
         drop(runner);
         let cut: Vec<_> = endless.collect().await;
         assert!(matches!(cut.last(), Some(Err(SqlError::Internal(_)))));
@@ -131,7 +145,7 @@ mod tests {
     async fn what_is_computed_counts() {
         let runner = Runner::start(1).unwrap();
         let made = || Ok(futures::stream::repeat_with(batch).boxed());
-        let mut batches = runner.run(LONG, Duration::ZERO, made);
+        let mut batches = runner.run(LONG, Duration::ZERO, None, made);
         assert!(matches!(batches.next().await, Some(Err(SqlError::Deadline(_)))));
         let busy = || {
             let began = Instant::now();
@@ -143,7 +157,7 @@ mod tests {
             });
             Ok(slow.boxed())
         };
-        let mut batches = runner.run(LONG, Duration::from_millis(10), busy);
+        let mut batches = runner.run(LONG, Duration::from_millis(10), None, busy);
         assert!(matches!(batches.next().await, Some(Err(SqlError::Deadline(_)))));
     }
 
@@ -151,7 +165,7 @@ mod tests {
     async fn what_nobody_takes_is_dropped() {
         let runner = Runner::start(1).unwrap();
         let (held, dropped) = tokio::sync::oneshot::channel::<()>();
-        let mut batches = runner.run(LONG, LONG, move || {
+        let mut batches = runner.run(LONG, LONG, None, move || {
             let endless = futures::stream::repeat_with(move || {
                 let _still_here = &held;
                 batch()
@@ -161,5 +175,21 @@ mod tests {
         assert!(batches.next().await.is_some());
         drop(batches);
         assert!(dropped.await.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_is_not_taken_in_time_is_dropped_before_that_is_said() {
+        let runner = Runner::start(1).unwrap();
+        let (held, dropped) = tokio::sync::oneshot::channel::<()>();
+        let mut batches = runner.run(LONG, LONG, Some(Instant::now()), move || {
+            let endless = futures::stream::repeat_with(move || {
+                let _still_here = &held;
+                batch()
+            });
+            Ok(endless.boxed())
+        });
+        assert!(dropped.await.is_err());
+        assert!(matches!(batches.next().await, Some(Ok(_))));
+        assert!(matches!(batches.next().await, Some(Err(SqlError::Deadline(_)))));
     }
 }

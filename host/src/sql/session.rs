@@ -55,6 +55,8 @@ pub struct Sql {
     /// One permit a heavy query that runs, one a heavy query that waits.
     heavy: Arc<Semaphore>,
     waiting: Semaphore,
+    /// One permit a result that is read beyond its deadline.
+    slow: Arc<Semaphore>,
 }
 
 type Permit = OwnedSemaphorePermit;
@@ -88,7 +90,8 @@ impl Sql {
         let (heavy, waiting) = (Semaphore::new(options.heavy_queries), Semaphore::new(options.heavy_queue));
         let runner = Runner::start(options.heavy_queries * THREADS_OF_A_QUERY + SPARE_THREADS)?;
         let engine = Arc::new(Engine::new(options, tables)?);
-        Ok(Sql { engine, planner: Planner::start()?, runner, plans, heavy: Arc::new(heavy), waiting })
+        let (heavy, slow) = (Arc::new(heavy), Arc::new(Semaphore::new(SLOW_READERS)));
+        Ok(Sql { engine, planner: Planner::start()?, runner, plans, heavy, waiting, slow })
     }
 
     /// Token gate, then parse (on a thread with a large stack where it needs one), then the allow-list of statements.
@@ -119,9 +122,13 @@ impl Sql {
         let permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
         let columns = arrow::output_columns(&plan.schema());
-        let batches = self.run(plan, env, &statement.text, permit, template.brief, started)?;
-        let longest = if template.unhurried { Duration::MAX } else { LONGEST_WAIT };
-        let clock = Clock::new(started, self.engine.options.deadline, longest);
+        let longest = match (template.unhurried, permit.is_some()) {
+            (true, _) => Duration::MAX,
+            (false, true) => LONGEST_HELD,
+            (false, false) => LONGEST_WAIT,
+        };
+        let clock = self.clock(started, longest);
+        let batches = self.run(plan, env, &statement.text, permit, template.brief, &clock)?;
         Ok(self.engine.row_stream(columns, batches, clock))
     }
 
@@ -175,7 +182,8 @@ impl Sql {
         let permit = self.admit(&template, started).await?;
         let plan = self.physical(started, &template, statement, &env).await?;
         let mut changes = changes(target)?;
-        let mut batches = self.run(plan, env.clone(), &statement.text, permit, template.brief, started)?;
+        let clock = self.clock(started, LONGEST_HELD);
+        let mut batches = self.run(plan, env.clone(), &statement.text, permit, template.brief, &clock)?;
         let deadline = started + self.engine.options.deadline;
         while let Some(batch) = tokio::time::timeout_at(deadline.into(), batches.next())
             .await
@@ -249,8 +257,8 @@ impl Sql {
         let plan = plan.await?;
         let columns = arrow::output_columns(&plan.schema());
         // How many run at once is bounded by whoever asks for them.
-        let batches = self.run(plan, env, &query.text, None, false, started)?;
-        let clock = Clock::new(started, self.engine.options.deadline, LONGEST_WAIT);
+        let clock = self.clock(started, LONGEST_WAIT);
+        let batches = self.run(plan, env, &query.text, None, false, &clock)?;
         query.collect(self.engine.row_stream(columns, batches, clock), limit).await
     }
 
@@ -330,8 +338,12 @@ impl Sql {
         }
     }
 
+    fn clock(&self, started: Instant, longest: Duration) -> Clock {
+        Clock::new(started, self.engine.options.deadline, longest, self.slow.clone())
+    }
+
     /// Runs a plan on threads of its own, or, where it is `brief`, by whoever takes its batches. The permit is given back
-    /// with the plan: at its end, at an error, or when nobody wants the rest.
+    /// with the plan: at its end, at an error, when nobody wants the rest, or when the rest is taken too late.
     fn run(
         &self,
         plan: Arc<dyn ExecutionPlan>,
@@ -339,15 +351,16 @@ impl Sql {
         text: &Arc<str>,
         permit: Option<Permit>,
         brief: bool,
-        started: Instant,
+        clock: &Clock,
     ) -> Result<Batches, SqlError> {
         if brief {
             return Ok(batches(self.engine.start(plan, env, text)?, text.clone(), permit));
         }
         let (engine, text) = (self.engine.clone(), text.clone());
         let deadline = self.engine.options.deadline;
-        let left = deadline.saturating_sub(started.elapsed());
-        Ok(self.runner.run(deadline, left, move || Ok(batches(engine.start(plan, env, &text)?, text, permit))))
+        let left = clock.until.saturating_duration_since(Instant::now());
+        let start = move || Ok(batches(engine.start(plan, env, &text)?, text, permit));
+        Ok(self.runner.run(deadline, left, clock.latest(), start))
     }
 
     /// Runs a planning job; past the deadline the caller is told so, and the thread is given back when it ends.
@@ -542,7 +555,12 @@ impl Engine {
             let (columns, schema) = (shown.clone(), schema.clone());
             async move {
                 let (mut batches, mut clock) = running?;
-                let until = clock.asked(Instant::now());
+                let now = Instant::now();
+                let until = clock.asked(now);
+                // A batch that is ready is given whatever the time: who reads slowly always finds one.
+                if now >= until {
+                    return Some((Err(SqlError::Deadline(limit)), None));
+                }
                 let batch = match tokio::time::timeout_at(until.into(), batches.next()).await {
                     Err(_) => return Some((Err(SqlError::Deadline(limit)), None)),
                     Ok(None) => return None,
@@ -564,35 +582,61 @@ impl Engine {
 
 /// Bytes a second that a reader takes at least, on average, whose waiting is not counted: a scan holds a thread meanwhile.
 const READING_RATE: u64 = 16 * 1024;
-/// The longest that is not counted of what others wait for, or what begins to read as late as it is asked to: with any
-/// deadline it is shorter than rows of stream tables are kept after they have expired, so what is read late is there still.
+/// The longest that is not counted of what holds a permit, which others wait for.
+const LONGEST_HELD: Duration = Duration::from_secs(30);
+/// The longest that is not counted of what begins to read as late as it is asked to: with any deadline it is shorter than
+/// rows of stream tables are kept after they have expired, so what is read late is there still.
 const LONGEST_WAIT: Duration = Duration::from_secs(240);
 
+/// How many results are read beyond their deadline at the same time: each may hold a thread and some batches.
+const SLOW_READERS: usize = 32;
+
 /// Until when the rows of a result may be computed. What they wait for a reader that takes enough of them is not counted,
-/// or a large result would never end over a slow line.
+/// or a large result would never end over a slow line. For more than [`SLOW_READERS`] at once it is.
 struct Clock {
+    /// The same with everything counted.
+    due: Instant,
     until: Instant,
     /// When the reader was given what there was.
     given_at: Instant,
     /// How long the waiting may be altogether that is not counted.
     longest: Duration,
+    /// How long it was until somebody asked at all: other results of the request were read meanwhile.
+    late: Option<Duration>,
     forgiven: Duration,
     bytes: u64,
+    slow: Arc<Semaphore>,
+    /// Among the slow readers, beyond what is due.
+    place: Option<Permit>,
 }
 
 impl Clock {
-    fn new(started: Instant, deadline: Duration, longest: Duration) -> Clock {
-        Clock { until: started + deadline, given_at: Instant::now(), longest, forgiven: Duration::ZERO, bytes: 0 }
+    fn new(started: Instant, deadline: Duration, longest: Duration, slow: Arc<Semaphore>) -> Clock {
+        let (due, given_at) = (started + deadline, Instant::now());
+        let (late, forgiven, bytes, place) = (None, Duration::ZERO, 0, None);
+        Clock { due, until: due, given_at, longest, late, forgiven, bytes, slow, place }
+    }
+
+    /// Until when a reader may take more at all; `None` where it has as long as it likes.
+    fn latest(&self) -> Option<Instant> {
+        self.due.checked_add(self.longest)
     }
 
     /// The reader wants more: until when it may have to wait for that.
     fn asked(&mut self, now: Instant) -> Instant {
         let waited = now.saturating_duration_since(self.given_at);
-        let earned = Duration::from_millis(self.bytes * 1_000 / READING_RATE).min(self.longest);
+        let late = *self.late.get_or_insert(waited);
+        let earned = (late + Duration::from_millis(self.bytes * 1_000 / READING_RATE)).min(self.longest);
         let free = waited.min(earned.saturating_sub(self.forgiven));
         self.forgiven += free;
         self.until += free;
-        self.until
+        if now < self.due {
+            return self.until;
+        }
+        if self.place.is_none() {
+            self.place = self.slow.clone().try_acquire_owned().ok();
+        }
+        if self.place.is_some() { self.until } else { self.due }
     }
 
     fn given(&mut self, bytes: usize, now: Instant) {
@@ -687,10 +731,14 @@ mod tests {
     fn waiting_for_a_reader_that_takes_enough_is_not_counted() {
         let started = Instant::now();
         let at = |seconds: u64| started + Duration::from_secs(seconds);
-        let clock = |longest| Clock { given_at: started, ..Clock::new(started, Duration::from_secs(5), longest) };
+        let deadline = Duration::from_secs(5);
+        let clock = |longest| {
+            let slow = Arc::new(Semaphore::new(1));
+            Clock { given_at: started, ..Clock::new(started, deadline, longest, slow) }
+        };
         let second = READING_RATE as usize;
         let mut short = clock(LONGEST_WAIT);
-        assert_eq!(short.asked(at(1)), at(5), "nothing was taken yet");
+        assert_eq!(short.asked(started), at(5), "nothing was taken yet");
         short.given(10 * second, at(3));
         assert_eq!(short.asked(at(9)), at(11), "six seconds, of ten that the bytes are worth");
         short.given(0, at(10));
@@ -698,11 +746,63 @@ mod tests {
         short.given(100_000 * second, at(100));
         assert_eq!(short.asked(at(10_000)), at(5) + LONGEST_WAIT, "no longer, whatever was taken");
 
+        let mut late = clock(LONGEST_WAIT);
+        assert_eq!(late.asked(at(60)), at(65), "another result was read before");
+        late.given(10 * second, at(60));
+        assert_eq!(late.asked(at(90)), at(75), "ten seconds more");
+
         let mut long = clock(Duration::MAX);
+        assert_eq!(long.asked(started), at(5));
         long.given(100_000 * second, at(3));
         assert_eq!(long.asked(at(10_000)), at(10_002), "two seconds are left of five");
         long.given(0, at(10_001));
         assert_eq!(long.asked(at(900_000)), at(100_005));
+    }
+
+    #[test]
+    fn only_so_many_read_on_beyond_the_deadline() {
+        let started = Instant::now();
+        let at = |seconds: u64| started + Duration::from_secs(seconds);
+        let slow = Arc::new(Semaphore::new(1));
+        let reading = || {
+            let clock = Clock::new(started, Duration::from_secs(5), Duration::MAX, slow.clone());
+            let mut clock = Clock { given_at: started, ..clock };
+            assert_eq!(clock.asked(started), at(5));
+            clock.given(100 * READING_RATE as usize, at(1));
+            clock
+        };
+        let (mut first, mut second) = (reading(), reading());
+        assert_eq!(second.asked(at(4)), at(8), "before the deadline there is room for all");
+        second.given(0, at(4));
+        assert_eq!(first.asked(at(9)), at(13));
+        assert_eq!(second.asked(at(9)), at(5), "no place is left");
+        first.given(0, at(9));
+        assert_eq!(first.asked(at(20)), at(24), "it keeps its own");
+        drop(first);
+        assert_eq!(reading().asked(at(9)), at(13));
+    }
+
+    #[tokio::test]
+    async fn what_is_ready_is_not_given_beyond_the_deadline() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("spill");
+        let deadline = Duration::ZERO;
+        let options = SqlOptions { spill_dir: path, deadline, ..crate::config::Config::new(dir.path()).sql };
+        let sql = Sql::new(options, Vec::new()).unwrap();
+        let schema = Arc::new(::arrow::datatypes::Schema::empty());
+        let ready = futures::stream::repeat_with(move || Ok(RecordBatch::new_empty(schema.clone())));
+        let clock = sql.clock(Instant::now(), LONGEST_HELD);
+        let mut rows = sql.engine.row_stream(Vec::new(), ready.boxed(), clock);
+        assert!(matches!(rows.batches.next().await, Some(Err(SqlError::Deadline(_)))));
+        assert!(rows.batches.next().await.is_none());
+    }
+
+    #[test]
+    fn a_reader_has_its_time_and_no_more() {
+        let (started, deadline) = (Instant::now(), Duration::from_secs(5));
+        let latest = |longest| Clock::new(started, deadline, longest, Arc::new(Semaphore::new(1))).latest();
+        assert_eq!(latest(LONGEST_HELD), Some(started + deadline + LONGEST_HELD));
+        assert_eq!(latest(Duration::MAX), None);
     }
 
     fn names(rules: &[Arc<dyn PhysicalOptimizerRule + Send + Sync>]) -> Vec<&str> {

@@ -1,5 +1,5 @@
-//! Events of the present minute, counted: equal ones together, and only so many different ones of one action. Those
-//! beyond are one record, `others`.
+//! Events of the present minute, counted: equal ones together, and only so many different ones of one action by one actor.
+//! Those beyond are one record of the actor, `others`: whoever is refused again and again hides nobody else.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -8,8 +8,9 @@ use super::Event;
 use crate::store::AuditRecord;
 
 const MINUTE: Duration = Duration::from_secs(60);
-/// Of one action: somebody who is refused under ever other names makes no more records a minute.
-const DIFFERENT: usize = 200;
+/// Of one action by one actor: somebody who is refused under ever other names makes no more records a minute. There are as
+/// many actors as there are tokens, and one more, who has none.
+const DIFFERENT: usize = 20;
 
 #[derive(Default)]
 pub(super) struct Window {
@@ -34,7 +35,8 @@ impl Window {
     /// Counts an event; `number` gives that of a new record.
     pub(super) fn count(&mut self, event: Event, at: i64, now: Instant, number: impl FnOnce() -> u64) {
         self.since.get_or_insert(now);
-        let different = || self.events.keys().filter(|known| known.action == event.action).count();
+        let is_like = |known: &Event| known.action == event.action && known.actor == event.actor;
+        let different = || self.events.keys().filter(|known| is_like(known)).count();
         let event = match self.events.contains_key(&event) || different() < DIFFERENT {
             true => event,
             false => others(event),
@@ -60,15 +62,16 @@ impl Window {
     }
 }
 
-/// Whoever it was and whatever about.
+/// From wherever it was and whatever about.
 fn others(event: Event) -> Event {
-    let what = "others".to_owned();
-    Event { actor: None, role: None, address: None, what, object: None, ..event }
+    Event { address: None, what: "others".to_owned(), object: None, ..event }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Role;
+    use crate::db::Identity;
 
     fn denied(object: &str) -> Event {
         Event::denied(None, None, "invalid token", object)
@@ -121,5 +124,31 @@ mod tests {
         assert!(records.contains(&others), "{records:?}");
         assert!(records.contains(&(8, Some("7".to_owned()), 2)));
         assert!(records.contains(&(1_000, Some("a".to_owned()), 1)));
+    }
+
+    #[test]
+    fn nobody_is_hidden_by_what_another_does() {
+        let (mut window, now) = (Window::default(), Instant::now());
+        let by = |user: &str, object: &str| {
+            let who = Identity { user: user.into(), role: Role::User, address: None };
+            Event::denied(Some(&who), None, "write", object)
+        };
+        let mut number = 0;
+        let mut next = || {
+            number += 1;
+            number
+        };
+        for name in 0..1_000 {
+            window.count(denied(&name.to_string()), 5, now, &mut next);
+            window.count(by("al", &name.to_string()), 5, now, &mut next);
+        }
+        window.count(by("bo", "secret"), 5, now, &mut next);
+        let (records, new) = window.take(now);
+        let records: Vec<_> = records.into_iter().map(|record| Event::decode(&record.said).unwrap()).collect();
+        assert_eq!((records.len(), new), (2 * (DIFFERENT + 1) + 1, 2_001));
+        assert!(records.contains(&(by("bo", "secret"), 1)), "{records:?}");
+        let beyond = 1_000 - DIFFERENT as u64;
+        assert!(records.contains(&(others(by("al", "")), beyond)), "{records:?}");
+        assert!(records.contains(&(others(denied("")), beyond)), "{records:?}");
     }
 }
