@@ -29,9 +29,8 @@ use tokio::time::timeout;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Opened at the same time.
 const AT_ONCE: usize = 100;
-/// What a connection and its stream may cost, where there are so many that it can be told from everything else. hyper's
-/// buffers for reading and writing are 24 KiB of that.
-const STREAM_BYTES: u64 = 40 << 10;
+/// What a connection and its stream may cost, where there are so many that it can be told from everything else.
+const STREAM_BYTES: u64 = 12_000;
 const TO_TELL: usize = 2_000;
 /// Streams of one HTTP/2 connection, as many as the server allows.
 const A_CONNECTION: usize = 200;
