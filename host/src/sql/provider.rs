@@ -40,8 +40,9 @@ const WAITING_BATCHES: usize = 2;
 /// thousands of rows can be of a megabyte each.
 const BATCH_BYTES: usize = 2 << 20;
 /// Rows of the first batch of a scan; each further one has four times as many, up to the whole. Whoever wants a few rows,
-/// or the first ones soon, does not wait for thousands.
-const FIRST_ROWS: usize = 64;
+/// or the first ones soon, does not wait for thousands. With 64 such queries begin sooner, but a sort that spills out of a
+/// small pool then failed now and then: one batch more on the way costs it more than it has left.
+const FIRST_ROWS: usize = 128;
 /// Key ranges that rows of the first batch are looked for in at most: each begins with a search.
 const FIRST_RANGES: usize = 16;
 /// Table versions whose providers are kept. Beyond that all are made anew: they are cheap.
