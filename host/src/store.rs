@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use rocksdb::{Cache, ColumnFamily, DB, WriteOptions};
 use wire::Scope;
@@ -187,6 +187,8 @@ struct Inner {
     catalog: ArcSwap<Catalog>,
     /// The two newest, in this order; the second may be that of a commit still being written. Snapshots find theirs here.
     catalogs: ArcSwap<[Arc<Catalog>; 2]>,
+    /// Where the newest snapshot stands.
+    standing: ArcSwapOption<snapshot::Standing>,
     failure: OnceLock<String>,
     faults: faults::Faults,
     audit: audit::Audit,
@@ -225,6 +227,7 @@ impl Store {
             clock: opened.clock,
             committed_at: AtomicI64::new(opened.state.committed_at),
             catalogs: ArcSwap::from_pointee([catalog.clone(), catalog.clone()]),
+            standing: ArcSwapOption::empty(),
             catalog: ArcSwap::new(catalog),
             failure: OnceLock::new(),
             retention: Arc::default(),

@@ -26,7 +26,7 @@ use tokio::sync::mpsc::Sender;
 use wire::{ColumnDecl, ImageRef, Scope};
 
 use super::arrow::{RowBatchBuilder, arrow_schema};
-use super::leaf::{Leaf, Reader};
+use super::leaf::{Leaf, Reader, RowsAsked};
 use super::range::{KeyRanges, best_ranges, is_useful};
 use super::system::SystemTables;
 use super::{RequestEnv, SqlError};
@@ -39,11 +39,13 @@ const WAITING_BATCHES: usize = 2;
 /// A batch of wide rows ends before its number of rows is reached: batches on their way are not in the memory pool, and
 /// thousands of rows can be of a megabyte each.
 const BATCH_BYTES: usize = 2 << 20;
-/// Rows of the first batch of a scan; each further one has four times as many, up to the whole. Whoever wants a few rows,
-/// or the first ones soon, does not wait for thousands. With 64 such queries begin sooner, but a sort that spills out of a
+/// Rows that a scan reads at once; each further batch has four times as many, up to the whole. Whoever wants a few rows, or
+/// the first ones soon, does not wait for thousands. With 64 such queries begin sooner, but a sort that spills out of a
 /// small pool then failed now and then: one batch more on the way costs it more than it has left.
 const FIRST_ROWS: usize = 128;
-/// Key ranges that rows of the first batch are looked for in at most: each begins with a search.
+/// A LIMIT above is taken for twice as many rows, some of which a filter drops; and for no fewer than these.
+const FEWEST_ROWS: usize = 16;
+/// Key ranges that rows of such a batch are looked for in at most: each begins with a search.
 const FIRST_RANGES: usize = 16;
 /// Table versions whose providers are kept. Beyond that all are made anew: they are cheap.
 const CACHED_TABLES: usize = 1_024;
@@ -213,7 +215,9 @@ impl Reader for TableReader {
         }
     }
 
-    fn read(&self, env: Arc<RequestEnv>, schema: &SchemaRef, batch_rows: usize) -> Result<SendableRecordBatchStream> {
+    fn read(&self, env: Arc<RequestEnv>, schema: &SchemaRef, rows: RowsAsked) -> Result<SendableRecordBatchStream> {
+        let at_once = FIRST_ROWS.min(rows.batch);
+        let first = rows.wanted.map_or(at_once, |wanted| wanted.saturating_mul(2).max(FEWEST_ROWS).min(at_once));
         let scan = Scan {
             scope: scope_of(&self.table, &env.user),
             table: self.table.clone(),
@@ -222,8 +226,9 @@ impl Reader for TableReader {
             index: self.ranges.index.clone(),
             ranges: self.ranges.ranges.clone(),
             left: self.limit.unwrap_or(usize::MAX),
-            next_rows: FIRST_ROWS.min(batch_rows),
-            batch_rows,
+            at_once,
+            next_rows: first,
+            batch_rows: rows.batch,
             env,
         };
         Ok(Box::pin(RecordBatchStreamAdapter::new(schema.clone(), scan.batches())))
@@ -241,6 +246,8 @@ struct Scan {
     index: Option<Arc<Index>>,
     ranges: Vec<KeyRange>,
     left: usize,
+    /// Rows that may be read where they are asked for.
+    at_once: usize,
     /// Rows of the next batch.
     next_rows: usize,
     batch_rows: usize,
@@ -250,7 +257,7 @@ type Batches = Sender<Result<RecordBatch>>;
 
 /// How far the reading is.
 enum Reading {
-    New(Scan),
+    AtOnce(Scan),
     /// What could be had at once was.
     Begun(Scan),
     /// A thread reads the rest.
@@ -268,12 +275,13 @@ impl Scan {
     /// that is woken, reads ahead and is stopped costs them more than their rows. The rest is read on a blocking thread,
     /// and not before somebody asks for it.
     fn batches(self) -> impl Stream<Item = Result<RecordBatch>> + Send {
-        futures::stream::unfold(Some(Reading::New(self)), |reading| async move {
+        futures::stream::unfold(Some(Reading::AtOnce(self)), |reading| async move {
             let mut reading = reading?;
             loop {
                 reading = match reading {
-                    Reading::New(scan) => match scan.first() {
-                        Ok((Some(batch), rest)) => return Some((Ok(batch), rest.map(Reading::Begun))),
+                    Reading::AtOnce(scan) if scan.at_once == 0 => Reading::Begun(scan),
+                    Reading::AtOnce(scan) => match scan.portion() {
+                        Ok((Some(batch), rest)) => return Some((Ok(batch), rest.map(Reading::AtOnce))),
                         Ok((None, rest)) => Reading::Begun(rest?),
                         Err(error) => return Some((Err(error.into_datafusion()), None)),
                     },
@@ -287,14 +295,14 @@ impl Scan {
         })
     }
 
-    /// The first batch, and what is left to read after it. Where rows cannot be had soon nothing is read here: by an
-    /// index, in stream tables, whose expired rows are passed over, and where uncommitted rows are to be merged in.
-    fn first(mut self) -> std::result::Result<(Option<RecordBatch>, Option<Scan>), SqlError> {
+    /// A batch, and what is left to read after it. Where rows cannot be had soon nothing is read here: by an index, in
+    /// stream tables, whose expired rows are passed over, and where uncommitted rows are to be merged in.
+    fn portion(mut self) -> std::result::Result<(Option<RecordBatch>, Option<Scan>), SqlError> {
         let uncommitted = self.env.overlay.rows.contains_key(&(self.table.id, self.scope.clone()));
         if self.index.is_some() || uncommitted || self.table.kind == TableKind::Stream {
             return Ok((None, Some(self)));
         }
-        let rows = self.next_rows.min(self.left);
+        let rows = self.next_rows.min(self.at_once).min(self.left);
         let mut builder = RowBatchBuilder::with_schema(self.schema.clone(), &self.columns, rows);
         let mut ranges = VecDeque::from(std::mem::take(&mut self.ranges));
         let mut searches = 0;
@@ -302,12 +310,14 @@ impl Scan {
             && let Some(range) = ranges.pop_front()
         {
             searches += 1;
-            if let Some(rest) = self.first_of(range, rows, &mut builder)? {
+            if let Some(rest) = self.portion_of(range, rows, &mut builder)? {
                 ranges.push_front(rest);
                 break;
             }
         }
         self.left -= builder.rows();
+        // Fewer than asked for: rows are wide here, or lie far apart.
+        self.at_once = if builder.rows() == rows { self.at_once - rows } else { 0 };
         let batch = if builder.rows() > 0 { Some(builder.finish()?) } else { None };
         if self.left == 0 || ranges.is_empty() {
             return Ok((batch, None));
@@ -320,7 +330,7 @@ impl Scan {
     }
 
     /// Reads stored rows until the batch has so many; the part of the range behind them, unless the range has ended.
-    fn first_of(
+    fn portion_of(
         &self,
         range: KeyRange,
         rows: usize,

@@ -31,6 +31,7 @@ use super::context::{Names, bind, symbolic};
 use super::dml::by_key;
 use super::error::from_datafusion;
 use super::exact::exact;
+use super::leaf::telling_wanted;
 use super::mixed::marked;
 use super::planner::{Planner, folding, on_fitting_stack};
 use super::plans::{Key, Plans, Template, is_recursive};
@@ -519,11 +520,12 @@ impl Engine {
         env: RequestEnv,
         text: &str,
     ) -> Result<SendableRecordBatchStream, SqlError> {
+        let config = self.state.config().clone().with_extension(Arc::new(env));
         // Functions are in the plan already: the context's tables of them stay empty.
         let context = TaskContext::new(
             None,
             String::new(),
-            self.state.config().clone().with_extension(Arc::new(env)),
+            telling_wanted(config, &plan),
             HashMap::new(),
             HashMap::new(),
             HashMap::new(),

@@ -26,7 +26,7 @@ use wire::{ColumnDecl, ImageBuilder, ImageRef, Schema, Type, Value};
 
 use super::arrow::{arrow_schema, to_batch};
 use super::information::INFORMATION_SCHEMA;
-use super::leaf::{Leaf, Reader};
+use super::leaf::{Leaf, Reader, RowsAsked};
 use super::{Refusal, RequestEnv, SqlError};
 use crate::config::Role;
 
@@ -206,7 +206,7 @@ impl Reader for SystemReader {
         write!(f, "SystemTable: {}.{}", self.table.namespace, self.table.name)
     }
 
-    fn read(&self, env: Arc<RequestEnv>, schema: &SchemaRef, _batch_rows: usize) -> Result<SendableRecordBatchStream> {
+    fn read(&self, env: Arc<RequestEnv>, schema: &SchemaRef, _rows: RowsAsked) -> Result<SendableRecordBatchStream> {
         let pieces = self.table.read(&env).map_err(SqlError::into_datafusion)?;
         let (table, projection) = (self.table.clone(), self.projection.clone());
         let batches = pieces.map(move |rows| -> Result<RecordBatch> {

@@ -42,11 +42,18 @@ self_cell!(
     }
 );
 
-struct Pinned {
-    view: View,
+/// What a RocksDB snapshot says of itself.
+pub(super) struct Standing {
+    /// RocksDB's own number: whoever has the same sees the same.
+    number: u64,
     seq: Seq,
     log_floor: Seq,
     catalog: Arc<Catalog>,
+}
+
+struct Pinned {
+    view: View,
+    standing: Arc<Standing>,
     clock: Arc<Clock>,
     receipt_age_micros: i64,
     /// When this snapshot's reader looked: what had expired by then does not show. Set at the first reading of a stream
@@ -66,40 +73,32 @@ impl Snapshot {
     pub(super) fn take(inner: &Inner) -> Snapshot {
         loop {
             let view = View::new(inner.db.clone(), |db| db.snapshot());
-            let (state, failure) = match read_state(&view) {
-                Ok(state) => (state, None),
-                Err(error) => (inner.state(), Some(error.to_string())),
+            let (standing, failure) = match Standing::of(&view, inner) {
+                Ok(Some(standing)) => (standing, None),
+                // Two catalogs have come since: a newer snapshot is among the newest again.
+                Ok(None) => continue,
+                Err(error) => (Standing::unread(inner), Some(error.to_string())),
             };
-            // Loaded after the snapshot was taken: the committer announces a catalog before it writes it, so the
-            // snapshot's own is among the announced, unless two more have come since. Then take a newer snapshot.
-            let announced = inner.catalogs.load();
-            let catalog = match &failure {
-                None => announced.iter().find(|catalog| catalog.version == state.catalog_version).cloned(),
-                Some(_) => Some(inner.catalog.load_full()),
-            };
-            if let Some(catalog) = catalog {
-                let (seq, log_floor) = (state.applied, state.log_floor);
-                let (clock, looked) = (inner.clock.clone(), OnceLock::new());
-                let receipt_age_micros = inner.receipt_age_micros;
-                let pinned = Pinned { view, seq, log_floor, catalog, clock, receipt_age_micros, looked, failure };
-                return Snapshot { pinned: Arc::new(pinned) };
-            }
+            let (clock, looked) = (inner.clock.clone(), OnceLock::new());
+            let receipt_age_micros = inner.receipt_age_micros;
+            let pinned = Pinned { view, standing, clock, receipt_age_micros, looked, failure };
+            return Snapshot { pinned: Arc::new(pinned) };
         }
     }
 
     /// `applied_seq`, read through the snapshot itself.
     pub fn seq(&self) -> Seq {
-        self.pinned.seq
+        self.pinned.standing.seq
     }
 
     /// The catalog at this snapshot (the catalog and the RocksDB snapshot are taken together).
     pub fn catalog(&self) -> &Arc<Catalog> {
-        &self.pinned.catalog
+        &self.pinned.standing.catalog
     }
 
     /// As [`super::Store::log_floor`], but exactly what [`Snapshot::log`] of this snapshot can serve.
     pub fn log_floor(&self) -> Seq {
-        self.pinned.log_floor
+        self.pinned.standing.log_floor
     }
 
     /// The row's image at `table`'s schema version.
@@ -293,6 +292,33 @@ impl Pinned {
     }
 }
 
+impl Standing {
+    /// Read through the snapshot, unless the one before it was at the same place. `None`: its catalog is known no more.
+    fn of(view: &View, inner: &Inner) -> Result<Option<Arc<Standing>>, StoreError> {
+        let number = view.borrow_dependent().sequence_number();
+        let newest = inner.standing.load();
+        if let Some(newest) = newest.as_ref().filter(|newest| newest.number == number) {
+            return Ok(Some(newest.clone()));
+        }
+        let state = read_state(view)?;
+        // Loaded after the snapshot was taken: the committer announces a catalog before it writes it, so the snapshot's
+        // own is among the announced, unless two more have come since.
+        let announced = inner.catalogs.load();
+        let catalog = announced.iter().find(|catalog| catalog.version == state.catalog_version).cloned();
+        let Some(catalog) = catalog else { return Ok(None) };
+        let standing = Arc::new(Standing { number, seq: state.applied, log_floor: state.log_floor, catalog });
+        inner.standing.store(Some(standing.clone()));
+        Ok(Some(standing))
+    }
+
+    /// Of a snapshot that cannot be read: the store's, as it is known without.
+    fn unread(inner: &Inner) -> Arc<Standing> {
+        let state = inner.state();
+        let (seq, log_floor, catalog) = (state.applied, state.log_floor, inner.catalog.load_full());
+        Arc::new(Standing { number: 0, seq, log_floor, catalog })
+    }
+}
+
 fn read_state(view: &View) -> Result<State, StoreError> {
     let family = family(view.borrow_owner(), DEFAULT_FAMILY);
     let read = |key| view.borrow_dependent().get_pinned_cf(family, key).map_err(read_error);
@@ -456,7 +482,7 @@ pub struct LogScan {
 
 impl LogScan {
     pub fn next_commit(&mut self) -> Result<Option<(Seq, Bytes)>, StoreError> {
-        let floor = self.cursor.borrow_owner().log_floor;
+        let floor = self.cursor.borrow_owner().standing.log_floor;
         if self.after < floor {
             return Err(StoreError::Expired { position: self.after, floor });
         }
