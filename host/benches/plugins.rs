@@ -38,6 +38,10 @@ use wire::frame::ChangeMeta;
 use wire::image::ImageAt;
 use wire::{ColumnDecl, FrameBuilder, FrameView, ImageBuilder, Kind, Schema, Scope, Type, Value};
 
+/// As the server.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const NS: NamespaceId = NamespaceId(1);
 
 /// Long enough for a steady figure, short enough for all 64 of them.

@@ -62,13 +62,15 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
+    /// Of an image whose places count from `base`. Whoever knows where its bytes end checks that it lies before that: here
+    /// a sum that is too large wraps.
     #[inline]
     pub fn new(at: ImageAt, base: u32) -> Self {
         Descriptor {
-            present: base + at.present,
-            slots: base + at.slots,
-            heap: base + at.heap,
-            columns: u32::from(at.columns),
+            present: base.wrapping_add(at.present),
+            slots: base.wrapping_add(at.slots),
+            heap: base.wrapping_add(at.heap),
+            columns: at.columns,
         }
     }
 
@@ -78,6 +80,12 @@ impl Descriptor {
         let low = u64::from(self.present) | u64::from(self.slots) << 32;
         let high = u64::from(self.heap) | u64::from(self.columns) << 32;
         (u128::from(low) | u128::from(high) << 64).to_le_bytes()
+    }
+
+    /// [`Descriptor::to_bytes`] as four numbers.
+    #[inline]
+    pub fn numbers(self) -> [u32; 4] {
+        [self.present.to_le(), self.slots.to_le(), self.heap.to_le(), self.columns.to_le()]
     }
 
     #[inline]

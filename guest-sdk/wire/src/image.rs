@@ -59,7 +59,7 @@ pub struct ImageAt {
     pub present: u32,
     pub slots: u32,
     pub heap: u32,
-    pub columns: u16,
+    pub columns: u32,
 }
 
 /// A borrowed image. Reading allocates nothing and never panics on bytes that [`ImageRef::parse`] took.
@@ -90,7 +90,7 @@ impl<'a> ImageRef<'a> {
             present: present_at as u32,
             slots: slots_at as u32,
             heap: heap_at as u32,
-            columns: columns as u16,
+            columns: columns as u32,
         };
         Ok((ImageRef { present, slots, heap }, place, at))
     }
@@ -256,7 +256,7 @@ impl ImageBuilder {
         put_varint(out, self.heap.len());
         let heap = out.len() - start;
         out.extend_from_slice(&self.heap);
-        ImageAt { present: present as u32, slots: slots as u32, heap: heap as u32, columns: self.slots.len() as u16 }
+        ImageAt { present: present as u32, slots: slots as u32, heap: heap as u32, columns: self.slots.len() as u32 }
     }
 
     pub fn finish(&self) -> Vec<u8> {

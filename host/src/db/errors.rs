@@ -141,7 +141,7 @@ fn run(entry: &Entry<'_>) -> Run {
 
 /// The image whose parts lie at `at`, from the length in front of its bitmap on.
 fn whole_image(base: &[u8], at: ImageAt) -> Option<Vec<u8>> {
-    let varint = if usize::from(at.columns).div_ceil(8) < 0x80 { 1 } else { 2 };
+    let varint = if (at.columns as usize).div_ceil(8) < 0x80 { 1 } else { 2 };
     let rest = base.get((at.present as usize).checked_sub(varint)?..)?;
     let (_, _, used) = ImageRef::parse(rest).ok()?;
     Some(rest[..used].to_vec())

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{Hash, Hasher};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
@@ -337,16 +337,19 @@ pub struct Ticker {
 }
 
 #[derive(Default)]
-struct TickerState {
-    running: AtomicUsize,
-    /// Some guest has run since the last tick.
+pub struct TickerState {
+    /// Some guest was called since the last tick, or was found running by it.
     used: AtomicBool,
     asleep: AtomicBool,
     stop: AtomicBool,
 }
 
-/// A guest runs while this lives.
-pub struct Running<'a>(&'a TickerState);
+impl TickerState {
+    /// Called by a tick that finds a guest running: no call outlives the ticker's going to sleep.
+    pub fn still_used(&self) {
+        self.used.store(true, Ordering::Relaxed);
+    }
+}
 
 impl Ticker {
     fn start(engine: wasmtime::Engine) -> std::io::Result<Ticker> {
@@ -356,23 +359,29 @@ impl Ticker {
         Ok(Ticker { state, thread: Some(thread) })
     }
 
-    pub fn running(&self) -> Running<'_> {
-        self.state.running.fetch_add(1, Ordering::SeqCst);
-        self.state.used.store(true, Ordering::Relaxed);
-        // Either the ticker sees the count before it sleeps, or we see that it does.
+    pub fn state(&self) -> &Arc<TickerState> {
+        &self.state
+    }
+
+    /// A guest is about to be called. Mostly the ticker knows that some are: then nothing is written, which would take the
+    /// mark away from other cores that call theirs.
+    pub fn use_soon(&self) {
+        if !self.state.used.load(Ordering::Relaxed) {
+            // Either the ticker sees this before it sleeps, or we see that it does.
+            self.state.used.store(true, Ordering::SeqCst);
+        }
         if self.state.asleep.load(Ordering::SeqCst)
             && let Some(thread) = &self.thread
         {
             thread.thread().unpark();
         }
-        Running(&self.state)
     }
 }
 
 fn tick(engine: &wasmtime::Engine, state: &TickerState) {
     let mut quiet = 0;
     while !state.stop.load(Ordering::SeqCst) {
-        if state.used.swap(false, Ordering::Relaxed) || state.running.load(Ordering::SeqCst) > 0 {
+        if state.used.swap(false, Ordering::SeqCst) {
             quiet = 0;
         } else {
             quiet += 1;
@@ -384,16 +393,10 @@ fn tick(engine: &wasmtime::Engine, state: &TickerState) {
             continue;
         }
         state.asleep.store(true, Ordering::SeqCst);
-        if state.running.load(Ordering::SeqCst) == 0 && !state.stop.load(Ordering::SeqCst) {
+        if !state.used.load(Ordering::SeqCst) && !state.stop.load(Ordering::SeqCst) {
             thread::park();
         }
         state.asleep.store(false, Ordering::SeqCst);
-    }
-}
-
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        self.0.running.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

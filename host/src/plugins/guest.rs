@@ -8,6 +8,7 @@ use rustix::time::{ClockId, clock_gettime};
 use wasmtime::{Caller, Extern, Linker, Memory, ResourceLimiter, Store, UpdateDeadline};
 use wire::abi::import;
 
+use super::engine::TickerState;
 use super::logs::Speaker;
 use super::{PluginOptions, window};
 use crate::telemetry::one_line;
@@ -165,8 +166,9 @@ pub fn thread_cpu() -> Duration {
 
 /// Called at every tick while the guest runs: wall ticks only ask the thread's CPU clock. The first one starts it, so a
 /// call may have up to a tick more than its budget.
-pub fn watch_deadline(store: &mut Store<Guest>) {
-    store.epoch_deadline_callback(|mut context| {
+pub fn watch_deadline(store: &mut Store<Guest>, ticker: Arc<TickerState>) {
+    store.epoch_deadline_callback(move |mut context| {
+        ticker.still_used();
         let guest = context.data_mut();
         let (cpu, budget) = (thread_cpu(), guest.budget);
         if cpu >= *guest.cpu_end.get_or_insert(cpu + budget) || Instant::now() >= guest.wall_end {

@@ -1,6 +1,7 @@
 //! One instance of a module: made, given its window, configured, called. Every call has its budget, and nothing it
 //! returned is believed before the window is known to be untouched.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -84,6 +85,16 @@ pub struct Setup {
     pub reads: Vec<u8>,
     /// The input schema as postcard.
     pub input: Vec<u8>,
+    /// Where its instance was found the last time.
+    pub seat: Cell<Seat>,
+}
+
+/// Where the instance of a setup is, while it is the one of that number; and the setup's handle there.
+#[derive(Clone, Copy, Default)]
+pub struct Seat {
+    place: usize,
+    number: u64,
+    handle: u32,
 }
 
 /// Whose rows a space holds: those of shared tables, or of user tables, one user at a time.
@@ -181,7 +192,7 @@ impl Instance {
         let guest = Guest::new(&shared.options, plugin.clone(), memory_limit, speaker);
         let mut store = Store::new(&shared.engine.wasm, guest);
         store.limiter(|guest| guest);
-        guest::watch_deadline(&mut store);
+        guest::watch_deadline(&mut store, shared.engine.ticker.state().clone());
 
         let call = Call { shared, plugin, budget: shared.options.init_time, rows: 0, seconds: None };
         let instance = start(&call, &mut store, module)?;
@@ -483,9 +494,8 @@ impl Call<'_> {
         let started = Instant::now();
         store.data_mut().begin(self.plugin, self.budget, self.rows, started);
         store.set_epoch_deadline(1);
-        let running = self.shared.engine.ticker.running();
+        self.shared.engine.ticker.use_soon();
         let answer = call(store);
-        drop(running);
         let elapsed = started.elapsed();
         self.shared.metrics.plugin_nanos.inc_by(elapsed.as_nanos() as u64);
         if let Some(seconds) = self.seconds {
@@ -523,54 +533,92 @@ fn fault(error: &wasmtime::Error, guest: &Guest) -> CallFault {
 }
 
 /// Which instance: of what compiled module, for whose rows.
-type Key = (u64, NamespaceId, Option<Arc<str>>);
+type Key<'a> = (u64, NamespaceId, Option<&'a Arc<str>>);
 
-/// The instances of one worker: at most so many, the longest unused goes first.
+/// An instance at its place.
+struct Seated {
+    /// No other one ever has it; 0 is none.
+    number: u64,
+    module: u64,
+    namespace: NamespaceId,
+    owner: Option<Arc<str>>,
+    /// When it was used last, by [`Instances::clock`].
+    used: u64,
+    instance: Instance,
+}
+
+/// The instances of one worker: at most so many, the longest unused goes first. There are few: they are looked for one by
+/// one, and hardly ever, since a setup knows where its own was.
 pub struct Instances {
     shared: Arc<Shared>,
     limit: usize,
     clock: u64,
     random: u64,
-    map: Map<Key, (u64, Instance)>,
+    seated: Vec<Seated>,
 }
 
 impl Instances {
     pub fn new(shared: Arc<Shared>, limit: usize) -> Instances {
-        Instances { shared, limit: limit.max(1), clock: 0, random: 0, map: Map::default() }
+        Instances { shared, limit: limit.max(1), clock: 0, random: 0, seated: Vec::new() }
     }
 
     /// The instance of a setup's module for whoever the space is entered for, made where there is none, with the setup
     /// configured, and its handle.
     pub fn get(&mut self, setup: &Setup, space: &mut Space) -> Result<(&mut Instance, u32), CallFault> {
-        let key = key(setup, space);
-        self.drop_at_random(&key);
+        self.drop_at_random(key(setup, space));
         self.clock += 1;
-        if !self.map.contains_key(&key) {
-            self.make_room();
-            let instance =
-                Instance::new(&self.shared, &setup.plugin, &setup.module, space).map_err(CallFault::whole)?;
-            self.map.insert(key.clone(), (self.clock, instance));
+        let seat = setup.seat.get();
+        let place = match self.seated.get(seat.place) {
+            Some(seated) if seated.number == seat.number => seat.place,
+            _ => self.seat(setup, space)?,
+        };
+        let seated = &mut self.seated[place];
+        seated.used = self.clock;
+        if seated.number != seat.number {
+            let handle = seated.instance.configure(setup, &mut space.part).map_err(CallFault::whole)?;
+            setup.seat.set(Seat { place, number: seated.number, handle });
         }
-        let (used, instance) = self.map.get_mut(&key).expect("it was there or has just been put there");
-        *used = self.clock;
-        let handle = instance.configure(setup, &mut space.part).map_err(CallFault::whole)?;
-        Ok((instance, handle))
+        Ok((&mut seated.instance, setup.seat.get().handle))
+    }
+
+    /// The place of a setup's instance, which is made where there is none.
+    fn seat(&mut self, setup: &Setup, space: &Space) -> Result<usize, CallFault> {
+        if let Some(place) = self.place(key(setup, space)) {
+            return Ok(place);
+        }
+        self.make_room();
+        let instance = Instance::new(&self.shared, &setup.plugin, &setup.module, space).map_err(CallFault::whole)?;
+        let (module, namespace, owner) = (setup.module.id, space.namespace, space.owner.clone());
+        // The clock has moved on since the last one.
+        self.seated.push(Seated { number: self.clock, module, namespace, owner, used: self.clock, instance });
+        Ok(self.seated.len() - 1)
+    }
+
+    fn place(&self, key: Key<'_>) -> Option<usize> {
+        self.seated.iter().position(|seated| (seated.module, seated.namespace, seated.owner.as_ref()) == key)
     }
 
     /// Bytes of memory of the instance of a setup's module, if there is one.
     pub fn own_memory(&self, setup: &Setup, space: &Space) -> Option<usize> {
-        self.map.get(&key(setup, space)).map(|(_, instance)| instance.own_memory())
+        let place = self.place(key(setup, space))?;
+        Some(self.seated[place].instance.own_memory())
     }
 
     /// Drops the instance of a setup's module, if there is one.
     pub fn forget(&mut self, setup: &Setup, space: &Space) {
-        self.map.remove(&key(setup, space));
+        self.forget_key(key(setup, space));
+    }
+
+    fn forget_key(&mut self, key: Key<'_>) {
+        if let Some(place) = self.place(key) {
+            self.seated.swap_remove(place);
+        }
     }
 
     /// Nobody uses the setup any more. An instance without any is only memory.
     pub fn release(&mut self, setup: &Setup, space: &Space) {
-        let key = key(setup, space);
-        let Some((_, instance)) = self.map.get_mut(&key) else { return };
+        let Some(place) = self.place(key(setup, space)) else { return };
+        let instance = &mut self.seated[place].instance;
         let released = instance.release(setup, &space.part);
         if let Err(fault) = &released {
             tracing::warn!(
@@ -581,29 +629,29 @@ impl Instances {
             );
         }
         if released.is_err() || instance.handles.is_empty() {
-            self.map.remove(&key);
+            self.seated.swap_remove(place);
         }
     }
 
     /// All instances of a namespace for one user, or for shared tables: nothing there uses plugins any more.
     pub fn leave(&mut self, namespace: NamespaceId, user: Option<&Arc<str>>) {
-        self.map.retain(|(_, of, owner), _| *of != namespace || owner.as_ref() != user);
+        self.seated.retain(|seated| seated.namespace != namespace || seated.owner.as_ref() != user);
     }
 
     pub fn clear(&mut self) {
-        self.map.clear();
+        self.seated.clear();
     }
 
     fn make_room(&mut self) {
-        while self.map.len() >= self.limit {
-            let oldest = self.map.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| key.clone());
+        while self.seated.len() >= self.limit {
+            let oldest = self.seated.iter().enumerate().min_by_key(|(_, seated)| seated.used).map(|(place, _)| place);
             let Some(oldest) = oldest else { return };
-            self.map.remove(&oldest);
+            self.seated.swap_remove(oldest);
         }
     }
 
     /// Plugins are pure: losing an instance between two calls must change nothing. Tests switch this on to prove it.
-    fn drop_at_random(&mut self, key: &Key) {
+    fn drop_at_random(&mut self, key: Key<'_>) {
         let seed = self.shared.chaos();
         if seed == 0 {
             return;
@@ -614,11 +662,11 @@ impl Instances {
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         if self.random.is_multiple_of(3) {
-            self.map.remove(key);
+            self.forget_key(key);
         }
     }
 }
 
-fn key(setup: &Setup, space: &Space) -> Key {
-    (setup.module.id, space.namespace, space.owner.clone())
+fn key<'a>(setup: &Setup, space: &'a Space) -> Key<'a> {
+    (setup.module.id, space.namespace, space.owner.as_ref())
 }

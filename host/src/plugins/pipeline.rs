@@ -27,7 +27,7 @@ use crate::catalog::OnError;
 
 /// One stage of an open pipeline.
 pub struct OpenStage {
-    pub setup: Arc<Setup>,
+    pub setup: Setup,
     /// Of a transform: the kinds of its output columns, by id.
     pub kinds: Vec<Kind>,
 }
@@ -180,10 +180,13 @@ impl Runner<'_> {
         for (number, batch) in places.chunks(MAX_BATCH).enumerate() {
             self.rests(setup)?;
             let first = number * MAX_BATCH;
-            if let Some(i) = batch.iter().position(|at| !inside(at, len)) {
+            // The heap comes last in an image: where it begins inside, so do the other parts. The guest takes hardly longer
+            // for a row than three comparisons do.
+            if let Some(i) = batch.iter().position(|at| at.heap > len) {
                 return Err(damaged("row", first + i, ImageError::Truncated));
             }
-            match self.judge(setup, batch, offset) {
+            self.space.part.describe(batch.iter().map(move |at| Descriptor::new(*at, offset)));
+            match self.judge(setup, batch.len()) {
                 Ok(kept) => {
                     for (i, row) in out[first..first + batch.len()].iter_mut().enumerate() {
                         *row = kept >> i & 1 == 1;
@@ -200,16 +203,10 @@ impl Runner<'_> {
         Ok(out)
     }
 
-    /// One call with rows of the ring, which takes nothing but descriptors.
-    fn judge(&mut self, setup: &Setup, batch: &[ImageAt], offset: u32) -> Result<u64, CallFault> {
-        // First the instance: configuring it goes through the worker part too.
+    /// One call with rows that are described. The instance may have to be configured first, which leaves descriptors alone.
+    fn judge(&mut self, setup: &Setup, rows: usize) -> Result<u64, CallFault> {
         let (instance, handle) = self.instances.get(setup, self.space)?;
-        let mut descriptors = [[0; DESCRIPTOR_BYTES]; MAX_BATCH];
-        for (i, at) in batch.iter().enumerate() {
-            descriptors[i] = Descriptor::new(*at, offset).to_bytes();
-        }
-        self.space.part.write(0, descriptors[..batch.len()].as_flattened());
-        let batch = Batch { setup, origin: self.origin, handle, rows: batch.len(), used: PART_ROWS_AT };
+        let batch = Batch { setup, origin: self.origin, handle, rows, used: PART_ROWS_AT };
         instance.filter(&batch, &self.space.part)
     }
 
@@ -569,7 +566,7 @@ impl Runner<'_> {
                         present: at.present - shift,
                         slots: at.slots - shift,
                         heap: at.heap - shift,
-                        columns: at.columns as u16,
+                        columns: at.columns,
                     };
                     &self.base[image_range(self.base, at).ok()?.0]
                 }
@@ -704,7 +701,7 @@ fn bytes_of<'b>(base: &'b [u8], range: &Range<u32>) -> &'b [u8] {
 
 /// The whole image that has its parts at `at`, found from the length in front of its bitmap; and where they lie in it.
 fn image_range(base: &[u8], at: ImageAt) -> Result<(Range<usize>, ImageAt), ImageError> {
-    let bitmap = usize::from(at.columns).div_ceil(8);
+    let bitmap = (at.columns as usize).div_ceil(8);
     let start = (at.present as usize).checked_sub(if bitmap < 0x80 { 1 } else { 2 }).ok_or(ImageError::Malformed)?;
     let (_, found, used) = ImageRef::parse(base.get(start..).ok_or(ImageError::Truncated)?)?;
     let shift = start as u32;

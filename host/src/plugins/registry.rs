@@ -1,5 +1,6 @@
 //! All plugins of the server: compiled modules by hash, rings by namespace, workers.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -345,12 +346,13 @@ impl PluginWorker {
             pipeline.semantics = Semantics::Feed;
         }
         let meter = self.meter(pipeline.owner.namespace, &stage.name);
-        let setup = Arc::new(setup(stage, meter, module, input)?);
+        let setup = setup(stage, meter, module, input)?;
         let configured = self.configure(&pipeline.owner, &setup)?;
         let schema = configured.as_ref().ok().and_then(Option::as_ref);
         let kinds = schema.map(|schema| schema.columns.iter().map(|column| column.ty.kind()).collect());
-        pipeline.stages.push(OpenStage { setup: setup.clone(), kinds: kinds.unwrap_or_default() });
-        configured.map_err(|fault| refused(&setup, pipeline.stages.len() - 1, fault))
+        let configured = configured.map_err(|fault| refused(&setup, pipeline.stages.len(), fault));
+        pipeline.stages.push(OpenStage { setup, kinds: kinds.unwrap_or_default() });
+        configured
     }
 
     fn meter(&self, namespace: NamespaceId, plugin: &str) -> Arc<Meter> {
@@ -564,7 +566,8 @@ fn setup(stage: &Stage, meter: Arc<Meter>, module: Arc<Compiled>, input: &Schema
         hash.update(part);
     }
     let (plugin, key) = (stage.name.as_str().into(), hash.finalize().into());
-    Ok(Setup { plugin, version: stage.version, meter, module, key, params, params_at, reads, input })
+    let seat = Cell::default();
+    Ok(Setup { plugin, version: stage.version, meter, module, key, params, params_at, reads, input, seat })
 }
 
 /// A guest that will not be configured says what is wrong with its parameters; everything else is its fault.

@@ -45,7 +45,7 @@ use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use rustix::process::Signal;
 use wasmtime::unix::StoreExt;
 use wasmtime::{AsContext, Memory, Store};
-use wire::abi::{CHANGE_DESCRIPTOR_BYTES, MAX_BATCH, WINDOW_ALIGN};
+use wire::abi::{CHANGE_DESCRIPTOR_BYTES, DESCRIPTOR_BYTES, Descriptor, MAX_BATCH, WINDOW_ALIGN};
 
 use crate::catalog::Seq;
 
@@ -280,7 +280,9 @@ impl Book {
     }
 
     fn entry(&mut self, seq: Seq) -> Option<&mut Entry> {
-        let i = self.entries.binary_search_by_key(&seq, |entry| entry.seq).ok()?;
+        // Nearly always the newest.
+        let newest = self.entries.len().checked_sub(1).filter(|newest| self.entries[*newest].seq == seq);
+        let i = newest.or_else(|| self.entries.binary_search_by_key(&seq, |entry| entry.seq).ok())?;
         self.entries.get_mut(i)
     }
 }
@@ -318,6 +320,22 @@ impl WorkerPart {
         self.written = self.written.max(at + bytes.len());
         // SAFETY: `&mut self`: nobody else writes this part.
         unsafe { self.region.write(at, bytes) };
+    }
+
+    /// Puts descriptors to the front, one behind the other.
+    pub fn describe(&mut self, rows: impl ExactSizeIterator<Item = Descriptor>) {
+        let count = rows.len();
+        assert!(count <= self.region.len / DESCRIPTOR_BYTES, "write inside the region");
+        self.written = self.written.max(count * DESCRIPTOR_BYTES);
+        let mut to = self.region.base.as_ptr();
+        for row in rows.take(count) {
+            // SAFETY: in bounds, as there are no more than `count`, whatever the iterator has; `&mut self`: nobody else
+            // writes this part. Four numbers of four bytes each, by one instruction.
+            unsafe {
+                to.cast::<[u32; 4]>().write_unaligned(row.numbers());
+                to = to.add(DESCRIPTOR_BYTES);
+            }
+        }
     }
 
     pub fn bytes(&self) -> u32 {
