@@ -332,7 +332,7 @@ impl Live {
     /// Called by the commit hook for every durable commit, in order; never blocks on workers or subscribers.
     pub fn published(&self, commit: &Arc<Commit>) {
         self.workers.shared.commits.push(commit);
-        self.workers.mailboxes.iter().for_each(|mailbox| mailbox.wake());
+        self.workers.mailboxes.iter().for_each(|mailbox| mailbox.published(commit));
     }
 
     /// Joins (or makes) the group. What the caller planned against (active plugin versions) is to be looked up again

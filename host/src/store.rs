@@ -107,6 +107,8 @@ pub struct Commit {
     pub namespace: NamespaceId,
     /// A `wire::Frame`.
     pub frame: Bytes,
+    /// Whose rows are in the frame.
+    pub tables: Vec<TableId>,
     /// The catalog from this commit on, where it changed.
     pub catalog: Option<Arc<Catalog>>,
 }

@@ -233,7 +233,8 @@ mod tests {
     use crate::catalog::NamespaceId;
 
     fn commit(seq: u64, bytes: usize) -> Arc<Commit> {
-        Arc::new(Commit { seq: Seq(seq), namespace: NamespaceId(1), frame: vec![0; bytes].into(), catalog: None })
+        let (namespace, frame) = (NamespaceId(1), vec![0; bytes].into());
+        Arc::new(Commit { seq: Seq(seq), namespace, frame, tables: Vec::new(), catalog: None })
     }
 
     fn seqs(after: CommitsAfter) -> Option<Vec<u64>> {

@@ -4,19 +4,20 @@
 //! wait (at most [`TURN_COMMITS`]), then one piece of one job, and one of one result that goes through plugins: live
 //! commits go before snapshots and replays, and a flood of either cannot starve the other.
 //!
-//! The commit thread only ever pushes to the commit tail and wakes workers ([`Mailbox::wake`]): a short lock, and at
-//! most one message per worker and nap. A worker behind the commit tail reads the change log for the namespaces it has
+//! The commit thread only ever pushes to the commit tail and wakes workers ([`Mailbox::published`]): a short lock, at most
+//! one message per worker and nap, and none for a commit to tables that the worker has no groups on. A worker behind the commit tail reads the change log for the namespaces it has
 //! groups in; one behind the log itself ends its groups as expired, and their subscribers start afresh.
 
 mod rerun;
 mod together;
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -32,10 +33,10 @@ use super::job::{Job, JobError, Piece, Replayed, Snapshot, SnapshotScan, Work, r
 use super::log::{LogPiece, read_piece};
 use super::requery::{Answer, RequeryError, Runs};
 use super::subscription::EndReason;
-use super::tail::{CommitTail, CommitsAfter, GroupEnd};
+use super::tail::{CommitTail, CommitsAfter, GroupEnd, lock};
 use super::{Encoder, GroupSpec, LiveOptions, Pass, PipelineFault, Pipelines};
 use crate::catalog::{Catalog, NamespaceId, TableId};
-use crate::store::{Seq, Store, StoreError};
+use crate::store::{Commit, Seq, Store, StoreError};
 use crate::telemetry::Metrics;
 use together::Asked;
 
@@ -96,7 +97,10 @@ pub(super) struct Mailbox {
     /// A wake-up is in the mailbox already: the mailbox holds one at most.
     woken: AtomicBool,
     processed: AtomicU64,
-    groups: AtomicUsize,
+    /// What the worker's groups read, and how many of them each table. The commit thread looks at it, and moves `processed`
+    /// on past what concerns none of them, under this lock; and the worker enters a table before it looks how far
+    /// everything is.
+    followed: Mutex<HashMap<TableId, usize>>,
 }
 
 impl Mailbox {
@@ -106,15 +110,46 @@ impl Mailbox {
             events,
             woken: AtomicBool::new(false),
             processed: AtomicU64::new(0),
-            groups: AtomicUsize::new(0),
+            followed: Mutex::default(),
         };
         (Arc::new(mailbox), receiver)
     }
 
-    /// After a push to the commit tail. A worker without groups sleeps on; it looks at the tail after its first join.
-    pub(super) fn wake(&self) {
-        if self.groups.load(Ordering::Acquire) > 0 && !self.woken.swap(true, Ordering::AcqRel) {
+    /// After a push to the commit tail. A worker without groups sleeps on; it looks at the tail after its first join. So
+    /// does one whose groups have nothing to do with the commit.
+    pub(super) fn published(&self, commit: &Commit) {
+        let followed = lock(&self.followed);
+        if followed.is_empty() {
+            return;
+        }
+        if commit.catalog.is_none() && !commit.tables.iter().any(|table| followed.contains_key(table)) {
+            // With all that was before, the worker is through with this one as well. Else it is at work, and comes by it.
+            let (before, seq) = (commit.seq.0 - 1, commit.seq.0);
+            let _ = self.processed.compare_exchange(before, seq, Ordering::AcqRel, Ordering::Relaxed);
+            return;
+        }
+        drop(followed);
+        if !self.woken.swap(true, Ordering::AcqRel) {
             self.send(Event::Commits);
+        }
+    }
+
+    pub(super) fn follow(&self, spec: &GroupSpec) {
+        let mut followed = lock(&self.followed);
+        for (table, _) in spec.sources() {
+            *followed.entry(table.id).or_default() += 1;
+        }
+    }
+
+    pub(super) fn unfollow(&self, spec: &GroupSpec) {
+        let mut followed = lock(&self.followed);
+        for (table, _) in spec.sources() {
+            if let Entry::Occupied(mut groups) = followed.entry(table.id) {
+                *groups.get_mut() -= 1;
+                if *groups.get() == 0 {
+                    groups.remove();
+                }
+            }
         }
     }
 
@@ -301,13 +336,15 @@ impl Worker {
             Ok(pipeline) => pipeline,
             Err(fault) => return Joined::Fault(fault),
         };
+        // From here on no commit to these tables is passed over.
+        self.mailbox.follow(spec);
+        self.pass_over();
         // A query that is run again has no events before its first answer, and nothing before it can be replayed.
         let runs = spec.requery.as_ref().map(|_| Runs::new());
         group.open(if runs.is_some() { NEVER } else { self.processed });
         self.index.insert(group.id, spec);
         self.members
             .insert(group.id, Member { group: Arc::clone(group), pipeline, replayed: None, snapshot: None, runs });
-        self.mailbox.groups.store(self.members.len(), Ordering::Release);
         // A drop or an ALTER before `processed` will not come by any more, so it is looked for; a later one will.
         if let Some(reason) = outdated(&self.shared.store.catalog(), spec) {
             self.end(group.id, GroupEnd::Reason(reason));
@@ -327,7 +364,7 @@ impl Worker {
         if let Some(pipeline) = member.pipeline {
             self.pipelines.close(pipeline);
         }
-        self.mailbox.groups.store(self.members.len(), Ordering::Release);
+        self.mailbox.unfollow(&member.group.spec);
         Some(member)
     }
 
@@ -351,6 +388,7 @@ impl Worker {
         if self.members.is_empty() {
             return false;
         }
+        self.pass_over();
         match self.shared.commits.after(self.processed, TURN_COMMITS) {
             CommitsAfter::Next(commits) => {
                 for commit in &commits {
@@ -498,7 +536,12 @@ impl Worker {
 
     fn advance(&mut self, seq: Seq) {
         self.processed = self.processed.max(seq);
-        self.mailbox.processed.store(self.processed.0, Ordering::Release);
+        self.mailbox.processed.fetch_max(self.processed.0, Ordering::AcqRel);
+    }
+
+    /// Goes as far as the commit thread has seen that nothing concerns this worker.
+    fn pass_over(&mut self) {
+        self.processed = self.processed.max(self.mailbox.processed());
     }
 
     // ---- jobs ----

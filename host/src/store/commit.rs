@@ -30,10 +30,10 @@ use super::index::{Piece, PieceEntry};
 use super::meta::{self, Mark, State};
 use super::recent::RecentWrites;
 use super::{
-    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, Seq, StoreError, Transaction,
+    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, RowWrite, Seq, StoreError, Transaction,
     ddl, family, high_water, open, receipts, retention, row_family, synced,
 };
-use crate::catalog::{Catalog, IndexState};
+use crate::catalog::{Catalog, IndexState, TableId};
 
 /// Transactions written together at most: the first of them waits for the last to be checked.
 const GROUP_TRANSACTIONS: usize = 1024;
@@ -158,6 +158,18 @@ impl Drop for Queue {
 /// The short sections under these locks cannot panic half-way.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Each table once.
+fn tables(rows: &[RowWrite]) -> Vec<TableId> {
+    let mut tables: Vec<TableId> = Vec::new();
+    for row in rows {
+        // Mostly many rows of one table are behind one another.
+        if tables.last() != Some(&row.table.id) && !tables.contains(&row.table.id) {
+            tables.push(row.table.id);
+        }
+    }
+    tables
 }
 
 /// Bytes a transaction holds while it waits, near enough.
@@ -349,6 +361,7 @@ impl Committer {
             seq,
             namespace: transaction.namespace,
             frame: Bytes::from(staged.frame),
+            tables: tables(&transaction.rows),
             catalog: staged.catalog.map(|catalog| catalog.after),
         }));
         Ok(seq)
