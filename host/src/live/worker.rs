@@ -106,12 +106,8 @@ pub(super) struct Mailbox {
 impl Mailbox {
     pub(super) fn new() -> (Arc<Self>, Receiver<Event>) {
         let (events, receiver) = mpsc::channel();
-        let mailbox = Mailbox {
-            events,
-            woken: AtomicBool::new(false),
-            processed: AtomicU64::new(0),
-            followed: Mutex::default(),
-        };
+        let mailbox =
+            Mailbox { events, woken: AtomicBool::new(false), processed: AtomicU64::new(0), followed: Mutex::default() };
         (Arc::new(mailbox), receiver)
     }
 

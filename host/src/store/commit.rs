@@ -30,8 +30,8 @@ use super::index::{Piece, PieceEntry};
 use super::meta::{self, Mark, State};
 use super::recent::RecentWrites;
 use super::{
-    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, RowWrite, Seq, StoreError, Transaction,
-    ddl, family, high_water, open, receipts, retention, row_family, synced,
+    CatalogWrite, Commit, CommitError, CommitHook, DEFAULT_FAMILY, Durability, Inner, RowWrite, Seq, StoreError,
+    Transaction, ddl, family, high_water, open, receipts, retention, row_family, synced,
 };
 use crate::catalog::{Catalog, IndexState, TableId};
 
