@@ -130,7 +130,7 @@ fn commit(kind: &Kind, table: &Table, seq: u64) -> Arc<Commit> {
         frame.change(&scope, meta, None, Some(&image.finish())).unwrap();
     }
     let frame = frame.finish().unwrap().into();
-    Arc::new(Commit { seq: Seq(seq), namespace: table.namespace, frame, catalog: None })
+    Arc::new(Commit { seq: Seq(seq), namespace: table.namespace, frame, tables: vec![table.id], catalog: None })
 }
 
 /// Live queries of one kind, by their numbers. Compiling them is most of what this bench does, so every core does its part.

@@ -83,5 +83,5 @@ fn commit(world: &World, seq: u64, size: usize) -> Arc<Commit> {
     let mut frame = FrameBuilder::new(table.namespace.0, [0; 16], 0);
     frame.change(&Scope::Shared, meta, None, Some(&image.finish())).unwrap();
     let frame = frame.finish().unwrap().into();
-    Arc::new(Commit { seq: Seq(seq), namespace: table.namespace, frame, catalog: None })
+    Arc::new(Commit { seq: Seq(seq), namespace: table.namespace, frame, tables: vec![table.id], catalog: None })
 }

@@ -97,7 +97,7 @@ impl CompiledQueries {
         compile: impl Future<Output = Result<Compiled, DbError>>,
     ) -> Result<Compiled, DbError> {
         let asked = asked(catalog, who, request);
-        let of_user = digest(&format!("{asked} of {:?}", who.user));
+        let of_user = || digest(&format!("{asked} of {:?}", who.user));
         match self.kept.get_value_or_guard_async(&digest(&asked)).await {
             Ok(Kept::Compiled { compiled, .. }) => return Ok(compiled.over_rows_of(who, request)),
             Ok(Kept::ByUser) => {}
@@ -108,14 +108,14 @@ impl CompiledQueries {
                 let _ = match compiled.whose {
                     Whose::Everybody | Whose::OwnRows => guard.insert(kept),
                     Whose::User => {
-                        self.kept.insert(of_user, kept);
+                        self.kept.insert(of_user(), kept);
                         guard.insert(Kept::ByUser)
                     }
                 };
                 return Ok(compiled);
             }
         }
-        match self.kept.get_value_or_guard_async(&of_user).await {
+        match self.kept.get_value_or_guard_async(&of_user()).await {
             Ok(Kept::Compiled { compiled, .. }) => Ok(compiled),
             Ok(Kept::ByUser) => Err(DbError::Internal("a user's live query is kept as everybody's".into())),
             Err(guard) => {

@@ -54,7 +54,7 @@ pub type AnyOutlet = Arc<Outlet<dyn Sink>>;
 /// Outlets fed in one piece, before others on the same thread have their turn: some 0.2 ms of writing.
 const PIECE: usize = 16;
 
-/// One time through all outlets of a group.
+/// One time through all outlets that a group has.
 ///
 /// Whoever wrote the commit waits for an answer on the same threads, so pieces are small, and no more tasks share them
 /// than there are threads: a queue of a hundred pieces would be in front of every answer. For the same reason a group has
@@ -100,6 +100,14 @@ struct Round<'g> {
     known: Option<Known>,
 }
 
+/// What comes after a cursor.
+enum Next {
+    Events(Known),
+    Nothing,
+    /// Something that only the subscriber can see to.
+    Woken,
+}
+
 #[derive(Clone)]
 struct Known {
     after: Seq,
@@ -110,18 +118,19 @@ struct Known {
 }
 
 impl Round<'_> {
-    fn after(&mut self, cursor: Seq) -> Result<Known, EventsAfter> {
+    fn after(&mut self, cursor: Seq) -> Next {
         if let Some(known) = self.known.as_ref().filter(|known| known.after == cursor) {
-            return Ok(known.clone());
+            return Next::Events(known.clone());
         }
         match self.group.after(cursor, DELIVERY_BYTES).0 {
             EventsAfter::Next { bytes, seq } => {
                 let more = !matches!(self.group.after(seq, 0).0, EventsAfter::Nothing);
                 let known = Known { after: cursor, bytes, seq, more };
                 self.known = Some(known.clone());
-                Ok(known)
+                Next::Events(known)
             }
-            other => Err(other),
+            EventsAfter::Nothing => Next::Nothing,
+            EventsAfter::Behind { .. } | EventsAfter::Ended { .. } => Next::Woken,
         }
     }
 }
@@ -136,7 +145,7 @@ impl Outlet<dyn Sink> {
             return;
         }
         match round.after(cursor) {
-            Ok(Known { bytes, seq, more, .. }) => {
+            Next::Events(Known { bytes, seq, more, .. }) => {
                 place.cursor = Some((group, seq));
                 place.left = !self.sink.take(&bytes);
                 // A subscriber that is far behind goes on by itself.
@@ -144,8 +153,8 @@ impl Outlet<dyn Sink> {
                     self.woken.notify_one();
                 }
             }
-            Err(EventsAfter::Nothing | EventsAfter::Next { .. }) => {}
-            Err(EventsAfter::Behind { .. } | EventsAfter::Ended { .. }) => self.woken.notify_one(),
+            Next::Nothing => {}
+            Next::Woken => self.woken.notify_one(),
         }
     }
 

@@ -149,6 +149,12 @@ impl Mailbox {
         }
     }
 
+    /// How many tables the worker's groups read.
+    #[cfg(test)]
+    pub(super) fn follows(&self) -> usize {
+        lock(&self.followed).len()
+    }
+
     pub(super) async fn join(&self, group: Arc<Group>) -> Option<Joined> {
         let (reply, answer) = oneshot::channel();
         self.send(Event::Join { group, reply });

@@ -827,6 +827,25 @@ async fn decimals_beside_parameters_that_are_doubles() {
     assert!(matches!(plan.anchors, crate::catalog::Anchors::OneOf(_)));
 }
 
+/// A LIMIT over a filter reads as many rows at first as it may need, then more where they are, and the rest on a thread:
+/// none twice, none passed over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_over_a_filter_reads_on_until_it_has_enough() {
+    for batch_rows in [8_192, 50] {
+        let bench = bench_with(|options| options.batch_rows = batch_rows);
+        bench.run("CREATE TABLE t (id INT PRIMARY KEY)").await;
+        let rows: Vec<String> = (0..2_000).map(|id| format!("({id})")).collect();
+        bench.run(&format!("INSERT INTO t VALUES {}", rows.join(", "))).await;
+        for every in [1, 2, 7, 130, 999] {
+            for (limit, skip) in [(1, 0), (8, 0), (20, 3), (63, 0), (64, 1), (65, 0), (200, 5), (3_000, 0)] {
+                let shown = format!("SELECT id FROM t WHERE id % {every} = 0 LIMIT {limit} OFFSET {skip}");
+                let wanted = (0..2_000).step_by(every).skip(skip).take(limit).map(|id| id.to_string());
+                assert_eq!(bench.run(&shown).await, wanted.collect::<Vec<_>>().join(" "), "{shown}");
+            }
+        }
+    }
+}
+
 /// A join keeps the batches of its left side. Where they have no columns they seemed to weigh nothing, and millions of
 /// them were gigabytes outside of the pool.
 #[tokio::test(flavor = "multi_thread")]
