@@ -1,7 +1,7 @@
 //! The live side against a real store, with a predicate, a pipeline and an encoder simple enough to be their own model:
 //! whatever a subscriber folds must be the query's result at every position it was given.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -822,6 +822,46 @@ async fn a_quiet_stream_moves_on() {
     let seq = world.write_elsewhere(1).await;
     assert!(matches!(client.until(&world, seq).await, Delivery::UpToDate(reached) if reached == seq));
     world.finish_with(vec![client]);
+}
+
+/// A commit elsewhere moves the worker's place on by itself: never past one that the worker has yet to see.
+#[tokio::test]
+async fn a_commit_elsewhere_hides_none_that_it_is_written_together_with() {
+    let world = World::new(unhurried(), 1 << 20).await;
+    let mut subscription = world.live.subscribe(world.spec(0, false), From::Now).await.unwrap();
+    for round in 0..40 {
+        // The committer takes the first alone; the others come while it syncs, and are published one right after the other.
+        let commits = (0..8).map(|i| {
+            let (id, table) = (round * 8 + i, if i % 2 == 0 { &world.table } else { &world.other });
+            let new = Some(image(id, &(Some(1), "x".to_owned())));
+            let key = encode_key(table, &[Value::Int(id)]);
+            let rows = vec![RowWrite { table: table.clone(), scope: Scope::Shared, key, old: None, new }];
+            let (namespace, base) = (table.namespace, world.store.applied());
+            world.store.commit(Transaction { namespace, base, rows, catalog: Vec::new(), receipt: None })
+        });
+        let committed = futures::future::join_all(commits).await;
+        let committed: Vec<Seq> = committed.into_iter().map(Result::unwrap).collect();
+        let last = *committed.iter().max().unwrap();
+        let mut told_of = BTreeSet::new();
+        loop {
+            match told(&mut subscription, None).await {
+                Delivery::Events { bytes, .. } => {
+                    let lines = std::str::from_utf8(&bytes).unwrap().lines();
+                    told_of.extend(lines.map(|line| Seq(line.split(' ').next().unwrap().parse().unwrap())));
+                }
+                Delivery::UpToDate(reached) => {
+                    let followed = committed.iter().step_by(2).filter(|seq| **seq <= reached);
+                    assert_eq!(followed.filter(|seq| !told_of.contains(seq)).count(), 0, "up to date at {reached:?}");
+                    if reached >= last {
+                        break;
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    drop(subscription);
+    world.finish();
 }
 
 #[tokio::test]
