@@ -1,5 +1,7 @@
 //! Live queries that are run again as a whole: aggregates, joins, ORDER BY … LIMIT, sub-queries.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use tests::fold::{State, canonical};
 use tests::live::seq;
@@ -174,6 +176,26 @@ async fn a_burst_of_commits_is_one_run() {
     let event = live.next_change().await;
     assert_eq!((event.name.as_str(), &event.data["row"]), ("update", &json!({"n": 20})));
     assert_eq!(db.metric(RUNS).await, 2.0);
+}
+
+/// Who comes while a commit to another table is on its way waits for that to be known, and nobody told the worker of it: such
+/// a stream began with the next heartbeat.
+#[tokio::test]
+async fn who_waits_for_a_commit_to_another_table_hears_of_it() {
+    let config = "[storage]\ndurability = \"interval\"\nsync_interval_ms = 200\n".to_owned();
+    let options = Options { config, heartbeat_ms: 60_000, ..Options::default() };
+    let server = TestServer::with(options).await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY); CREATE TABLE elsewhere (id INT PRIMARY KEY)").await;
+    let mut first = db.live("SELECT count(*) AS n FROM t").await;
+    first.until_uptodate().await;
+    for id in 0..5 {
+        // Acknowledged, and not told to the live side before it is synced.
+        db.sql(&format!("INSERT INTO elsewhere VALUES ({id})")).await;
+        let mut live = db.live("SELECT count(*) AS n FROM t").await;
+        let begun = tokio::time::timeout(Duration::from_secs(20), live.until_uptodate()).await;
+        assert_eq!(begun.expect("it begins long before a heartbeat")[1].data["row"], json!({"n": 0}));
+    }
 }
 
 #[tokio::test]

@@ -884,6 +884,16 @@ async fn a_commit_to_tables_that_no_group_reads_wakes_no_worker() {
 
     let (mailbox, events) = Mailbox::new();
     mailbox.follow(&spec);
+    let elsewhere = |seq| {
+        let (namespace, tables) = (spec.table.namespace, vec![world.other.id]);
+        mailbox.published(&Commit { seq: Seq(seq), namespace, frame: Bytes::new(), tables, catalog: None });
+        (events.try_iter().count(), mailbox.processed().0)
+    };
+    mailbox.follow_all(true);
+    assert_eq!(elsewhere(1), (1, 1), "a job waits until so much is known");
+
+    let (mailbox, events) = Mailbox::new();
+    mailbox.follow(&spec);
     mailbox.follow(&spec);
     let catalog = Some(world.store.catalog());
     let commit = Commit { seq: Seq(1), namespace: spec.table.namespace, frame: Bytes::new(), tables: vec![], catalog };

@@ -5,8 +5,9 @@
 //! commits go before snapshots and replays, and a flood of either cannot starve the other.
 //!
 //! The commit thread only ever pushes to the commit tail and wakes workers ([`Mailbox::published`]): a short lock, at most
-//! one message per worker and nap, and none for a commit to tables that the worker has no groups on. A worker behind the commit tail reads the change log for the namespaces it has
-//! groups in; one behind the log itself ends its groups as expired, and their subscribers start afresh.
+//! one message per worker and nap, and none for a commit to tables that the worker has no groups on. A worker behind the
+//! commit tail reads the change log for the namespaces it has groups in; one behind the log itself ends its groups as
+//! expired, and their subscribers start afresh.
 
 mod rerun;
 mod together;
@@ -97,10 +98,18 @@ pub(super) struct Mailbox {
     /// A wake-up is in the mailbox already: the mailbox holds one at most.
     woken: AtomicBool,
     processed: AtomicU64,
-    /// What the worker's groups read, and how many of them each table. The commit thread looks at it, and moves `processed`
-    /// on past what concerns none of them, under this lock; and the worker enters a table before it looks how far
-    /// everything is.
-    followed: Mutex<HashMap<TableId, usize>>,
+    /// The commit thread looks at it, and moves `processed` on past what concerns no group, under this lock; and the worker
+    /// enters here what it waits for before it looks how far everything is.
+    followed: Mutex<Followed>,
+}
+
+/// What a worker wants to hear of.
+#[derive(Default)]
+struct Followed {
+    /// What its groups read, and how many of them each table.
+    tables: HashMap<TableId, usize>,
+    /// Some job waits until everything is known up to a commit, whatever that is about.
+    all: bool,
 }
 
 impl Mailbox {
@@ -115,14 +124,16 @@ impl Mailbox {
     /// does one whose groups have nothing to do with the commit.
     pub(super) fn published(&self, commit: &Commit) {
         let followed = lock(&self.followed);
-        if followed.is_empty() {
+        if followed.tables.is_empty() {
             return;
         }
-        if commit.catalog.is_none() && !commit.tables.iter().any(|table| followed.contains_key(table)) {
+        if commit.catalog.is_none() && !commit.tables.iter().any(|table| followed.tables.contains_key(table)) {
             // With all that was before, the worker is through with this one as well. Else it is at work, and comes by it.
             let (before, seq) = (commit.seq.0 - 1, commit.seq.0);
-            let _ = self.processed.compare_exchange(before, seq, Ordering::AcqRel, Ordering::Relaxed);
-            return;
+            let passed = self.processed.compare_exchange(before, seq, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+            if !passed || !followed.all {
+                return;
+            }
         }
         drop(followed);
         if !self.woken.swap(true, Ordering::AcqRel) {
@@ -133,14 +144,14 @@ impl Mailbox {
     pub(super) fn follow(&self, spec: &GroupSpec) {
         let mut followed = lock(&self.followed);
         for (table, _) in spec.sources() {
-            *followed.entry(table.id).or_default() += 1;
+            *followed.tables.entry(table.id).or_default() += 1;
         }
     }
 
     pub(super) fn unfollow(&self, spec: &GroupSpec) {
         let mut followed = lock(&self.followed);
         for (table, _) in spec.sources() {
-            if let Entry::Occupied(mut groups) = followed.entry(table.id) {
+            if let Entry::Occupied(mut groups) = followed.tables.entry(table.id) {
                 *groups.get_mut() -= 1;
                 if *groups.get() == 0 {
                     groups.remove();
@@ -152,7 +163,12 @@ impl Mailbox {
     /// How many tables the worker's groups read.
     #[cfg(test)]
     pub(super) fn follows(&self) -> usize {
-        lock(&self.followed).len()
+        lock(&self.followed).tables.len()
+    }
+
+    /// From here on every commit wakes the worker, or only those to what its groups read.
+    pub(super) fn follow_all(&self, all: bool) {
+        lock(&self.followed).all = all;
     }
 
     pub(super) async fn join(&self, group: Arc<Group>) -> Option<Joined> {
@@ -216,6 +232,8 @@ pub(super) struct Worker {
     due: BTreeSet<(Instant, u64)>,
     /// Groups with jobs that wait for a newer answer.
     awaited: BTreeSet<u64>,
+    /// The commit thread was told that there are such.
+    follows_all: bool,
     /// Groups whose answer is on its way through their pipeline; some may have ended.
     piping: VecDeque<u64>,
     processed: Seq,
@@ -236,6 +254,7 @@ pub(super) fn run(shared: Arc<Shared>, mailbox: Arc<Mailbox>, events: Receiver<E
         keeping: VecDeque::new(),
         due: BTreeSet::new(),
         awaited: BTreeSet::new(),
+        follows_all: false,
         piping: VecDeque::new(),
     };
     worker.jump();
@@ -289,6 +308,13 @@ impl Worker {
                 sweep = Instant::now() + heartbeat;
             }
             if more_commits || !self.jobs.is_empty() || !self.piping.is_empty() {
+                continue;
+            }
+            let waits = !self.awaited.is_empty();
+            if waits != self.follows_all {
+                self.follows_all = waits;
+                self.mailbox.follow_all(waits);
+                // What came before that was known was passed over in silence.
                 continue;
             }
             self.let_go(0);

@@ -4,8 +4,8 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use wasmtime::{Config, InstancePre, Linker, Module, OptLevel, Strategy, WasmFeatures};
@@ -342,12 +342,24 @@ pub struct TickerState {
     used: AtomicBool,
     asleep: AtomicBool,
     stop: AtomicBool,
+    /// To be woken.
+    thread: OnceLock<Thread>,
 }
 
 impl TickerState {
-    /// Called by a tick that finds a guest running: no call outlives the ticker's going to sleep.
-    pub fn still_used(&self) {
-        self.used.store(true, Ordering::Relaxed);
+    /// A guest is about to be called, or was found running by a tick: one that was held up for so long that the ticker sleeps
+    /// by now wakes it. Mostly the ticker knows that guests run: then nothing is written, which would take the mark away
+    /// from other cores that call theirs.
+    pub fn keep_awake(&self) {
+        if !self.used.load(Ordering::SeqCst) {
+            // Either the ticker sees this before it sleeps, or we see that it does.
+            self.used.store(true, Ordering::SeqCst);
+        }
+        if self.asleep.load(Ordering::SeqCst)
+            && let Some(thread) = self.thread.get()
+        {
+            thread.unpark();
+        }
     }
 }
 
@@ -356,25 +368,12 @@ impl Ticker {
         let state = Arc::new(TickerState::default());
         let shared = state.clone();
         let thread = thread::Builder::new().name("plugin-clock".to_owned()).spawn(move || tick(&engine, &shared))?;
+        state.thread.get_or_init(|| thread.thread().clone());
         Ok(Ticker { state, thread: Some(thread) })
     }
 
     pub fn state(&self) -> &Arc<TickerState> {
         &self.state
-    }
-
-    /// A guest is about to be called. Mostly the ticker knows that some are: then nothing is written, which would take the
-    /// mark away from other cores that call theirs.
-    pub fn use_soon(&self) {
-        if !self.state.used.load(Ordering::Relaxed) {
-            // Either the ticker sees this before it sleeps, or we see that it does.
-            self.state.used.store(true, Ordering::SeqCst);
-        }
-        if self.state.asleep.load(Ordering::SeqCst)
-            && let Some(thread) = &self.thread
-        {
-            thread.thread().unpark();
-        }
     }
 }
 

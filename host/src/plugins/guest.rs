@@ -168,7 +168,7 @@ pub fn thread_cpu() -> Duration {
 /// call may have up to a tick more than its budget.
 pub fn watch_deadline(store: &mut Store<Guest>, ticker: Arc<TickerState>) {
     store.epoch_deadline_callback(move |mut context| {
-        ticker.still_used();
+        ticker.keep_awake();
         let guest = context.data_mut();
         let (cpu, budget) = (thread_cpu(), guest.budget);
         if cpu >= *guest.cpu_end.get_or_insert(cpu + budget) || Instant::now() >= guest.wall_end {

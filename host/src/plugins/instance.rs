@@ -494,7 +494,7 @@ impl Call<'_> {
         let started = Instant::now();
         store.data_mut().begin(self.plugin, self.budget, self.rows, started);
         store.set_epoch_deadline(1);
-        self.shared.engine.ticker.use_soon();
+        self.shared.engine.ticker.state().keep_awake();
         let answer = call(store);
         let elapsed = started.elapsed();
         self.shared.metrics.plugin_nanos.inc_by(elapsed.as_nanos() as u64);
@@ -577,6 +577,8 @@ impl Instances {
         if seated.number != seat.number {
             let handle = seated.instance.configure(setup, &mut space.part).map_err(CallFault::whole)?;
             setup.seat.set(Seat { place, number: seated.number, handle });
+        } else if place != seat.place {
+            setup.seat.set(Seat { place, ..seat });
         }
         Ok((&mut seated.instance, setup.seat.get().handle))
     }

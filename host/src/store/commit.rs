@@ -165,10 +165,12 @@ fn tables(rows: &[RowWrite]) -> Vec<TableId> {
     let mut tables: Vec<TableId> = Vec::new();
     for row in rows {
         // Mostly many rows of one table are behind one another.
-        if tables.last() != Some(&row.table.id) && !tables.contains(&row.table.id) {
+        if tables.last() != Some(&row.table.id) {
             tables.push(row.table.id);
         }
     }
+    tables.sort_unstable();
+    tables.dedup();
     tables
 }
 
