@@ -410,3 +410,28 @@ impl Drop for Ticker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What runs with a guest may hold it up for longer than the ticker stays awake. Then its first look at the clock was the
+    /// last one, and its call had no deadline.
+    #[test]
+    fn a_guest_that_was_held_up_wakes_the_ticker() {
+        let ticker = Ticker::start(wasmtime::Engine::new(&config(None)).unwrap()).unwrap();
+        let state = ticker.state();
+        let given_up = Instant::now() + Duration::from_secs(60);
+        let until = |asleep: bool| {
+            while state.asleep.load(Ordering::SeqCst) != asleep {
+                assert!(Instant::now() < given_up, "asleep is not {asleep}");
+                thread::yield_now();
+            }
+        };
+        for _ in 0..2 {
+            until(true);
+            state.keep_awake();
+            until(false);
+        }
+    }
+}
