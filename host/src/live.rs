@@ -88,7 +88,9 @@ pub trait Program: Any + Send + Sync {
     }
     /// The SELECT list over rows that matched.
     fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError>;
-    /// Columns of `schema` (the key, or a transform's output) as a batch.
+    /// The key columns of rows, named as in the table.
+    fn keys(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError>;
+    /// Rows that a transform made, of these columns.
     fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError>;
 }
 

@@ -145,6 +145,10 @@ impl Program for Query {
         self.0.project(rows).map_err(failed)
     }
 
+    fn keys(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        self.0.keys(rows).map_err(failed)
+    }
+
     fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
         host::sql::arrow::to_batch(schema, rows).map_err(failed)
     }

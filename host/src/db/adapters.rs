@@ -69,6 +69,10 @@ impl Program for PlanProgram {
         self.0.project(rows).map_err(|error| ProgramError(error.to_string()))
     }
 
+    fn keys(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        self.0.keys(rows).map_err(|error| ProgramError(error.to_string()))
+    }
+
     fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
         crate::sql::arrow::to_batch(schema, rows).map_err(|error| ProgramError(error.to_string()))
     }

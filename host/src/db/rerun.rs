@@ -32,6 +32,10 @@ impl Program for WholeProgram {
         Err(no_program())
     }
 
+    fn keys(&self, _: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        Err(no_program())
+    }
+
     fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
         to_batch(schema, rows).map_err(|error| ProgramError(error.to_string()))
     }

@@ -143,7 +143,6 @@ impl<'a> Source<'a> {
 /// A group's query on one worker: its programs and, where it has plugins, the opened pipeline.
 pub(super) struct Query<'a> {
     pub spec: &'a GroupSpec,
-    pub key: &'a Schema,
     pub pipeline: Option<(&'a mut dyn Pipelines, u64)>,
     /// Which images the predicate takes, where it has been asked already (see [`matching_each`]).
     pub known: Option<Vec<bool>>,
@@ -178,7 +177,7 @@ pub(super) fn evaluate(
     if events.is_empty() {
         return Ok(None);
     }
-    let keys = query.spec.program.batch(query.key, &key_images)?;
+    let keys = query.spec.program.keys(&key_images)?;
     // Both sides are rows of one batch; a clone of it shares its columns.
     let (new, old) = (shown.batch.clone(), shown.batch.clone());
     let snapshot = source.pass == Pass::Snapshot;
@@ -233,7 +232,7 @@ fn outputs(query: &mut Query<'_>, source: Source<'_>, rows: &Rows<'_>) -> Result
     if new.num_rows() != events.len() {
         return Err(answer("made rows for some of its outputs only").into());
     }
-    let keys = spec.program.batch(query.key, &keys)?;
+    let keys = spec.program.keys(&keys)?;
     let old = new.clone();
     Ok(Some(CommitEvents { seq: source.seq, snapshot: false, events, keys, new, old }))
 }

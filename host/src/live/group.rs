@@ -11,9 +11,8 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
-use wire::Schema;
 
-use super::outlet::{AnyOutlet, Feeding, Feeds, Lent, Outlets};
+use super::outlet::{AnyOutlet, FEW, Feeding, Feeds, Lent, Outlets, feed};
 use super::tail::{EventsAfter, GroupEnd, GroupTail, lock};
 use super::worker::Mailbox;
 use super::{GroupSpec, SubscribeError};
@@ -24,7 +23,6 @@ pub(super) struct Group {
     /// Never reused; a group made anew under the same key is another one.
     pub id: u64,
     pub spec: Arc<GroupSpec>,
-    pub key_schema: Schema,
     pub worker: Arc<Mailbox>,
     tail: Mutex<GroupTail>,
     changed: Notify,
@@ -42,8 +40,8 @@ impl Group {
         lock(&self.tail).open(seq);
     }
 
-    /// `count` events of one commit.
-    pub(super) fn append(self: &Arc<Self>, seq: Seq, count: usize, events: Bytes) {
+    /// `count` events of one commit. [`feed_outlets`](Group::feed_outlets) comes after it.
+    pub(super) fn append(&self, seq: Seq, count: usize, events: Bytes) {
         self.events.fetch_add(count as u64, Ordering::Relaxed);
         self.bytes.fetch_add(events.len() as u64, Ordering::Relaxed);
         let mut tail = lock(&self.tail);
@@ -56,20 +54,34 @@ impl Group {
         }
         drop(tail);
         self.changed.notify_waiters();
-        self.feed_outlets();
     }
 
-    /// Not here, on the worker's thread: to write to thousands of sockets takes as long as hundreds of commits.
-    fn feed_outlets(self: &Arc<Self>) {
+    /// Whether few only wait, and can be fed once for several commits.
+    pub(super) fn has_few_outlets(&self) -> bool {
+        let outlets = lock(&self.outlets);
+        outlets.feeding == Feeds::No && outlets.all.len() <= FEW
+    }
+
+    /// What was appended goes to those who only wait for it: from here, the worker's thread, if they are no more than
+    /// `most`, which is done sooner than others are woken to do it; else from tasks, because to write to thousands of
+    /// sockets takes as long as hundreds of commits. Returns how many were fed from here.
+    pub(super) fn feed_outlets(self: &Arc<Self>, most: usize) -> usize {
         // After appending: whoever enters later finds it, and so does a feeding that is due.
         let mut outlets = lock(&self.outlets);
+        if outlets.feeding == Feeds::No && outlets.all.len() <= most {
+            let few = outlets.all.clone();
+            drop(outlets);
+            feed(self, &few);
+            return few.len();
+        }
         let before = std::mem::replace(&mut outlets.feeding, Feeds::Again);
         if before == Feeds::No {
-            match self.registry.runtime.get().filter(|_| !outlets.all.is_empty()) {
+            match self.registry.runtime.get() {
                 Some(runtime) => drop(runtime.spawn(Feeding::start(Arc::clone(self)))),
                 None => outlets.feeding = Feeds::No,
             }
         }
+        0
     }
 
     /// The outlets that are there now, if there is something to feed them since the last time.
@@ -258,7 +270,6 @@ impl Registry {
         Arc::new(Group {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
             spec: Arc::clone(spec),
-            key_schema: spec.table.key_schema(),
             worker: Arc::clone(worker),
             tail: Mutex::new(GroupTail::new()),
             changed: Notify::new(),

@@ -2,9 +2,9 @@
 //!
 //! A subscriber that was told everything has nothing to do before the next commit. To wake its task for that, only for it
 //! to send the same bytes as all the others and to wait again, costs half as much as the sending. So it may lend an
-//! [`Outlet`] while it waits. What is appended to the group is put into all outlets by a few tasks ([`Feeding`]), and the
-//! subscriber sleeps on. It wakes when that does not do: its sink has not taken everything, there is more than one delivery
-//! takes, the tail no longer reaches back to it, the group has ended.
+//! [`Outlet`] while it waits. What is appended to the group is put into all outlets by its worker, or, where they are many,
+//! by a few tasks ([`Feeding`]), and the subscriber sleeps on. It wakes when that does not do: its sink has not taken
+//! everything, there is more than one delivery takes, the tail no longer reaches back to it, the group has ended.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -54,6 +54,9 @@ pub type AnyOutlet = Arc<Outlet<dyn Sink>>;
 /// Outlets fed in one piece, before others on the same thread have their turn: some 0.2 ms of writing.
 const PIECE: usize = 16;
 
+/// Outlets that a worker feeds itself at a time. The tests of this module have small groups, and are to meet both ways.
+pub(super) const FEW: usize = if cfg!(test) { 1 } else { PIECE };
+
 /// One time through all outlets that a group has.
 ///
 /// Whoever wrote the commit waits for an answer on the same threads, so pieces are small, and no more tasks share them
@@ -83,15 +86,16 @@ impl Feeding {
         loop {
             let from = self.next.fetch_add(PIECE, Ordering::Relaxed);
             let Some(rest) = self.outlets.get(from..).filter(|rest| !rest.is_empty()) else { return };
-            self.feed(&rest[..rest.len().min(PIECE)]);
+            feed(&self.group, &rest[..rest.len().min(PIECE)]);
             tokio::task::yield_now().await;
         }
     }
+}
 
-    fn feed(&self, outlets: &[AnyOutlet]) {
-        let mut round = Round { group: &self.group, known: None };
-        outlets.iter().for_each(|outlet| outlet.feed(&mut round));
-    }
+/// Puts into these outlets what their subscribers have not been told of the group.
+pub(super) fn feed(group: &Group, outlets: &[AnyOutlet]) {
+    let mut round = Round { group, known: None };
+    outlets.iter().for_each(|outlet| outlet.feed(&mut round));
 }
 
 /// What those who were told the same are told next, found once for a round.

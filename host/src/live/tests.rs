@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, AsArray, Int64Array, StringArray};
 use arrow::datatypes::{DataType, Field, Int64Type};
@@ -95,6 +95,10 @@ impl Program for Least {
         self.batch(&Schema { columns }, rows)
     }
 
+    fn keys(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        self.batch(&table(TableId(1), NamespaceId(1), "any").key_schema(), rows)
+    }
+
     fn batch(&self, schema: &Schema, rows: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
         let columns = schema.columns.iter().map(|column| {
             let (ty, values): (_, ArrayRef) = match column.ty.kind() {
@@ -120,6 +124,10 @@ impl Program for Nothing {
     }
 
     fn project(&self, _: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
+        Err(ProgramError("asked".to_owned()))
+    }
+
+    fn keys(&self, _: &[ImageRef<'_>]) -> Result<RecordBatch, ProgramError> {
         Err(ProgramError("asked".to_owned()))
     }
 
@@ -1112,6 +1120,14 @@ async fn more_than_one_delivery_goes_on_by_itself() {
     let wire = outlet(usize::MAX);
     let lent: AnyOutlet = wire.clone();
     assert!(matches!(subscription.next(Some(&lent)).await, Delivery::UpToDate(_)));
+    // Another one, so that they are fed by a task.
+    let mut other = world.live.subscribe(world.spec(0, false), From::Now).await.unwrap();
+    let other = tokio::spawn(async move {
+        let lent: AnyOutlet = outlet(usize::MAX);
+        loop {
+            other.next(Some(&lent)).await;
+        }
+    });
     let reader = tokio::spawn(async move {
         let mut ids = Vec::new();
         while ids.len() < COMMITS as usize {
@@ -1134,6 +1150,35 @@ async fn more_than_one_delivery_goes_on_by_itself() {
     }
     let ids = tokio::time::timeout(Duration::from_secs(60), reader).await.expect("all of it comes").unwrap();
     assert_eq!(ids, (0..COMMITS).collect::<Vec<_>>());
+    other.abort();
+    assert!(other.await.unwrap_err().is_cancelled());
+    world.finish();
+}
+
+/// To wake a task for one socket costs as much as the sending.
+#[tokio::test]
+async fn a_subscriber_that_waits_alone_is_fed_by_the_worker() {
+    let mut world = World::new(unhurried(), 1000).await;
+    let mut subscription = world.live.subscribe(world.spec(0, false), From::Now).await.unwrap();
+    let wire = outlet(usize::MAX);
+    let lent: AnyOutlet = wire.clone();
+    assert!(matches!(subscription.next(Some(&lent)).await, Delivery::UpToDate(_)));
+    let reader = tokio::spawn(async move { subscription.next(Some(&lent)).await });
+    // It waits now; and this thread, which all tasks are on, stands still.
+    tokio::task::yield_now().await;
+    for id in 0..3 {
+        futures::executor::block_on(world.put(id, 5));
+    }
+    let (began, mut sent) = (Instant::now(), String::new());
+    while sent.lines().count() < 3 {
+        assert!(began.elapsed() < Duration::from_secs(60), "all that came: {sent:?}");
+        std::thread::yield_now();
+        sent.push_str(&wire.sink.sent());
+    }
+    tokio::task::yield_now().await;
+    assert!(!reader.is_finished(), "it was woken for that");
+    reader.abort();
+    assert!(reader.await.unwrap_err().is_cancelled());
     world.finish();
 }
 

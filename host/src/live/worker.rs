@@ -1,8 +1,9 @@
 //! Worker threads: each owns some groups, takes commits in order, evaluates, runs pipelines, encodes.
 //!
 //! One loop over one closed set of events. In every turn the worker takes what its mailbox holds, then the commits that
-//! wait (at most [`TURN_COMMITS`]), then one piece of one job, and one of one result that goes through plugins: live
-//! commits go before snapshots and replays, and a flood of either cannot starve the other.
+//! wait (at most [`TURN_COMMITS`]), feeds the subscribers that only wait, then takes one piece of one job, and one of one
+//! result that goes through plugins: live commits go before snapshots and replays, and a flood of either cannot starve the
+//! other.
 //!
 //! The commit thread only ever pushes to the commit tail and wakes workers ([`Mailbox::published`]): a short lock, at most
 //! one message per worker and nap, and none for a commit to tables that the worker has no groups on. A worker behind the
@@ -32,6 +33,7 @@ use super::group::{Group, Registry};
 use super::index::Index;
 use super::job::{Job, JobError, Piece, Replayed, Snapshot, SnapshotScan, Work, replay_piece, snapshot_piece};
 use super::log::{LogPiece, read_piece};
+use super::outlet::FEW;
 use super::requery::{Answer, RequeryError, Runs};
 use super::subscription::EndReason;
 use super::tail::{CommitTail, CommitsAfter, GroupEnd, lock};
@@ -43,6 +45,11 @@ use together::Asked;
 
 /// Commits taken before a job gets its turn.
 const TURN_COMMITS: usize = 64;
+
+/// Groups and bytes that are appended before what is appended leaves. Others' commits and a long turn are no reason to wait,
+/// and what a tail drops before it was fed would have to be read again.
+const FEED_GROUPS: usize = 64;
+const FEED_BYTES: usize = 64 << 10;
 
 /// Messages taken before commits get their turn.
 const TURN_EVENTS: usize = 256;
@@ -224,6 +231,7 @@ pub(super) struct Worker {
     pipelines: Box<dyn Pipelines>,
     members: HashMap<u64, Member>,
     index: Index,
+    appended: Appended,
     jobs: VecDeque<Job>,
     /// Groups that keep a replayed piece or a snapshot, some of the last that did: let go of when there is nothing else
     /// to do, or too many.
@@ -250,6 +258,7 @@ pub(super) fn run(shared: Arc<Shared>, mailbox: Arc<Mailbox>, events: Receiver<E
         pipelines,
         members: HashMap::new(),
         index: Index::default(),
+        appended: Appended::default(),
         jobs: VecDeque::new(),
         keeping: VecDeque::new(),
         due: BTreeSet::new(),
@@ -293,6 +302,7 @@ impl Worker {
                 }
             }
             let more_commits = self.follow();
+            self.appended.feed();
             if !self.awaited.is_empty() {
                 self.serve_waiting();
             }
@@ -505,11 +515,15 @@ impl Worker {
 
     fn deliver(&mut self, Asked { id, rows, known }: Asked<'_>, source: Source<'_>) {
         let Some(member) = self.members.get(&id).filter(|member| member.knows(&rows)) else { return };
+        // A plugin may take its time.
+        if member.pipeline.is_some() {
+            self.appended.feed();
+        }
         let query = member.query(&mut *self.pipelines);
         let evaluated = evaluate(&mut Query { known, ..query }, source, &rows);
         match evaluated {
             Ok(None) => {}
-            Ok(Some(events)) => append(&self.shared, &member.group, source.seq, &events),
+            Ok(Some(events)) => self.appended.append(&self.shared, &member.group, source.seq, &events),
             // Everything up to `processed` is in the tail; nothing of this commit is.
             Err(fault) => self.end(id, GroupEnd::Reason(reason(fault, self.processed))),
         }
@@ -634,13 +648,40 @@ impl Worker {
     }
 }
 
-fn append(shared: &Shared, group: &Arc<Group>, seq: Seq, events: &CommitEvents) {
-    shared.metrics.events.inc_by(events.events.len() as u64);
-    let mut out = Vec::new();
-    shared.encoder.encode(&group.spec, events, &mut out);
-    // The tail outlives this commit: it shall not hold the encoder's spare capacity.
-    out.shrink_to_fit();
-    group.append(seq, events.events.len(), Bytes::from(out));
+/// Groups with events that subscribers who only wait have not been fed: those with few of them, so that several commits
+/// leave in one write.
+#[derive(Default)]
+struct Appended {
+    groups: Vec<Arc<Group>>,
+    bytes: usize,
+}
+
+impl Appended {
+    fn append(&mut self, shared: &Shared, group: &Arc<Group>, seq: Seq, events: &CommitEvents) {
+        shared.metrics.events.inc_by(events.events.len() as u64);
+        let mut out = Vec::new();
+        shared.encoder.encode(&group.spec, events, &mut out);
+        // The tail outlives this commit: it shall not hold the encoder's spare capacity.
+        out.shrink_to_fit();
+        self.bytes += out.len();
+        group.append(seq, events.events.len(), Bytes::from(out));
+        if !group.has_few_outlets() {
+            group.feed_outlets(0);
+        } else if self.groups.last().is_none_or(|last| last.id != group.id) {
+            self.groups.push(Arc::clone(group));
+        }
+        if self.groups.len() >= FEED_GROUPS || self.bytes >= FEED_BYTES {
+            self.feed();
+        }
+    }
+
+    fn feed(&mut self) {
+        self.bytes = 0;
+        let mut most = FEW;
+        for group in self.groups.drain(..) {
+            most -= group.feed_outlets(most);
+        }
+    }
 }
 
 fn replay(
@@ -688,7 +729,7 @@ impl Member {
 
     fn query<'a>(&'a self, pipelines: &'a mut dyn Pipelines) -> Query<'a> {
         let pipeline = self.pipeline.map(|id| (pipelines, id));
-        Query { spec: &self.group.spec, key: &self.group.key_schema, pipeline, known: None }
+        Query { spec: &self.group.spec, pipeline, known: None }
     }
 
     /// A group planned after an ALTER starts behind it: commits before that are none of its own, and their rows have

@@ -62,7 +62,7 @@ pub fn arrow_schema(schema: &Schema) -> SchemaRef {
     schema_of_columns(&schema.columns)
 }
 
-fn schema_of_columns(columns: &[ColumnDecl]) -> SchemaRef {
+pub(crate) fn schema_of_columns(columns: &[ColumnDecl]) -> SchemaRef {
     let fields: Vec<Field> =
         columns.iter().map(|column| arrow_field(&column.name, column.ty, column.nullable)).collect();
     Arc::new(ArrowSchema::new(fields))

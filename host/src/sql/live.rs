@@ -31,7 +31,9 @@ use datafusion::physical_expr::{PhysicalExpr, create_physical_expr};
 use datafusion::sql::sqlparser::ast::{self, Query, SelectItem, SetExpr};
 use wire::{ColumnDecl, ImageRef, Scope};
 
-use super::arrow::{RowBatchBuilder, arrow_schema, batch_of, output_array, output_schema, output_type};
+use super::arrow::{
+    RowBatchBuilder, arrow_schema, batch_of, output_array, output_schema, output_type, schema_of_columns,
+};
 use super::context::{bind_unoptimized, impure_function, names_user};
 use super::ddl::fold;
 use super::error::from_datafusion;
@@ -80,6 +82,7 @@ pub struct LivePlan {
     predicate: Option<Bound>,
     projection: Bound,
     output: SchemaRef,
+    key: Bound,
 }
 
 /// Expressions over some columns of the table, and over constants, which are columns behind those.
@@ -90,6 +93,14 @@ struct Compiled {
     /// Of those and the constants.
     schema: SchemaRef,
     exprs: Vec<Arc<dyn PhysicalExpr>>,
+    /// The expressions, where each is a column as it stands.
+    plain: Option<Plain>,
+}
+
+/// Columns of the table, which go from row images into a batch without being evaluated.
+struct Plain {
+    columns: Vec<ColumnDecl>,
+    schema: SchemaRef,
 }
 
 impl LivePlan {
@@ -126,9 +137,38 @@ impl LivePlan {
 
     /// The SELECT list over rows that matched.
     pub fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
+        if let Some(plain) = &self.projection.shape().plain {
+            return plain.batch(self.output.clone(), rows);
+        }
         let arrays = self.projection.evaluate(rows)?;
         let arrays = arrays.iter().zip(&self.columns).map(|(array, column)| output_array(array, column.ty));
         batch_of(&self.output, arrays.collect::<Result<_, SqlError>>()?, rows.len())
+    }
+
+    /// The key columns of rows, named as in the table.
+    pub fn keys(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
+        match &self.key.shape().plain {
+            Some(plain) => plain.batch(plain.schema.clone(), rows),
+            None => Err(SqlError::Internal("a key of something else than columns".into())),
+        }
+    }
+}
+
+impl Plain {
+    fn of(table: &wire::Schema, exprs: &[Expr]) -> Option<Plain> {
+        let column = |expr: &Expr| match expr {
+            Expr::Column(named) => table.columns.iter().find(|column| column.name == named.name).cloned(),
+            _ => None,
+        };
+        let columns = exprs.iter().map(column).collect::<Option<Vec<_>>>()?;
+        Some(Plain { schema: schema_of_columns(&columns), columns })
+    }
+
+    /// `schema`: of as many columns with the same types.
+    fn batch(&self, schema: SchemaRef, rows: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
+        let mut builder = RowBatchBuilder::with_schema(schema, &self.columns, rows.len());
+        rows.iter().try_for_each(|row| builder.push(row))?;
+        builder.finish()
     }
 }
 
@@ -140,6 +180,7 @@ impl Compiled {
         }
         let mut table = table.schema();
         table.columns.retain(|column| named.iter().any(|used| used.name == column.name));
+        let plain = Plain::of(&table, exprs);
         let stored = arrow_schema(&table);
         let constant = |(at, value): (usize, &ScalarValue)| Field::new(constant_name(at), value.data_type(), true);
         let constants = constants.iter().enumerate().map(constant).map(Arc::new);
@@ -149,7 +190,7 @@ impl Compiled {
             create_physical_expr(expr, &names, &ExecutionProps::new(), &PhysicalPlanningContext::default())
         };
         let exprs = exprs.iter().map(physical).collect::<Result<_, _>>()?;
-        Ok(Compiled { columns: table.columns, stored, schema, exprs })
+        Ok(Compiled { columns: table.columns, stored, schema, exprs, plain })
     }
 
     /// `constants`: as many values of each as there are rows.
@@ -278,6 +319,9 @@ impl Parts {
         let predicate = self.predicate.map(simplify).transpose()?;
         let projection = self.projection.into_iter().map(simplify).collect::<Result<Vec<_>, _>>()?;
         let shown = engine.shapes.bind(&table, projection.clone())?;
+        let key =
+            table.key_schema().columns.into_iter().map(|column| Expr::Column(Column::new_unqualified(column.name)));
+        let key = engine.shapes.bind(&table, key.collect())?;
         let columns = output_types(shown.shape(), names)?;
         Ok(LivePlan {
             scope: scope_of(&table, &env.user),
@@ -289,6 +333,7 @@ impl Parts {
             projection: shown,
             output: output_schema(&columns),
             columns,
+            key,
             table,
         })
     }

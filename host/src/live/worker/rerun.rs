@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::{Worker, append, reason};
+use super::{Worker, reason};
 use crate::live::job::{Job, Piece, SnapshotScan, Work};
 use crate::live::requery::{Answer, Piping, Progress, RequeryError, Rerun};
 use crate::live::subscription::EndReason;
@@ -99,9 +99,10 @@ impl Worker {
         match runs.answered(answer) {
             Ok(events) => {
                 if let Some(events) = events {
-                    append(&self.shared, &member.group, seq, &events);
+                    self.appended.append(&self.shared, &member.group, seq, &events);
                 }
                 member.group.ran(seq);
+                self.appended.feed();
                 if first {
                     member.group.open(seq);
                 }
