@@ -1,7 +1,8 @@
 //! How many events a second reach how many subscribers, how late, and at what cost; beside [`peer`], a minimal program
 //! that writes the same bytes to the same number of sockets. Both are read by the same [`reader`] in the same run, so
 //! the ratios hold on a noisy machine where the figures do not. The program has no commits: what they cost is measured
-//! apart ([`paced`]).
+//! apart ([`paced`]), and how late it is if it syncs what it tells is beside it. At the highest rate changes share commits,
+//! ids and writes, which is what batching is for; the program writes (and syncs) each event by itself.
 //!
 //! ```text
 //! cargo build && target/debug/load              every size, some minutes
@@ -20,13 +21,14 @@ mod reader;
 
 use std::time::{Duration, Instant};
 
+use reqwest::Method;
 use rustix::process::Pid;
 use serde_json::json;
 use tests::{Client, LiveQuery, Options, TestServer};
 
 use commits::Commits;
 use measure::{Cpu, Latencies, memory_bytes};
-use paced::{Paced, Told};
+use paced::Told;
 use peer::Peer;
 use reader::{Reader, stamp};
 
@@ -34,8 +36,8 @@ use reader::{Reader, stamp};
 /// for with room to spare.
 const SIZES: [(usize, u32); 4] = [(1, 50), (100, 50), (1_000, 50), (10_000, 5)];
 
-/// Text of a row, such that an event is some 256 bytes on the wire.
-const TEXT_BYTES: usize = 110;
+/// Text of a row, such that an event that comes alone is 256 bytes on the wire.
+const TEXT_BYTES: usize = 143;
 
 /// Commits that a subscriber may be behind while the highest rate is looked for: more would measure the server's
 /// memory, not its rate.
@@ -43,7 +45,11 @@ const MOST_BEHIND: u64 = 32;
 
 /// Clients that write at once while the highest rate is looked for, each a row of its own. One that waits for its commit
 /// before it makes the next would measure how long a commit takes.
-const WRITERS: i32 = 16;
+const WRITERS: usize = 8;
+
+/// Events of a commit, at least, while the highest rate is looked for: to few subscribers, commits of one change would
+/// measure commits.
+const LEAST_EVENTS: usize = 1_000;
 
 /// Subscribers from which on their memory can be told from what else the server's memory does meanwhile.
 const MANY: usize = 1_000;
@@ -74,22 +80,25 @@ async fn compare(subscribers: usize, rate: u32, window: Duration) {
     let plural = if subscribers == 1 { "" } else { "s" };
     println!("\n{subscribers} subscriber{plural}, {rate} changes a second for {} s", window.as_secs());
     let ours = tidegate(subscribers, rate, window).await;
-    let peer = minimal(subscribers, rate, window, ours.event_bytes).await;
-    println!("{:>26}{:>12}{:>12}{:>8}", "", "tidegate", "minimal", "ratio");
-    let row = |what: &str, ours: f64, peer: f64, digits: usize| {
-        println!("{what:>26}{ours:>12.digits$}{peer:>12.digits$}{:>8.2}", ours / peer);
+    let peer = minimal(subscribers, rate, window, ours.event_bytes, false).await;
+    let syncing = minimal(subscribers, rate, window, ours.event_bytes, true).await;
+    println!("{:>26}{:>12}{:>12}{:>8}{:>12}{:>8}", "", "tidegate", "minimal", "ratio", "with sync", "ratio");
+    let row = |what: &str, of: fn(&Figures) -> f64, digits: usize| {
+        let [ours, peer, syncing] = [&ours, &peer, &syncing].map(of);
+        let (one, other) = (ours / peer, ours / syncing);
+        println!("{what:>26}{ours:>12.digits$}{peer:>12.digits$}{one:>8.2}{syncing:>12.digits$}{other:>8.2}");
     };
-    row("p50 ms", ours.paced.ms(0.50), peer.paced.ms(0.50), 2);
-    row("p99 ms", ours.paced.ms(0.99), peer.paced.ms(0.99), 2);
-    row("CPU µs an event, paced", ours.paced_cpu * 1e6, peer.paced_cpu * 1e6, 2);
+    row("p50 ms", |of| of.paced.ms(0.50), 2);
+    row("p99 ms", |of| of.paced.ms(0.99), 2);
+    row("CPU µs an event, paced", |of| of.paced_cpu * 1e6, 2);
     if let Some(told) = &ours.told {
         let [cpu, limit, uncertain] = [told.cpu, peer.paced_cpu, told.uncertain].map(|seconds| seconds * 1e6);
-        // To few subscribers, delivering is less than the commits vary by: then there is no ratio to tell.
+        // Where the commits vary by more than delivering costs, there is no ratio to tell.
         let ratio = if cpu > uncertain { format!("{:.2}", cpu / limit) } else { "-".to_owned() };
         println!("{:>26}{cpu:>12.2}{limit:>12.2}{ratio:>8}  ± {uncertain:.2}", "beside the commits");
     }
-    row("highest events/s", ours.rate, peer.rate, 0);
-    row("CPU µs an event, highest", ours.cpu * 1e6, peer.cpu * 1e6, 2);
+    row("highest events/s", |of| of.rate, 0);
+    row("CPU µs an event, highest", |of| of.cpu * 1e6, 2);
     println!("{:>26}{:>12}", "bytes an event", ours.event_bytes);
     if let Some(idle) = ours.idle {
         if subscribers >= MANY {
@@ -145,9 +154,7 @@ async fn server(subscribers: usize) -> TestServer {
     let db = server.admin();
     db.sql("CREATE TABLE ticker (id INT PRIMARY KEY, text TEXT)").await;
     db.sql("CREATE TABLE other (id INT PRIMARY KEY, text TEXT)").await;
-    for id in 1..=WRITERS {
-        db.sql(&format!("INSERT INTO ticker VALUES ({id}, '')")).await;
-    }
+    db.sql("INSERT INTO ticker VALUES (1, '')").await;
     db.sql("INSERT INTO other VALUES (1, '')").await;
     for _ in 0..FIRST_COMMITS {
         write_to(&db, "other", 1).await;
@@ -178,29 +185,24 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
     drop(bare);
     let idle = Idle { bytes, commits };
 
-    let commits = u64::from(rate) * window.as_secs();
-    let before = Paced::run(&server, "other", rate, commits / 2).await;
-    let mut measured = Measured::start(&reader, server.pid());
-    let told = Paced::run(&server, "ticker", rate, commits).await;
-    reader.until(measured.events + commits * subscribers as u64).await;
-    let (paced, paced_cpu) = (reader.latencies(), measured.cpu_each(&reader));
-    let after = Paced::run(&server, "other", rate, commits - commits / 2).await;
-    let told = Told::new(told, paced_cpu, subscribers, [before, after]);
+    reader.latencies();
+    let (events, bytes) = (reader.events(), reader.bytes());
+    let told = Told::measure(&server, &reader, subscribers as u64, rate, window).await;
+    let paced = reader.latencies();
+    let event_bytes = (reader.bytes() - bytes) / (reader.events() - events);
 
-    measured = Measured::start(&reader, server.pid());
-    let bytes = reader.bytes();
-    let mut changes = 0u64;
+    let measured = Measured::start(&reader, server.pid());
+    let (mut commits, events_each) = (0u64, (changes(subscribers) * subscribers) as u64);
     while measured.started.elapsed() < window {
-        futures::future::join_all((1..=WRITERS).map(|id| write(&db, id))).await;
-        changes += WRITERS as u64;
-        reader.until(measured.events + changes.saturating_sub(MOST_BEHIND) * subscribers as u64).await;
+        futures::future::join_all((0..WRITERS).map(|writer| write_some(&db, writer, changes(subscribers)))).await;
+        commits += WRITERS as u64;
+        reader.until(measured.events + commits.saturating_sub(MOST_BEHIND) * events_each).await;
     }
-    reader.until(measured.events + changes * subscribers as u64).await;
-    let events = reader.events() - measured.events;
+    reader.until(measured.events + commits * events_each).await;
     Figures {
-        event_bytes: ((reader.bytes() - bytes) / events) as usize,
+        event_bytes: event_bytes as usize,
         paced,
-        paced_cpu,
+        paced_cpu: told.with_commits,
         told: Some(told),
         rate: measured.rate(&reader),
         cpu: measured.cpu_each(&reader),
@@ -208,8 +210,8 @@ async fn tidegate(subscribers: usize, rate: u32, window: Duration) -> Figures {
     }
 }
 
-async fn minimal(subscribers: usize, rate: u32, window: Duration, event_bytes: usize) -> Figures {
-    let mut peer = Peer::start(event_bytes);
+async fn minimal(subscribers: usize, rate: u32, window: Duration, event_bytes: usize, sync: bool) -> Figures {
+    let mut peer = Peer::start(event_bytes, sync);
     let mut reader = Reader::connect_to(peer.address());
     peer.accept(subscribers);
     reader.connect(subscribers, b"").await;
@@ -268,9 +270,30 @@ async fn write(db: &Client, id: i32) {
 }
 
 async fn write_to(db: &Client, table: &str, id: i32) {
+    db.sql_params(&format!("UPDATE {table} SET text = $1 WHERE id = $2"), json!([text(), id])).await;
+}
+
+fn text() -> String {
     let mut text = stamp();
     text.push_str(&"x".repeat(TEXT_BYTES - text.len()));
-    db.sql_params(&format!("UPDATE {table} SET text = $1 WHERE id = $2"), json!([text, id])).await;
+    text
+}
+
+/// A commit of the rows of one writer, the way that is meant for many of them.
+async fn write_some(db: &Client, writer: usize, rows: usize) {
+    let mut body = "id,text\n".to_owned();
+    for id in writer * rows..(writer + 1) * rows {
+        body.push_str(&format!("{id},{}\n", text()));
+    }
+    let request = db.request(Method::POST, "/v1/tables/main/ticker/rows?on_conflict=update");
+    let answer = request.header("content-type", "text/csv").body(body).send().await.expect("an answer");
+    let (status, text) = (answer.status(), answer.text().await.unwrap_or_default());
+    assert!(status.is_success() && text.contains("\"commits\":1,"), "{status} {text}");
+}
+
+/// Changes of a commit at the highest rate.
+fn changes(subscribers: usize) -> usize {
+    (LEAST_EVENTS / subscribers).max(1)
 }
 
 async fn pause_until(due: Instant) {

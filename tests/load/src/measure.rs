@@ -83,10 +83,6 @@ impl Latencies {
         self.0.push(one);
     }
 
-    pub fn append(&mut self, mut others: Latencies) {
-        self.0.append(&mut others.0);
-    }
-
     /// The duration that this part of all stays under.
     pub fn ms(&self, part: f64) -> f64 {
         let mut sorted = self.0.clone();

@@ -1,7 +1,9 @@
-//! The limit: a program that writes the same bytes to the same number of sockets, one `write` each, and nothing else.
+//! The limit: a program that writes the same bytes to the same number of sockets, one `write` each, and nothing else. Or,
+//! for what nobody can tell sooner who keeps a promise, after the same bytes were appended to a file and synced.
 //!
-//! It is a process of its own (`load peer BYTES`), so that its CPU is counted apart. It accepts as many connections as
-//! it is told on standard input (`accept N`) and writes one event to each of them for every line `round`.
+//! It is a process of its own (`load peer BYTES` and `load peer BYTES sync`), so that its CPU is counted apart. It accepts
+//! as many connections as it is told on standard input (`accept N`) and writes one event to each of them for every line
+//! `round`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -19,10 +21,11 @@ pub struct Peer {
 }
 
 impl Peer {
-    pub fn start(event_bytes: usize) -> Peer {
+    pub fn start(event_bytes: usize, sync: bool) -> Peer {
         let program = std::env::current_exe().expect("this program has a path");
         let mut child = Command::new(program)
             .args(["peer", &event_bytes.to_string()])
+            .args(sync.then_some("sync"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -79,6 +82,8 @@ impl Drop for Peer {
 /// The peer's own side.
 pub fn serve(mut arguments: impl Iterator<Item = String>) {
     let event_bytes: usize = arguments.next().and_then(|text| text.parse().ok()).expect("bytes an event");
+    // Where the servers under test have their data as well.
+    let mut log = arguments.next().map(|_| tempfile::tempfile().expect("a file"));
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     println!("{}", listener.local_addr().expect("bound"));
     let mut sockets: Vec<TcpStream> = Vec::new();
@@ -96,6 +101,9 @@ pub fn serve(mut arguments: impl Iterator<Item = String>) {
             Some(("round", stamp)) => {
                 let mut event = stamp.to_owned().into_bytes();
                 event.resize(event_bytes, b'x');
+                if let Some(log) = &mut log {
+                    log.write_all(&event).and_then(|()| log.sync_data()).expect("the disk takes it");
+                }
                 for socket in &mut sockets {
                     socket.write_all(&event).expect("the reader reads");
                 }
