@@ -62,7 +62,7 @@ pub fn arrow_schema(schema: &Schema) -> SchemaRef {
     schema_of_columns(&schema.columns)
 }
 
-pub(crate) fn schema_of_columns(columns: &[ColumnDecl]) -> SchemaRef {
+fn schema_of_columns(columns: &[ColumnDecl]) -> SchemaRef {
     let fields: Vec<Field> =
         columns.iter().map(|column| arrow_field(&column.name, column.ty, column.nullable)).collect();
     Arc::new(ArrowSchema::new(fields))
@@ -187,10 +187,18 @@ fn json_at(array: &ArrayRef, row: usize) -> Result<serde_json::Value, SqlError> 
 
 /// Images to a batch of the columns of `schema`, in its order.
 pub fn to_batch(schema: &Schema, images: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
-    let mut builder = RowBatchBuilder::new(&schema.columns, images.len());
-    for image in images {
-        builder.push(image)?;
-    }
+    rows_batch(schema_of_columns(&schema.columns), &schema.columns, images)
+}
+
+/// The same with a schema said by the caller, so that it is made once for many batches: of as many columns with the same
+/// types, whatever their names.
+pub(crate) fn rows_batch(
+    schema: SchemaRef,
+    columns: &[ColumnDecl],
+    images: &[ImageRef<'_>],
+) -> Result<RecordBatch, SqlError> {
+    let mut builder = RowBatchBuilder::with_schema(schema, columns, images.len());
+    images.iter().try_for_each(|image| builder.push(image))?;
     builder.finish()
 }
 

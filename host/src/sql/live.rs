@@ -31,9 +31,7 @@ use datafusion::physical_expr::{PhysicalExpr, create_physical_expr};
 use datafusion::sql::sqlparser::ast::{self, Query, SelectItem, SetExpr};
 use wire::{ColumnDecl, ImageRef, Scope};
 
-use super::arrow::{
-    RowBatchBuilder, arrow_schema, batch_of, output_array, output_schema, output_type, schema_of_columns,
-};
+use super::arrow::{arrow_schema, batch_of, output_array, output_schema, output_type, rows_batch};
 use super::context::{bind_unoptimized, impure_function, names_user};
 use super::ddl::fold;
 use super::error::from_datafusion;
@@ -82,7 +80,8 @@ pub struct LivePlan {
     predicate: Option<Bound>,
     projection: Bound,
     output: SchemaRef,
-    key: Bound,
+    key: Vec<ColumnDecl>,
+    key_schema: SchemaRef,
 }
 
 /// Expressions over some columns of the table, and over constants, which are columns behind those.
@@ -93,14 +92,8 @@ struct Compiled {
     /// Of those and the constants.
     schema: SchemaRef,
     exprs: Vec<Arc<dyn PhysicalExpr>>,
-    /// The expressions, where each is a column as it stands.
-    plain: Option<Plain>,
-}
-
-/// Columns of the table, which go from row images into a batch without being evaluated.
-struct Plain {
-    columns: Vec<ColumnDecl>,
-    schema: SchemaRef,
+    /// The expressions, where each is a column as it stands: those need not be evaluated.
+    plain: Option<Vec<ColumnDecl>>,
 }
 
 impl LivePlan {
@@ -138,7 +131,7 @@ impl LivePlan {
     /// The SELECT list over rows that matched.
     pub fn project(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
         if let Some(plain) = &self.projection.shape().plain {
-            return plain.batch(self.output.clone(), rows);
+            return rows_batch(self.output.clone(), plain, rows);
         }
         let arrays = self.projection.evaluate(rows)?;
         let arrays = arrays.iter().zip(&self.columns).map(|(array, column)| output_array(array, column.ty));
@@ -147,28 +140,7 @@ impl LivePlan {
 
     /// The key columns of rows, named as in the table.
     pub fn keys(&self, rows: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
-        match &self.key.shape().plain {
-            Some(plain) => plain.batch(plain.schema.clone(), rows),
-            None => Err(SqlError::Internal("a key of something else than columns".into())),
-        }
-    }
-}
-
-impl Plain {
-    fn of(table: &wire::Schema, exprs: &[Expr]) -> Option<Plain> {
-        let column = |expr: &Expr| match expr {
-            Expr::Column(named) => table.columns.iter().find(|column| column.name == named.name).cloned(),
-            _ => None,
-        };
-        let columns = exprs.iter().map(column).collect::<Option<Vec<_>>>()?;
-        Some(Plain { schema: schema_of_columns(&columns), columns })
-    }
-
-    /// `schema`: of as many columns with the same types.
-    fn batch(&self, schema: SchemaRef, rows: &[ImageRef<'_>]) -> Result<RecordBatch, SqlError> {
-        let mut builder = RowBatchBuilder::with_schema(schema, &self.columns, rows.len());
-        rows.iter().try_for_each(|row| builder.push(row))?;
-        builder.finish()
+        rows_batch(self.key_schema.clone(), &self.key, rows)
     }
 }
 
@@ -180,7 +152,11 @@ impl Compiled {
         }
         let mut table = table.schema();
         table.columns.retain(|column| named.iter().any(|used| used.name == column.name));
-        let plain = Plain::of(&table, exprs);
+        let plain = |expr: &Expr| match expr {
+            Expr::Column(named) => table.columns.iter().find(|column| column.name == named.name).cloned(),
+            _ => None,
+        };
+        let plain = exprs.iter().map(plain).collect();
         let stored = arrow_schema(&table);
         let constant = |(at, value): (usize, &ScalarValue)| Field::new(constant_name(at), value.data_type(), true);
         let constants = constants.iter().enumerate().map(constant).map(Arc::new);
@@ -195,11 +171,7 @@ impl Compiled {
 
     /// `constants`: as many values of each as there are rows.
     fn evaluate(&self, rows: &[ImageRef<'_>], constants: Vec<ArrayRef>) -> Result<Vec<ArrayRef>, SqlError> {
-        let mut builder = RowBatchBuilder::with_schema(self.stored.clone(), &self.columns, rows.len());
-        for row in rows {
-            builder.push(row)?;
-        }
-        let mut batch = builder.finish()?;
+        let mut batch = rows_batch(self.stored.clone(), &self.columns, rows)?;
         if !constants.is_empty() {
             let arrays = batch.columns().iter().cloned().chain(constants).collect();
             batch = batch_of(&self.schema, arrays, rows.len())?;
@@ -319,9 +291,7 @@ impl Parts {
         let predicate = self.predicate.map(simplify).transpose()?;
         let projection = self.projection.into_iter().map(simplify).collect::<Result<Vec<_>, _>>()?;
         let shown = engine.shapes.bind(&table, projection.clone())?;
-        let key =
-            table.key_schema().columns.into_iter().map(|column| Expr::Column(Column::new_unqualified(column.name)));
-        let key = engine.shapes.bind(&table, key.collect())?;
+        let key = table.key_schema();
         let columns = output_types(shown.shape(), names)?;
         Ok(LivePlan {
             scope: scope_of(&table, &env.user),
@@ -333,7 +303,8 @@ impl Parts {
             projection: shown,
             output: output_schema(&columns),
             columns,
-            key,
+            key_schema: arrow_schema(&key),
+            key: key.columns,
             table,
         })
     }

@@ -865,6 +865,25 @@ async fn batches_without_columns_weigh_something() {
     assert_eq!(bench.run("SELECT count(*) FROM t a, t b").await, "1000000");
 }
 
+/// Expressions print columns by their bare names (and a comparison of two columns with the later one in front): who asked
+/// for either got what was compiled for whoever had come first.
+#[tokio::test]
+async fn a_column_that_is_called_like_an_expression_is_not_taken_for_it() {
+    let bench = bench();
+    bench.run("CREATE TABLE t (a INT, b INT, \"b > a\" BOOLEAN PRIMARY KEY); INSERT INTO t VALUES (1, 2, false)").await;
+    let images = images(&bench, "t");
+    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let env = bench.env("alice", &[]);
+    let more = bench.incremental("SELECT a < b AS x FROM t", &env);
+    let column = bench.incremental("SELECT \"b > a\" AS x FROM t", &env);
+    for (plan, x) in [(&more, "true"), (&column, "false")] {
+        let shown = |batch: RecordBatch| array_value_to_string(batch.column(0), 0).unwrap();
+        assert_eq!(shown(plan.project(&rows).unwrap()), x);
+        assert_eq!(shown(plan.keys(&rows).unwrap()), "false");
+    }
+    assert_ne!(more.fingerprint, column.fingerprint);
+}
+
 /// Constants that something is compared with are no part of what is compiled; all others are.
 #[tokio::test(flavor = "multi_thread")]
 async fn live_queries_of_one_shape_share_what_is_compiled() {

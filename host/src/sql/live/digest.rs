@@ -21,15 +21,20 @@ impl Digest {
 
     pub(super) fn expr(&mut self, expr: &Expr) -> Result<(), DataFusionError> {
         self.text(&expr.to_string());
-        self.literals(expr)
+        self.printed_bare(expr)
     }
 
-    /// The literals of an expression that is printed already. Expressions print text literals without escapes: one that
-    /// holds a quote could pass for two. Their own lengths tell them apart.
-    pub(super) fn literals(&mut self, expr: &Expr) -> Result<(), DataFusionError> {
+    /// What an expression that is printed already could hide. It prints text literals without escapes, so that one that
+    /// holds a quote could pass for two: their own lengths tell them apart. And it prints the names of columns as they
+    /// are: one that is called `b > a` could pass for a comparison. (Plain names stay out: positions have been without them.)
+    pub(super) fn printed_bare(&mut self, expr: &Expr) -> Result<(), DataFusionError> {
         expr.apply(|expr| {
-            if let Expr::Literal(value, _) = expr {
-                self.text(&format!("{} {value}", value.data_type()));
+            match expr {
+                Expr::Literal(value, _) => self.text(&format!("{} {value}", value.data_type())),
+                Expr::Column(column) if column.name.contains(|one: char| one != '_' && !one.is_alphanumeric()) => {
+                    self.text(&format!("column {}", column.name));
+                }
+                _ => {}
             }
             Ok(TreeNodeRecursion::Continue)
         })?;

@@ -152,7 +152,7 @@ fn fingerprint(plan: &LogicalPlan, tables: &[(Arc<Table>, Scope)]) -> Result<u64
     digest.text(&plan.display_indent_schema().to_string());
     plan.apply_with_subqueries(|plan| {
         plan.apply_expressions(|expr| {
-            digest.literals(expr)?;
+            digest.printed_bare(expr)?;
             Ok(TreeNodeRecursion::Continue)
         })
     })?;
