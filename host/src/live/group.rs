@@ -40,7 +40,7 @@ impl Group {
         lock(&self.tail).open(seq);
     }
 
-    /// `count` events of one commit. [`feed_outlets`](Group::feed_outlets) comes after it.
+    /// `count` events of one commit. [`feed_many`](Group::feed_many) comes after it.
     pub(super) fn append(&self, seq: Seq, count: usize, events: Bytes) {
         self.events.fetch_add(count as u64, Ordering::Relaxed);
         self.bytes.fetch_add(events.len() as u64, Ordering::Relaxed);
@@ -56,24 +56,35 @@ impl Group {
         self.changed.notify_waiters();
     }
 
-    /// Whether few only wait, and can be fed once for several commits.
-    pub(super) fn has_few_outlets(&self) -> bool {
-        let outlets = lock(&self.outlets);
-        outlets.feeding == Feeds::No && outlets.all.len() <= FEW
+    /// After appending: whether those who only wait are many, and are being fed now. A few can be fed once for several
+    /// commits ([`feed_few`](Group::feed_few)).
+    pub(super) fn feed_many(self: &Arc<Self>) -> bool {
+        let mut outlets = lock(&self.outlets);
+        let many = !outlets.are_few(FEW);
+        if many {
+            self.start_feeding(&mut outlets);
+        }
+        many
     }
 
     /// What was appended goes to those who only wait for it: from here, the worker's thread, if they are no more than
-    /// `most`, which is done sooner than others are woken to do it; else from tasks, because to write to thousands of
-    /// sockets takes as long as hundreds of commits. Returns how many were fed from here.
-    pub(super) fn feed_outlets(self: &Arc<Self>, most: usize) -> usize {
-        // After appending: whoever enters later finds it, and so does a feeding that is due.
+    /// `most`, which is done sooner than others are woken to do it. Returns how many were fed from here.
+    pub(super) fn feed_few(self: &Arc<Self>, most: usize) -> usize {
+        // Whoever enters later finds what was appended.
         let mut outlets = lock(&self.outlets);
-        if outlets.feeding == Feeds::No && outlets.all.len() <= most {
-            let few = outlets.all.clone();
-            drop(outlets);
-            feed(self, &few);
-            return few.len();
+        if !outlets.are_few(most) {
+            self.start_feeding(&mut outlets);
+            return 0;
         }
+        let few = outlets.all.clone();
+        drop(outlets);
+        feed(self, &few);
+        few.len()
+    }
+
+    /// By tasks: to write to thousands of sockets takes as long as hundreds of commits. A feeding that is due finds what
+    /// was appended.
+    fn start_feeding(self: &Arc<Self>, outlets: &mut Outlets) {
         let before = std::mem::replace(&mut outlets.feeding, Feeds::Again);
         if before == Feeds::No {
             match self.registry.runtime.get() {
@@ -81,7 +92,6 @@ impl Group {
                 None => outlets.feeding = Feeds::No,
             }
         }
-        0
     }
 
     /// The outlets that are there now, if there is something to feed them since the last time.

@@ -190,6 +190,11 @@ pub(super) struct Outlets {
 }
 
 impl Outlets {
+    /// No more than `most`, and no task feeds them.
+    pub(super) fn are_few(&self, most: usize) -> bool {
+        self.feeding == Feeds::No && self.all.len() <= most
+    }
+
     fn enter(&mut self, outlet: &AnyOutlet) {
         outlet.index.store(self.all.len(), Ordering::Relaxed);
         self.all.push(Arc::clone(outlet));

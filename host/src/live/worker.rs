@@ -665,9 +665,7 @@ impl Appended {
         out.shrink_to_fit();
         self.bytes += out.len();
         group.append(seq, events.events.len(), Bytes::from(out));
-        if !group.has_few_outlets() {
-            group.feed_outlets(0);
-        } else if self.groups.last().is_none_or(|last| last.id != group.id) {
+        if !group.feed_many() && self.groups.last().is_none_or(|last| last.id != group.id) {
             self.groups.push(Arc::clone(group));
         }
         if self.groups.len() >= FEED_GROUPS || self.bytes >= FEED_BYTES {
@@ -679,7 +677,7 @@ impl Appended {
         self.bytes = 0;
         let mut most = FEW;
         for group in self.groups.drain(..) {
-            most -= group.feed_outlets(most);
+            most -= group.feed_few(most);
         }
     }
 }
