@@ -62,7 +62,7 @@ pub fn arrow_schema(schema: &Schema) -> SchemaRef {
     schema_of_columns(&schema.columns)
 }
 
-fn schema_of_columns(columns: &[ColumnDecl]) -> SchemaRef {
+pub(crate) fn schema_of_columns(columns: &[ColumnDecl]) -> SchemaRef {
     let fields: Vec<Field> =
         columns.iter().map(|column| arrow_field(&column.name, column.ty, column.nullable)).collect();
     Arc::new(ArrowSchema::new(fields))
@@ -261,11 +261,7 @@ pub(crate) struct RowBatchBuilder {
 }
 
 impl RowBatchBuilder {
-    pub(crate) fn new(columns: &[ColumnDecl], capacity: usize) -> RowBatchBuilder {
-        Self::with_schema(schema_of_columns(columns), columns, capacity)
-    }
-
-    /// With the schema said by the caller, so that it is made once for many batches.
+    /// The schema is said by the caller, so that it is made once for many batches.
     pub(crate) fn with_schema(schema: SchemaRef, columns: &[ColumnDecl], capacity: usize) -> RowBatchBuilder {
         let columns = columns.iter().map(|column| (column.id, ColumnBuilder::new(column.ty, capacity))).collect();
         RowBatchBuilder { schema, columns, rows: 0, bytes: 0 }

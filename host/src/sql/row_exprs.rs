@@ -19,7 +19,7 @@ use datafusion::physical_expr::{PhysicalExpr, create_physical_expr};
 use datafusion::sql::sqlparser::ast::{self, SelectItem, TableWithJoins};
 use wire::{ColumnDecl, ImageRef};
 
-use super::arrow::{RowBatchBuilder, arrow_field, batch_of, output_array, output_schema, output_type};
+use super::arrow::{arrow_field, batch_of, output_array, output_schema, output_type, rows_batch, schema_of_columns};
 use super::context::bind_unoptimized;
 use super::dml::select_query;
 use super::error::from_datafusion;
@@ -110,9 +110,7 @@ impl RowExprs {
         let count = rows.first().map_or(0, |images| images.len());
         let mut arrays = Vec::with_capacity(self.schema.fields().len());
         for (columns, images) in self.read.iter().zip(rows) {
-            let mut builder = RowBatchBuilder::new(columns, images.len());
-            images.iter().try_for_each(|image| builder.push(image))?;
-            arrays.extend_from_slice(builder.finish()?.columns());
+            arrays.extend_from_slice(rows_batch(schema_of_columns(columns), columns, images)?.columns());
         }
         let batch = batch_of(&self.schema, arrays, count)?;
         let value = |expr: &Arc<dyn PhysicalExpr>| expr.evaluate(&batch)?.into_array(count);
