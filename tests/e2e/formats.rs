@@ -1,9 +1,13 @@
 //! Results as CSV, NDJSON and Arrow streams, and the same three into tables: every type, and back exactly.
 
+use std::sync::Arc;
+
+use futures::StreamExt;
 use reqwest::{Method, RequestBuilder, header};
 use serde_json::{Value, json};
 use tests::client::expect_problem;
 use tests::{Client, PATIENCE, TestServer};
+use tokio::sync::Barrier;
 
 const CSV: &str = "text/csv";
 const NDJSON: &str = "application/x-ndjson";
@@ -300,6 +304,33 @@ async fn an_update_in_bulk_does_not_depend_on_its_commits() {
     assert!(answer["commits"].as_u64().unwrap() > 1, "{answer}");
     let last = format!("SELECT count(*), count(*) FILTER (WHERE n = id + {}) FROM t", 8 * IDS);
     assert_eq!(db.rows(&last).await, json!([[IDS, IDS]]));
+}
+
+/// Each took as much of the memory for bodies as the largest one: of 17 clients that sent a few rows at once one got 503.
+#[tokio::test]
+async fn many_small_bodies_have_room_at_once() {
+    const WRITERS: usize = 64;
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    let all_have_begun = Arc::new(Barrier::new(WRITERS));
+    let insert = async |writer: usize| {
+        let (begin, end) = (format!("{{\"id\": {}}}\n", 2 * writer), format!("{{\"id\": {}}}\n", 2 * writer + 1));
+        let length = begin.len() + end.len();
+        let all_have_begun = all_have_begun.clone();
+        let end = async move {
+            all_have_begun.wait().await;
+            Ok::<_, std::io::Error>(end)
+        };
+        let body = futures::stream::iter([Ok(begin)]).chain(futures::stream::once(end));
+        let request = rows(&db, "t", NDJSON, reqwest::Body::wrap_stream(body)).header(header::CONTENT_LENGTH, length);
+        let response = request.send().await.unwrap();
+        (response.status(), response.text().await.unwrap())
+    };
+    for (status, text) in futures::future::join_all((0..WRITERS).map(insert)).await {
+        assert_eq!(status, 200, "{text}");
+    }
+    assert_eq!(db.rows("SELECT count(*) FROM t").await, json!([[2 * WRITERS]]));
 }
 
 /// The prompt of a shell stuck to what curl printed.

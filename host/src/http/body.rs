@@ -46,8 +46,7 @@ impl Budget {
 /// Reads the whole body of at most `limit` bytes.
 pub async fn receive(headers: &HeaderMap, body: Body, limit: usize, budget: &Budget) -> Result<Received, Problem> {
     let mut incoming = Incoming::new(headers, body, budget)?;
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|bytes| bytes > limit as u64) {
+    if announced(headers).is_some_and(|bytes| bytes > limit as u64) {
         return Err(too_large(limit));
     }
     let mut received: Vec<u8> = Vec::new();
@@ -59,6 +58,11 @@ pub async fn receive(headers: &HeaderMap, body: Body, limit: usize, budget: &Bud
         received.extend_from_slice(&data);
     }
     Ok(Received { bytes: received.into(), _share: incoming.share })
+}
+
+/// The bytes that the body will have, where the client says so; no more of them are read.
+pub fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 /// A body read piece by piece, as slow as [`SLOWEST`] at the most, with what is held of it taken from the budget.

@@ -19,7 +19,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
 use super::auth::Caller;
-use super::body::Incoming;
+use super::body::{self, Incoming};
 use super::error::Problem;
 use super::json::Json;
 use super::request;
@@ -29,6 +29,10 @@ use crate::sql::{OutputColumn, RowConflict};
 
 /// What a bulk insert may hold besides the piece it reads: rows that wait for their commit, their images, the frame.
 const SHARE: usize = 8 << 20;
+/// The most that a byte of text becomes on its way into the table: a line of one digit is a row, its image, its key.
+const GROWTH: u64 = 128;
+
+const ARROW: &str = "application/vnd.apache.arrow.stream";
 
 /// What to do about rows that are there already.
 const RESOLVE: &str = "with ?on_conflict=nothing in the URL rows that are there already are passed over, with \
@@ -68,9 +72,9 @@ pub async fn post(
     let decoder: fn(Arc<[OutputColumn]>, usize) -> Box<dyn Decoder> = match format.as_str() {
         "application/x-ndjson" => |columns, most| Box::new(ndjson::Lines::new(columns, most)),
         "text/csv" => |columns, most| Box::new(csv::Records::new(columns, most)),
-        "application/vnd.apache.arrow.stream" => |_, _| Box::new(arrow::Messages::default()),
+        ARROW => |_, _| Box::new(arrow::Messages::default()),
         other => {
-            return Err(wrong_type(other, "application/x-ndjson, text/csv or application/vnd.apache.arrow.stream"));
+            return Err(wrong_type(other, &format!("application/x-ndjson, text/csv or {ARROW}")));
         }
     };
     let said = [namespace.as_str(), &table, &format, conflict.as_str()];
@@ -78,8 +82,12 @@ pub async fn post(
     let mut insert = app.db.bulk_insert(&who, &namespace, &table, BulkOptions { conflict, idempotency })?;
     let decoder = decoder(insert.columns().into(), app.options.body_bytes);
     let mut body = Incoming::new(&headers, body, &app.budget)?;
-    body.hold(SHARE)?;
-    match run(&mut insert, decoder, &mut body).await {
+    // Many small bodies at once take what they need. (A byte of an Arrow message can be any number of rows.)
+    let share = match body::announced(&headers) {
+        Some(bytes) if format != ARROW => usize::try_from(bytes.saturating_mul(GROWTH)).unwrap_or(SHARE).min(SHARE),
+        _ => SHARE,
+    };
+    match run(&mut insert, decoder, &mut body, share).await {
         Ok(report) => {
             let elapsed_ms = started.elapsed().as_micros() as f64 / 1000.0;
             let BulkReport { rows, affected, commits, .. } = report;
@@ -119,7 +127,9 @@ async fn run(
     insert: &mut BulkInsert,
     mut decoder: Box<dyn Decoder>,
     body: &mut Incoming<'_>,
+    share: usize,
 ) -> Result<BulkReport, Refused> {
+    body.hold(share)?;
     loop {
         let bytes = body.next().await?;
         let last = bytes.is_none();
@@ -149,7 +159,7 @@ async fn run(
             let detail = format!("a row (or an Arrow message) has more than {} bytes", decoder.most_held());
             return Err(Problem::new(413, "row_too_large", detail).into());
         }
-        body.hold(SHARE + decoder.held())?;
+        body.hold(share + decoder.held())?;
     }
 }
 
