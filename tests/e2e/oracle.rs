@@ -190,17 +190,22 @@ async fn disturb(random: &mut StdRng, other: &Client, table: &Table) {
 fn controls(history: &[Item], rules: Rules) {
     replay(history, rules).expect("the history itself is right");
     let refused = |history: &[Item], what: &str| {
-        assert!(replay(history, rules).is_err(), "{what} was not noticed");
+        assert!(replay(history, rules).is_err(), "{what} was not noticed in {history:#?}");
     };
-    // A fresh start makes good what was wrong before it.
-    let fresh = history.iter().rposition(|item| matches!(item, Item::Event(event) if event.name == "resync"));
+    // A fresh start makes good what was wrong before it. (One that broke off before it said `resync` shows as another
+    // subscription without a position.)
+    let is_fresh = |item: &Item| match item {
+        Item::Subscribed => true,
+        Item::Event(event) => event.name == "resync",
+        _ => false,
+    };
+    let from = history.iter().rposition(is_fresh).unwrap_or_default();
     let last_of_commit =
         |item: &Item| matches!(item, Item::Event(event) if event.id.is_some() && event.name != "uptodate");
     let moved_out = |item: &Item| matches!(item, Item::Event(event) if event.data["reason"] == "moved_out");
     let first = |from: usize, wanted: &dyn Fn(&Item) -> bool| {
         history.iter().enumerate().skip(from).find(|(_, item)| wanted(item)).map(|(at, _)| at)
     };
-    let from = fresh.unwrap_or_default();
     if let Some(at) = first(from, &|item| last_of_commit(item) && moved_out(item)) {
         let mut dropped = history.to_vec();
         dropped.remove(at);
@@ -212,7 +217,7 @@ fn controls(history: &[Item], rules: Rules) {
         refused(&doubled, "a doubled event");
 
         // Every event before its commit.
-        if fresh.is_none() {
+        if !history[..from].iter().any(|item| matches!(item, Item::Event(_))) {
             let (commits, others): (Vec<Item>, Vec<Item>) =
                 history.iter().cloned().partition(|item| matches!(item, Item::Committed(..)));
             refused(&[others, commits].concat(), "events before their commits");
