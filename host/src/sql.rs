@@ -50,6 +50,7 @@ use crate::config::Role;
 pub use crate::config::SqlOptions;
 use crate::store::snapshot::Snapshot;
 use crate::store::{CatalogWrite, RowWrite, StoreError};
+pub use pool::Held;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SqlError {
@@ -198,20 +199,16 @@ pub struct ChangeSet {
     pub affected: u64,
     /// What RETURNING asked for.
     pub returned: Option<Returned>,
+    /// The memory of the writes: to be kept as long as they are.
+    pub held: Option<Held>,
 }
 
-/// The rows of RETURNING, as those of a [`RowStream`].
+/// The rows of RETURNING; [`session::Sql::returned`] makes a [`RowStream`] of them.
 #[derive(Debug)]
 pub struct Returned {
-    pub columns: Vec<OutputColumn>,
-    pub batches: Vec<RecordBatch>,
-}
-
-impl From<Returned> for RowStream {
-    fn from(returned: Returned) -> RowStream {
-        let batches = futures::stream::iter(returned.batches.into_iter().map(Ok));
-        RowStream { columns: returned.columns, batches: Box::pin(batches) }
-    }
+    columns: Vec<OutputColumn>,
+    batches: Vec<RecordBatch>,
+    held: Held,
 }
 
 /// What becomes of a row of a bulk insert that is there already.

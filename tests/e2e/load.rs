@@ -60,6 +60,46 @@ async fn heavy_queries_take_turns_and_end_with_their_clients() {
     assert_eq!(db.rows("SELECT max(id) FROM t").await, json!([[1_999]]));
 }
 
+/// All of a request's queries were started before the first result was read, and each kept its permit until its own was:
+/// the last one waited for those before it, until its deadline.
+#[tokio::test]
+async fn a_request_does_not_wait_for_itself() {
+    let server = server("heavy_queries = 1\ndeadline_ms = 5000").await;
+    let db = server.admin();
+    // More than one batch each.
+    let sorted = "SELECT l.id FROM t l JOIN t r ON l.name = r.name ORDER BY l.id DESC LIMIT 20000";
+    let sql = format!("{sorted}; SELECT count(*) FROM t; {sorted}; SELECT name FROM t WHERE id = 8; {sorted}");
+    let answer = db.try_sql(&sql, json!([])).await.expect("one after the other");
+    let counts = answer["results"].as_array().unwrap().iter().map(|result| result["row_count"].as_u64().unwrap());
+    assert_eq!(counts.collect::<Vec<_>>(), [20_000, 1, 20_000, 1, 20_000]);
+    until(&db, "tidegate_heavy_queries", 0.0..=0.0).await;
+}
+
+/// What a statement was about to write stopped counting when the next one began, and what it returned, when the commit was
+/// made: a request could take any amount of memory, and so could clients that do not read.
+#[tokio::test]
+async fn changes_and_what_they_return_count_for_as_long_as_they_are_held() {
+    let server = server("memory_bytes = \"16 MiB\"\ndeadline_ms = 30000").await;
+    let db = server.admin();
+    db.sql("CREATE TABLE u (id INT PRIMARY KEY, pad TEXT)").await;
+    let insert = |from: u32| format!("INSERT INTO u SELECT id + {from}, lpad('x', 1000, 'x') FROM t");
+    db.sql(&insert(0)).await;
+    let many: Vec<String> = (1..8).map(|statement| insert(statement * 10_000)).collect();
+    db.expect_error(&many.join("; "), 400, "limit").await;
+    until(&db, "tidegate_sql_memory_bytes", 0.0..=0.0).await;
+    assert_eq!(db.rows("SELECT count(*) FROM u").await, json!([[2_000]]));
+
+    // Larger than what the sockets take.
+    let sql = "UPDATE u SET pad = lpad('y', 3000, 'y') WHERE id < 1500 RETURNING *";
+    let request = db.request(reqwest::Method::POST, "/v1/sql").json(&json!({"sql": sql}));
+    let unread = request.send().await.unwrap();
+    assert_eq!(unread.status(), 200);
+    until(&db, "tidegate_sql_memory_bytes", 1_000_000.0..=f64::MAX).await;
+    drop(unread);
+    until(&db, "tidegate_sql_memory_bytes", 0.0..=0.0).await;
+    assert_eq!(db.rows("SELECT count(*) FROM u WHERE length(pad) = 3000").await, json!([[1_500]]));
+}
+
 #[tokio::test]
 async fn clients_that_go_leave_nothing_behind() {
     let server = server("deadline_ms = 30000\nheavy_queue = 1000").await;

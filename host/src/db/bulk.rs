@@ -300,12 +300,12 @@ pub(super) async fn plan(db: &Db, who: &Identity, piece: &Piece<'_>, env: Reques
         let mut before = 0;
         // Batches of other columns are another statement: it sees the rows of those before it.
         for group in batches.chunk_by(|a, b| a.schema_ref().fields() == b.schema_ref().fields()) {
-            let changes = sql.insert_rows(merge.env(), &table, conflict, group);
+            let changes = sql.insert_rows(merge.env()?, &table, conflict, group);
             let changes = changes.map_err(|failure: RowFailure| Failed {
                 error: failure.error.into(),
                 row: failure.row.map(|row| before + row),
             })?;
-            merge.add(changes);
+            merge.add(changes, None);
             before += group.iter().map(RecordBatch::num_rows).sum::<usize>();
         }
         Ok(merge.finish())

@@ -9,7 +9,9 @@ use super::audit::Event;
 use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, bulk, index};
 use crate::catalog::{Catalog, NamespaceId, Table, TableId, TableKind};
 use crate::config::Role;
-use crate::sql::{ChangeSet, Overlay, Param, Refusal, RequestEnv, RowStream, SqlError, Statement, StatementKind, ddl};
+use crate::sql::{
+    ChangeSet, Held, Overlay, Param, Refusal, RequestEnv, RowStream, SqlError, Statement, StatementKind, ddl,
+};
 use crate::store::snapshot::Snapshot;
 use crate::store::{CommitError, Receipt, RowWrite, Seq, Transaction};
 
@@ -109,7 +111,7 @@ pub(super) async fn transaction(
         let env = db.env(who, snapshot, namespace.map(str::to_owned), params.to_vec())?;
         let default = env.catalog.namespace(&env.namespace).map(|namespace| namespace.id);
 
-        let (planned, receipt) = match work {
+        let (mut planned, receipt) = match work {
             Work::Statements(statements, request) => {
                 let planned = plan(db, who, statements, env).await?;
                 let receipt = receipt(who, request, &planned.affected(request)?)?;
@@ -121,11 +123,13 @@ pub(super) async fn transaction(
                 (planned, receipt)
             }
         };
-        if planned.rows.is_empty() && receipt.is_none() {
+        if planned.is_empty() && receipt.is_none() {
             return Ok(Outcome::Committed(planned, base));
         }
         let namespace = planned.namespace(default)?;
-        let transaction = Transaction { namespace, base, rows: planned.rows.to_vec(), catalog: Vec::new(), receipt };
+        // Lost to another commit, all of it is planned again: nothing needs these rows twice.
+        let rows = std::mem::take(&mut planned.rows);
+        let transaction = Transaction { namespace, base, rows, catalog: Vec::new(), receipt };
         // Validated, written, synced, visible, published to live queries, and only then acknowledged.
         match db.inner.store.commit(transaction).await {
             Ok(seq) => return Ok(Outcome::Committed(planned, seq)),
@@ -223,14 +227,18 @@ fn receipt(who: &Identity, request: &SqlRequest, affected: &[u64]) -> Result<Opt
 #[derive(Default)]
 pub(super) struct Planned {
     rows: Vec<RowWrite>,
+    /// Whether there are any, or were before they went to the store.
+    writes: bool,
     /// Of each statement.
     results: Vec<StatementResult>,
+    /// The memory of the rows: until their commit is answered, other statements have to do without it.
+    held: Vec<Held>,
 }
 
 impl Planned {
     /// Whether there is nothing to write.
     pub(super) fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        !self.writes
     }
 
     fn answer(self, seq: Seq) -> SqlAnswer {
@@ -270,10 +278,11 @@ async fn plan(db: &Db, who: &Identity, statements: &[Statement], env: RequestEnv
     let mut merge = Merge::new(env);
     for statement in statements {
         // Before anything is read: whether rows match must make no difference to who may not write them.
-        let written = db.inner.sql.written_table(statement, merge.env())?;
-        may_write(who, &written)?;
-        let changes = db.inner.sql.change_set(statement, merge.env().clone()).await?;
-        merge.add(changes);
+        let env = merge.env()?.clone();
+        may_write(who, &*db.inner.sql.written_table(statement, &env)?)?;
+        let mut changes = db.inner.sql.change_set(statement, env).await?;
+        let returned = changes.returned.take().map(|returned| db.inner.sql.returned(returned));
+        merge.add(changes, returned);
     }
     Ok(merge.finish())
 }
@@ -282,33 +291,49 @@ async fn plan(db: &Db, who: &Identity, statements: &[Statement], env: RequestEnv
 pub(super) struct Merge {
     env: RequestEnv,
     planned: Planned,
-    /// Where in `planned` a key is.
+    /// Where in `planned` a key is, of those that the next statement sees.
     places: HashMap<(TableId, Scope, Vec<u8>), usize>,
+    /// Where in `planned` is what it does not see yet: the last statement's is not looked at by anybody.
+    unseen: Vec<usize>,
 }
 
 impl Merge {
     pub(super) fn new(env: RequestEnv) -> Merge {
-        Merge { env, planned: Planned::default(), places: HashMap::new() }
+        Merge { env, planned: Planned::default(), places: HashMap::new(), unseen: Vec::new() }
     }
 
     /// What the next statement sees.
-    pub(super) fn env(&self) -> &RequestEnv {
-        &self.env
+    pub(super) fn env(&mut self) -> Result<&RequestEnv, DbError> {
+        let overlay = Arc::make_mut(&mut self.env.overlay);
+        for at in self.unseen.drain(..) {
+            let write = &self.planned.rows[at];
+            if let Some(held) = self.planned.held.last() {
+                let image = write.new.as_ref().map_or(0, Vec::len);
+                held.grow(2 * (write.key.len() + size_of::<Scope>()) + image)?;
+            }
+            overlay.put(write);
+            self.places.insert((write.table.id, write.scope.clone(), write.key.clone()), at);
+        }
+        Ok(&self.env)
     }
 
     /// What the next statement does; it has been looked at whether it may.
-    pub(super) fn add(&mut self, changes: ChangeSet) {
-        let returned = changes.returned.map(RowStream::from);
+    pub(super) fn add(&mut self, changes: ChangeSet, returned: Option<RowStream>) {
         self.planned.results.push(StatementResult::Affected { affected: changes.affected, returned });
-        let overlay = Arc::make_mut(&mut self.env.overlay);
+        self.planned.held.extend(changes.held);
         for write in changes.writes {
-            overlay.put(&write);
-            let key = (write.table.id, write.scope.clone(), write.key.clone());
-            match self.places.get(&key) {
+            let place = match self.places.is_empty() {
+                true => None,
+                false => self.places.get(&(write.table.id, write.scope.clone(), write.key.clone())),
+            };
+            match place {
                 // The first statement saw the row as it is stored; the last one says what it shall be.
-                Some(&at) => self.planned.rows[at].new = write.new,
+                Some(&at) => {
+                    self.planned.rows[at].new = write.new;
+                    self.unseen.push(at);
+                }
                 None => {
-                    self.places.insert(key, self.planned.rows.len());
+                    self.unseen.push(self.planned.rows.len());
                     self.planned.rows.push(write);
                 }
             }
@@ -317,6 +342,7 @@ impl Merge {
 
     pub(super) fn finish(mut self) -> Planned {
         self.planned.rows.retain(|row| row.old != row.new);
+        self.planned.writes = !self.planned.rows.is_empty();
         self.planned
     }
 }

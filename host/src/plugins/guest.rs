@@ -4,14 +4,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::time::{ClockId, clock_gettime};
 use wasmtime::{Caller, Extern, Linker, Memory, ResourceLimiter, Store, UpdateDeadline};
 use wire::abi::import;
 
 use super::engine::TickerState;
 use super::logs::Speaker;
 use super::{PluginOptions, window};
-use crate::telemetry::one_line;
+use crate::telemetry::{one_line, thread_cpu};
 
 /// Wall time that a call may take, as a multiple of its CPU time: a busy machine is not the guest's fault, a guest
 /// that sleeps in a page fault for ever is nobody else's problem.
@@ -156,12 +155,6 @@ impl Guest {
             self.log(1, &format!("metric `{name}` is not counted: a call has at most {METRICS_PER_CALL}"));
         }
     }
-}
-
-/// CPU time of the calling thread so far. A system call: too dear for every call of a guest.
-pub fn thread_cpu() -> Duration {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
 
 /// Called at every tick while the guest runs: wall ticks only ask the thread's CPU clock. The first one starts it, so a

@@ -12,6 +12,7 @@ mod upsert;
 use std::sync::Arc;
 
 use ::arrow::datatypes::{FieldRef, Schema};
+use datafusion::logical_expr::{LogicalPlan, Projection};
 use datafusion::sql::sqlparser::ast::{
     self, Assignment, AssignmentTarget, Delete, Expr, FromTable, Ident, Insert, ObjectName, Query, Select, SelectItem,
     SetExpr, TableFactor, TableObject, TableWithJoins, Update,
@@ -66,6 +67,20 @@ impl Target {
             return Ok(());
         }
         Err(SqlError::invalid("column_count", format!("{found} values for {} columns", self.width())))
+    }
+
+    /// Of UPDATE: that each row is in the plan once. (An `unnest` in what WHERE asks for is below the rows.)
+    pub(crate) fn check_rows(&self, mut plan: &LogicalPlan) -> Result<(), SqlError> {
+        if matches!(self.action, Action::Insert(..)) {
+            return Ok(());
+        }
+        while let LogicalPlan::Projection(Projection { input, .. }) = plan {
+            plan = input;
+        }
+        match plan {
+            LogicalPlan::Unnest(_) => Err(SqlError::unsupported("unnest in SET", Some("it makes several rows of one"))),
+            _ => Ok(()),
+        }
     }
 }
 

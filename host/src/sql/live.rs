@@ -4,6 +4,7 @@
 //! Only the columns that the predicate (or the SELECT list) names are ever decoded.
 
 mod anchors;
+mod bounded;
 mod command;
 mod digest;
 mod key;
@@ -43,6 +44,7 @@ use super::statement::parse;
 use super::{OutputColumn, RequestEnv, SqlError};
 use crate::catalog::{Anchors, Table, TableKind};
 use crate::store::keys::KeyRange;
+use bounded::{evaluated, limited};
 use digest::Digest;
 use requery::RequeryPlan;
 use shape::{Bound, constant_name};
@@ -92,6 +94,8 @@ struct Compiled {
     /// Of those and the constants.
     schema: SchemaRef,
     exprs: Vec<Arc<dyn PhysicalExpr>>,
+    /// Whether some of them may take long.
+    limited: bool,
     /// The expressions, where each is a column as it stands: those need not be evaluated.
     plain: Option<Vec<ColumnDecl>>,
 }
@@ -134,8 +138,10 @@ impl LivePlan {
             return rows_batch(self.output.clone(), plain, rows);
         }
         let arrays = self.projection.evaluate(rows)?;
-        let arrays = arrays.iter().zip(&self.columns).map(|(array, column)| output_array(array, column.ty));
-        batch_of(&self.output, arrays.collect::<Result<_, SqlError>>()?, rows.len())
+        evaluated(false, rows.len(), || {
+            let arrays = arrays.iter().zip(&self.columns).map(|(array, column)| output_array(array, column.ty));
+            batch_of(&self.output, arrays.collect::<Result<_, SqlError>>()?, rows.len())
+        })
     }
 
     /// The key columns of rows, named as in the table.
@@ -165,8 +171,9 @@ impl Compiled {
         let physical = |expr: &Expr| {
             create_physical_expr(expr, &names, &ExecutionProps::new(), &PhysicalPlanningContext::default())
         };
-        let exprs = exprs.iter().map(physical).collect::<Result<_, _>>()?;
-        Ok(Compiled { columns: table.columns, stored, schema, exprs, plain })
+        let exprs = exprs.iter().map(|expr| limited(physical(expr)?)).collect::<Result<Vec<_>, _>>()?;
+        let (exprs, long): (Vec<_>, Vec<bool>) = exprs.into_iter().unzip();
+        Ok(Compiled { columns: table.columns, stored, schema, exprs, limited: long.contains(&true), plain })
     }
 
     /// `constants`: as many values of each as there are rows.
@@ -177,7 +184,9 @@ impl Compiled {
             batch = batch_of(&self.schema, arrays, rows.len())?;
         }
         let value = |expr: &Arc<dyn PhysicalExpr>| expr.evaluate(&batch)?.into_array(rows.len());
-        self.exprs.iter().map(value).collect::<Result<_, DataFusionError>>().map_err(failed)
+        evaluated(self.limited, rows.len(), || {
+            self.exprs.iter().map(value).collect::<Result<_, DataFusionError>>().map_err(failed)
+        })
     }
 }
 

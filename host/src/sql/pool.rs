@@ -4,17 +4,41 @@
 //! what statements write: or one query that takes all it can get would make other people's writes fail.
 
 use std::fmt;
+use std::sync::Arc;
 
 use datafusion::common::{DataFusionError, Result};
 use datafusion::execution::memory_pool::{
     FairSpillPool, MemoryConsumer, MemoryLimit, MemoryPool, MemoryReservation, human_readable_size,
 };
 
+use super::SqlError;
+use super::error::from_datafusion;
+
 /// The consumer that changes wait in until they are committed.
-pub(crate) const CHANGE_SET: &str = "change set";
+const CHANGE_SET: &str = "change set";
 
 /// Of the whole, for change sets alone.
 const KEPT: usize = 8;
+
+/// Memory of changes, given back when this is dropped.
+#[derive(Debug)]
+pub struct Held(MemoryReservation);
+
+impl Held {
+    pub(crate) fn none_yet(pool: &Arc<dyn MemoryPool>) -> Held {
+        Held(MemoryConsumer::new(CHANGE_SET).register(pool))
+    }
+
+    /// Takes more, or says that there is no more.
+    pub fn grow(&self, bytes: usize) -> std::result::Result<(), SqlError> {
+        self.0.try_grow(bytes).map_err(|error| from_datafusion(error, ""))
+    }
+
+    /// As much again as nothing, in the same place.
+    pub(crate) fn another(&self) -> Held {
+        Held(self.0.new_empty())
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct StatementPool {
@@ -77,8 +101,6 @@ impl fmt::Display for StatementPool {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
 
     #[test]

@@ -24,7 +24,7 @@ use datafusion::physical_optimizer::optimizer::PhysicalOptimizer;
 use datafusion::physical_plan::{ExecutionPlan, execute_stream};
 use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::sqlparser::ast;
-use futures::{FutureExt, StreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::context::{Names, bind, symbolic};
@@ -41,8 +41,8 @@ use super::runner::{Batches, Runner};
 use super::system::{SystemTable, SystemTables};
 use super::yielding::YieldingJoins;
 use super::{
-    ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, RowConflict, RowFailure, RowStream, SqlError, SqlOptions,
-    Statement,
+    ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, Returned, RowConflict, RowFailure, RowStream, SqlError,
+    SqlOptions, Statement,
 };
 use super::{arrow, ddl, dml, functions, gate, information, json, live, lookup, show, statement, values};
 use crate::catalog::Table;
@@ -120,8 +120,41 @@ impl Sql {
         }
         let started = Instant::now();
         let template = self.template(started, statement, &env, Engine::query_template).await?;
+        self.start(started, template, &statement.text, env).await
+    }
+
+    /// The same behind other queries, whose results are read first: what needs a permit is only planned, and starts when
+    /// it is read. It could wait for a permit that these others hold until they have been.
+    pub async fn query_behind(self: &Arc<Self>, statement: &Statement, env: RequestEnv) -> Result<RowStream, SqlError> {
+        if let Some(lookup) = lookup::find(&statement.ast, &env) {
+            return lookup.run(&env);
+        }
+        let asked = Instant::now();
+        let template = self.template(asked, statement, &env, Engine::query_template).await?;
+        if !template.heavy {
+            return self.start(asked, template, &statement.text, env).await;
+        }
+        let columns = arrow::output_columns(template.plan.schema().as_arrow());
+        let (sql, text) = (self.clone(), statement.text.clone());
+        let start = async move {
+            let begun = Instant::now();
+            if begun - asked > LONGEST_WAIT {
+                return Err(SqlError::Deadline(sql.engine.options.deadline));
+            }
+            Ok(sql.start(begun, template, &text, env).await?.batches)
+        };
+        Ok(RowStream { columns, batches: Box::pin(futures::stream::once(start).try_flatten()) })
+    }
+
+    async fn start(
+        &self,
+        started: Instant,
+        template: Arc<Template>,
+        text: &Arc<str>,
+        env: RequestEnv,
+    ) -> Result<RowStream, SqlError> {
         let permit = self.admit(&template, started).await?;
-        let plan = self.physical(started, &template, statement, &env).await?;
+        let plan = self.physical(started, &template, text, &env).await?;
         let columns = arrow::output_columns(&plan.schema());
         let longest = match (template.unhurried, permit.is_some()) {
             (true, _) => Duration::MAX,
@@ -129,8 +162,19 @@ impl Sql {
             (false, false) => LONGEST_WAIT,
         };
         let clock = self.clock(started, longest);
-        let batches = self.run(plan, env, &statement.text, permit, template.brief, &clock)?;
+        let batches = self.run(plan, env, text, permit, template.brief, &clock)?;
         Ok(self.engine.row_stream(columns, batches, clock))
+    }
+
+    /// The rows of RETURNING, read within the time of a heavy query's: they hold memory that others wait for.
+    pub fn returned(&self, returned: Returned) -> RowStream {
+        let Returned { columns, batches, held } = returned;
+        let batches = batches.into_iter().map(move |batch| {
+            let _until_all_are_read = &held;
+            Ok(batch)
+        });
+        let clock = self.clock(Instant::now(), LONGEST_HELD);
+        self.engine.row_stream(columns, futures::stream::iter(batches).boxed(), clock)
     }
 
     /// The table that a statement writes.
@@ -181,7 +225,7 @@ impl Sql {
             return changes.finish();
         }
         let permit = self.admit(&template, started).await?;
-        let plan = self.physical(started, &template, statement, &env).await?;
+        let plan = self.physical(started, &template, &statement.text, &env).await?;
         let mut changes = changes(target)?;
         let clock = self.clock(started, LONGEST_HELD);
         let mut batches = self.run(plan, env.clone(), &statement.text, permit, template.brief, &clock)?;
@@ -306,15 +350,14 @@ impl Sql {
         &self,
         started: Instant,
         template: &Arc<Template>,
-        statement: &Statement,
+        text: &Arc<str>,
         env: &RequestEnv,
     ) -> Result<Arc<dyn ExecutionPlan>, SqlError> {
         if template.quick {
             // Here and now: handing it to another thread would take longer than it.
-            return self.engine.physical(template, env, &statement.text).await;
+            return self.engine.physical(template, env, text).await;
         }
-        let (engine, template, env, text) =
-            (self.engine.clone(), template.clone(), env.clone(), statement.text.clone());
+        let (engine, template, env, text) = (self.engine.clone(), template.clone(), env.clone(), text.clone());
         self.planned(started, move || futures::executor::block_on(engine.physical(&template, &env, &text))).await
     }
 
@@ -429,6 +472,7 @@ impl Engine {
     ) -> Result<Template, SqlError> {
         let template = self.templated(Some(target.clone()), query, statement, env)?;
         target.check_width(template.plan.schema().fields().len())?;
+        target.check_rows(&template.plan)?;
         Ok(template)
     }
 
@@ -673,7 +717,7 @@ async fn next(stream: &mut SendableRecordBatchStream, text: &str) -> Option<Resu
     }
 }
 
-fn panicked(cause: &Box<dyn Any + Send>) -> SqlError {
+pub(crate) fn panicked(cause: &Box<dyn Any + Send>) -> SqlError {
     let text = cause.downcast_ref::<&str>().map(|text| (*text).to_owned());
     let text = text.or_else(|| cause.downcast_ref::<String>().cloned());
     match text.as_deref() {

@@ -79,7 +79,7 @@ impl Bench {
                         .await
                         .unwrap();
                     match changes.returned {
-                        Some(returned) => format!("affected {affected}: {}", show(returned.into()).await?),
+                        Some(returned) => format!("affected {affected}: {}", show(self.sql.returned(returned)).await?),
                         None => format!("affected {affected}"),
                     }
                 }
@@ -118,7 +118,7 @@ impl Bench {
                 let writes = changes.writes.iter().map(|write| (&write.scope, &write.key, &write.old, &write.new));
                 let writes = format!("{} {:?}", changes.affected, writes.collect::<Vec<_>>());
                 match changes.returned {
-                    Some(returned) => writes + &show(returned.into()).await.unwrap(),
+                    Some(returned) => writes + &show(self.sql.returned(returned)).await.unwrap(),
                     None => writes,
                 }
             }
@@ -882,6 +882,90 @@ async fn a_column_that_is_called_like_an_expression_is_not_taken_for_it() {
         assert_eq!(shown(plan.keys(&rows).unwrap()), "false");
     }
     assert_ne!(more.fingerprint, column.fingerprint);
+}
+
+/// DataFusion's functions panic now and then; this one does where its stride leaves the range of its index. On a thread
+/// that many live queries share that ended all of them, and every one that came later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_function_that_panics_is_an_error_of_its_live_query() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    bench.run(SOME).await;
+    let images = images(&bench, "flights");
+    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let env = bench.env("alice", &[]);
+    let panics = "array_length(array_slice(make_array(id, id, id), 2, 3, 2147483647))";
+    let plan = bench.incremental(&format!("SELECT id FROM flights WHERE {panics} = 1"), &env);
+    let told = |error: SqlError| error.to_string();
+    assert!(told(plan.matches(&rows).unwrap_err()).contains("panicked"));
+    assert!(told(live::LivePlan::matches_each(&[(&plan, &rows)]).unwrap_err()).contains("panicked"));
+    let plan = bench.incremental(&format!("SELECT id, {panics} AS x FROM flights"), &env);
+    assert!(told(plan.project(&rows).unwrap_err()).contains("panicked"));
+}
+
+/// A hundred calls, each as long as one may take: a minute of a thread that others wait for, for each row.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_functions_of_a_live_query_have_to_end() {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    bench.run(SOME).await;
+    let images = images(&bench, "flights");
+    let rows: Vec<ImageRef<'_>> = images[..1].iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let long = Param::Text("x".repeat(15_000));
+    let env = bench.env("alice", &[long.clone(), long]);
+    let calls: Vec<String> = (0..100).map(|n| format!("levenshtein(carrier || $1 || '{n}', $2) > 0")).collect();
+    let plan = bench.incremental(&format!("SELECT id FROM flights WHERE {}", calls.join(" AND ")), &env);
+    let before = crate::telemetry::thread_cpu();
+    let error = plan.matches(&rows).unwrap_err().to_string();
+    let took = crate::telemetry::thread_cpu() - before;
+    assert!(error.contains("took longer than 1s of CPU time"), "{error}");
+    // The limit, and the call that was under way.
+    assert!(took < Duration::from_secs(6), "{took:?}");
+}
+
+/// It made two rows of one, without a word.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_makes_one_row_of_one() {
+    let bench = bench();
+    bench.run("CREATE TABLE t (id BIGINT PRIMARY KEY, v BIGINT); INSERT INTO t VALUES (1, 7)").await;
+    for set in ["id = unnest(make_array(5, 6))", "v = 1 + unnest(make_array(1, 2))", "v = unnest(make_array(1))"] {
+        let answer = bench.run(&format!("UPDATE t SET {set} WHERE id = 1")).await;
+        assert!(answer.contains("unnest in SET is not supported"), "{set}: {answer}");
+    }
+    let chosen = "UPDATE t SET v = 8 WHERE id IN (SELECT unnest(make_array(1, 2)))";
+    assert_eq!(bench.run(chosen).await, "affected 1");
+    assert_eq!(bench.run("SELECT * FROM t").await, bench.run("SELECT 1 AS id, 8 AS v").await);
+}
+
+/// 0.0 = -0.0: they were two rows with one primary key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_has_one_zero() {
+    let bench = bench();
+    bench.run("CREATE TABLE t (d DOUBLE PRIMARY KEY, v INT); INSERT INTO t VALUES (-0.0, 1)").await;
+    assert!(bench.run("INSERT INTO t VALUES (0.0, 2)").await.contains("has a row with the key"));
+    assert_eq!(
+        bench.run("INSERT INTO t VALUES (0.0, 3) ON CONFLICT (d) DO UPDATE SET v = excluded.v").await,
+        "affected 1"
+    );
+    let only = bench.run("SELECT CAST(0.0 AS DOUBLE) AS d, 3 AS v").await;
+    for filter in ["", "WHERE d = 0.0", "WHERE d = -0.0", "WHERE d >= 0.0", "WHERE d <= -0.0"] {
+        assert_eq!(bench.run(&format!("SELECT * FROM t {filter}")).await, only, "{filter}");
+    }
+    assert_eq!(bench.run("UPDATE t SET d = -0.0").await, "affected 1");
+    assert_eq!(bench.run("SELECT * FROM t").await, only);
+    assert_eq!(bench.run("UPDATE t SET d = 1.5; UPDATE t SET d = -0.0; SELECT * FROM t").await, only);
+}
+
+/// It was said to be there, and then a duplicate was found and it was not.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_is_being_built_is_not_there_yet() {
+    let bench = bench();
+    bench.run("CREATE TABLE t (id INT PRIMARY KEY, v INT); INSERT INTO t VALUES (1, 7), (2, 7)").await;
+    // Nobody builds it here.
+    bench.run("CREATE UNIQUE INDEX u ON t (v)").await;
+    let statements = bench.sql.parse("CREATE UNIQUE INDEX IF NOT EXISTS u ON t (v)").unwrap();
+    let answer = bench.sql.ddl(&statements[0], &bench.env("alice", &[]));
+    assert!(matches!(&answer, Err(SqlError::Busy(told)) if told.contains("being built")), "{:?}", answer.err());
 }
 
 /// Constants that something is compared with are no part of what is compiled; all others are.

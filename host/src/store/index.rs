@@ -8,8 +8,7 @@
 //! row key        the key columns of the row
 //! ```
 //!
-//! An entry's value is empty: the row is found by its key. Values sort as they do in keys, NULL before all; -0.0 is
-//! written as 0.0, because the two are equal.
+//! An entry's value is empty: the row is found by its key. Values sort as they do in keys, NULL before all.
 //!
 //! A new index is *building*: every commit keeps it up, and [`Store::fill_index`] adds the rows that were there before, a
 //! bounded piece at a time, through the committer. The committer leaves out rows that were written since a piece was
@@ -134,10 +133,7 @@ fn put(out: &mut Vec<u8>, kind: wire::Kind, value: &Value) -> Option<()> {
         }
         value => {
             out.push(VALUE);
-            match value {
-                Value::Float(float) if *float == 0.0 => put_value(out, kind, &Value::Float(0.0)),
-                value => put_value(out, kind, value),
-            }
+            put_value(out, kind, value)
         }
     }
 }

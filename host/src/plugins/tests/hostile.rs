@@ -1,6 +1,7 @@
 //! Guests that mean harm, and guests that are just broken: each is cut at its limit, named, and nobody else notices.
 
 use super::*;
+use crate::telemetry::thread_cpu;
 
 /// Opens a pipeline of one guest that passed the upload check.
 fn open(fixture: &Fixture, worker: &mut PluginWorker, name: &str, wat: &str) -> PipelineId {
@@ -73,10 +74,10 @@ fn endless_loops_end() {
     let fixture = Fixture::new(options());
     let mut worker = fixture.plugins.worker(0);
     let id = open(&fixture, &mut worker, "loop", &once("(loop $l (br $l))"));
-    let cpu = guest::thread_cpu();
+    let cpu = thread_cpu();
     let (cause, index, message) = fault(run(&mut worker, id, None, &values(&[1, 2, 3])));
     assert_eq!((cause, index), (FaultCause::Deadline, Some(0)), "{message}");
-    assert!(guest::thread_cpu() - cpu < Duration::from_millis(200), "the batch, then its first row: two limits");
+    assert!(thread_cpu() - cpu < Duration::from_millis(200), "the batch, then its first row: two limits");
 
     let forever = "(func $forever (loop $l (br $l))) (start $forever)";
     let initialize = "(func (export \"_initialize\") (loop $l (br $l)))";

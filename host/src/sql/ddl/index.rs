@@ -37,9 +37,14 @@ impl Ddl<'_> {
             Some(name) => self.index_name(name, &table)?,
             None => free_name(self.catalog, &table, &columns, if create.unique { "key" } else { "idx" }),
         };
-        if self.catalog.index(&table.namespace_name, &name).is_some() {
+        if let Some((_, index)) = self.catalog.index(&table.namespace_name, &name) {
             let message = format!("index {name:?} exists already in namespace {:?}", table.namespace_name);
             if create.if_not_exists {
+                if !index.is_ready() {
+                    // It may turn out that it cannot be: whoever is told that it is there has to find it.
+                    let message = format!("index {name:?} is being built by an earlier request; ask again when it is");
+                    return Err(SqlError::Busy(message));
+                }
                 return Ok(nothing(table.namespace, message));
             }
             return Err(SqlError::invalid("duplicate_index", message));

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use ::arrow::array::ArrayRef;
 use ::arrow::record_batch::RecordBatch;
-use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
 use datafusion::execution::runtime_env::RuntimeEnv;
 use uuid::Uuid;
 use wire::{ImageBuilder, ImageRef, Scope, Type, Value};
@@ -16,9 +15,8 @@ use super::upsert::{OnConflict, Rivals};
 use super::{Action, Target, is_generated, show_columns};
 use crate::catalog::{Column, DefaultValue, IndexId, Table};
 use crate::sql::arrow::{CastTarget, cast_for, value_at};
-use crate::sql::error::from_datafusion;
 use crate::sql::lookup::StoredRow;
-use crate::sql::pool::CHANGE_SET;
+use crate::sql::pool::Held;
 use crate::sql::provider::scope_of;
 use crate::sql::row_exprs::RowExprs;
 use crate::sql::{ChangeSet, RequestEnv, Returned, SqlError};
@@ -44,7 +42,7 @@ pub(crate) struct Changes<'a> {
     pub(super) uniques: Uniques,
     /// What rows written so far have in unique indexes; kept for ON CONFLICT alone.
     pub(super) claims: HashMap<(IndexId, Vec<u8>), Vec<u8>>,
-    pub(super) memory: MemoryReservation,
+    pub(super) held: Held,
 }
 
 impl<'a> Changes<'a> {
@@ -62,7 +60,7 @@ impl<'a> Changes<'a> {
             moved: Vec::new(),
             affected: 0,
             claims: HashMap::new(),
-            memory: MemoryConsumer::new(CHANGE_SET).register(&runtime.memory_pool),
+            held: Held::none_yet(&runtime.memory_pool),
         })
     }
 
@@ -95,22 +93,22 @@ impl<'a> Changes<'a> {
         }
         self.check_unique()?;
         let returned = self.returned()?;
-        Ok(ChangeSet { writes: self.writes, affected: self.affected, returned })
+        Ok(ChangeSet { writes: self.writes, affected: self.affected, returned, held: Some(self.held) })
     }
 
     /// RETURNING of what was inserted and updated, or deleted: the writes, because there is one for each such row. (A key
     /// change has a second one, which takes the old row away and has no new one.)
-    fn returned(&mut self) -> Result<Option<Returned>, SqlError> {
+    fn returned(&self) -> Result<Option<Returned>, SqlError> {
         let Some(returning) = &self.returning else { return Ok(None) };
-        let mut batches = Vec::new();
+        let (mut batches, held) = (Vec::new(), self.held.another());
         let images: Vec<&[u8]> = self.writes.iter().filter_map(|write| shown_image(&self.action, write)).collect();
         for images in images.chunks(RETURNED_ROWS) {
             let images = images.iter().map(|image| parse_image(image)).collect::<Result<Vec<_>, _>>()?;
             let batch = returning.batch(&images)?;
-            self.memory.try_grow(batch.get_array_memory_size()).map_err(|error| from_datafusion(error, ""))?;
+            held.grow(batch.get_array_memory_size())?;
             batches.push(batch);
         }
-        Ok(Some(Returned { columns: returning.columns.clone(), batches }))
+        Ok(Some(Returned { columns: returning.columns.clone(), batches, held }))
     }
 
     fn insert(
@@ -130,6 +128,9 @@ impl<'a> Changes<'a> {
             for column in &table.columns {
                 let value = values.entry(column.id).or_insert_with(|| self.default(column));
                 check_null(&table, column, value)?;
+                if table.key.contains(&column.id) {
+                    one_zero(value);
+                }
             }
             let mut image = ImageBuilder::new(table.slots());
             for (id, value) in &values {
@@ -195,8 +196,11 @@ impl<'a> Changes<'a> {
         for column in &table.columns {
             let value = match columns.iter().position(|set| set.id == column.id) {
                 Some(at) => {
-                    let value = value_at(&values[at], row, column.ty);
+                    let mut value = value_at(&values[at], row, column.ty);
                     check_null(&table, column, &value)?;
+                    if table.key.contains(&column.id) {
+                        one_zero(&mut value);
+                    }
                     value
                 }
                 None => image.value(column.id, column.ty).map_err(|error| StoreError::Corrupt(error.to_string()))?,
@@ -250,7 +254,7 @@ impl<'a> Changes<'a> {
             if write.new.is_some() {
                 return Err(self.duplicate(key));
             }
-            self.memory.try_grow(image.len()).map_err(|error| from_datafusion(error, ""))?;
+            self.held.grow(image.len())?;
             write.new = Some(image);
             return Ok(());
         }
@@ -263,8 +267,10 @@ impl<'a> Changes<'a> {
     pub(super) fn put(&mut self, key: Vec<u8>, old: Option<Vec<u8>>, new: Option<Vec<u8>>) -> Result<(), SqlError> {
         let size = |image: &Option<Vec<u8>>| image.as_ref().map_or(0, Vec::len);
         let bytes = 2 * key.len() + size(&old) + size(&new) + size_of::<RowWrite>();
-        self.memory.try_grow(bytes).map_err(|error| from_datafusion(error, ""))?;
-        self.by_key.insert(key.clone(), self.writes.len());
+        self.held.grow(bytes)?;
+        if self.by_key.insert(key.clone(), self.writes.len()).is_some() {
+            return Err(SqlError::Internal(format!("two writes of one row of table {:?}", self.table.name)));
+        }
         self.writes.push(RowWrite { table: self.table.clone(), scope: self.scope.clone(), key, old, new });
         Ok(())
     }
@@ -297,6 +303,13 @@ pub(super) fn cast_columns(arrays: &[ArrayRef], columns: &[Column]) -> Result<Ve
 fn key_at(table: &Table, arrays: &[ArrayRef], row: usize) -> Vec<Value> {
     let columns = table.key.iter().filter_map(|id| table.column_by_id(*id));
     columns.zip(arrays).map(|(column, array)| value_at(array, row, column.ty)).collect()
+}
+
+/// In a key -0.0 and 0.0 are one value, and it is shown as one.
+fn one_zero(value: &mut Value) {
+    if *value == Value::Float(0.0) {
+        *value = Value::Float(0.0);
+    }
 }
 
 fn check_null(table: &Table, column: &Column, value: &Value) -> Result<(), SqlError> {

@@ -12,7 +12,6 @@ use wire::Scope;
 use super::changes::{Changes, parse_image};
 use super::show_columns;
 use crate::catalog::{Index, IndexId, Table};
-use crate::sql::error::from_datafusion;
 use crate::sql::{RequestEnv, SqlError};
 use crate::store::index::index_values;
 
@@ -54,9 +53,7 @@ impl Changes<'_> {
             for (at, write) in self.writes.iter().enumerate() {
                 let Some(new) = &write.new else { continue };
                 let Some(values) = claimed(&self.table, &index, new)? else { continue };
-                self.memory
-                    .try_grow(values.len() + size_of::<(Vec<u8>, usize)>())
-                    .map_err(|error| from_datafusion(error, ""))?;
+                self.held.grow(values.len() + size_of::<(Vec<u8>, usize)>())?;
                 if holders.insert(values, at).is_some() {
                     return Err(self.not_unique(&index, at));
                 }

@@ -18,7 +18,6 @@ use super::unique::claimed;
 use super::{assignments, numbered, table_named};
 use crate::catalog::{Column, Index, IndexId, Table};
 use crate::sql::ddl::fold;
-use crate::sql::error::from_datafusion;
 use crate::sql::row_exprs::{Asked, RowExprs};
 use crate::sql::session::Engine;
 use crate::sql::{RequestEnv, SqlError};
@@ -243,7 +242,7 @@ impl Changes<'_> {
         }
         let stored = self.lookup(&rival)?.ok_or_else(|| self.rival_is_gone())?;
         let bytes = 2 * rival.len() + stored.len() + proposed.len() + size_of::<Rival>();
-        self.memory.try_grow(bytes).map_err(|error| from_datafusion(error, ""))?;
+        self.held.grow(bytes)?;
         rivals.keys.insert(rival.clone());
         rivals.rows.push(Rival { key: rival, stored, proposed });
         if update.at_once { self.resolve(on_conflict, rivals) } else { Ok(()) }
@@ -269,7 +268,7 @@ impl Changes<'_> {
         self.affected += 1;
         match written {
             Some(at) => {
-                self.memory.try_grow(image.len()).map_err(|error| from_datafusion(error, ""))?;
+                self.held.grow(image.len())?;
                 self.writes[at].new = Some(image);
                 Ok(())
             }
@@ -309,7 +308,7 @@ impl Changes<'_> {
         for index in &self.uniques.indexes {
             if let Some(values) = claimed(&self.table, index, image)? {
                 let bytes = values.len() + key.len() + size_of::<(IndexId, Vec<u8>, Vec<u8>)>();
-                self.memory.try_grow(bytes).map_err(|error| from_datafusion(error, ""))?;
+                self.held.grow(bytes)?;
                 self.claims.insert((index.id, values), key.to_vec());
             }
         }
