@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::arrow::record_batch::RecordBatch;
 use bytes::Bytes;
@@ -18,6 +19,9 @@ use crate::plugins::registry::{ModuleSource, Owner, PluginWorker, Plugins};
 use crate::plugins::{Changes, Origin, PipelineId, PluginError, Rows, Stage, UnitFault};
 use crate::sql::live::LivePlan;
 use crate::store::{Commit, Seq, Store, StoreError};
+
+/// After a fault of ours (no memory, no mappings left) a pipeline is tried again.
+const HOST_REST: Duration = Duration::from_secs(5);
 
 /// The store's setting with the key of the compiled modules' MACs.
 const CACHE_KEY: &str = "plugin_cache_key";
@@ -177,9 +181,11 @@ impl Pipelines for WorkerPipelines {
         let commit = self.group(id)?.in_ring(batch);
         let rows = Rows { origin: origin(batch.pass), commit, base: batch.base, places };
         let piped = self.worker.run(PipelineId(id), rows);
+        let cut = self.worker.take_cut();
         let group = self.group(id)?;
+        let faults = piped.as_ref().map_or(&cut, |piped| &piped.faults);
+        group.note(&self.errors, batch, faults, |at| (None, Some(*at)), places);
         let piped = piped.map_err(|error| fault(error, &group.stages))?;
-        group.note(&self.errors, batch, &piped.faults, |at| (None, Some(*at)), places);
         Ok(Piped { keep: piped.keep, output: piped.output })
     }
 
@@ -192,9 +198,11 @@ impl Pipelines for WorkerPipelines {
         let commit = self.group(id)?.in_ring(batch);
         let input = Changes { origin: origin(batch.pass), commit, base: batch.base, places: changes };
         let piped = self.worker.run_changes(PipelineId(id), input);
+        let cut = self.worker.take_cut();
         let group = self.group(id)?;
+        let faults = piped.as_ref().map_or(&cut, |piped| &piped.faults);
+        group.note(&self.errors, batch, faults, |at| (at.old, at.new), changes);
         let piped = piped.map_err(|error| fault(error, &group.stages))?;
-        group.note(&self.errors, batch, &piped.faults, |at| (at.old, at.new), changes);
         let output = |output: crate::plugins::ChangeOutput| ChangeOutput {
             index: output.index,
             op: output.op,
@@ -243,8 +251,10 @@ fn fault_at(known: Option<usize>, error: PluginError, stages: &[Stage]) -> Pipel
             (Some(stage), "breaker", message, Some(rest))
         }
         PluginError::Params(message) | PluginError::Refused(message) => (None, "configure", message, None),
-        // No plugin's doing, wherever it happened.
-        PluginError::Host(message) => return PipelineFault { plugin: None, cause: "host", message, retry_after: None },
+        // No plugin's doing, wherever it happened: another version would not help, another time may.
+        PluginError::Host(message) => {
+            return PipelineFault { plugin: None, cause: "host", message, retry_after: Some(HOST_REST) };
+        }
     };
     let plugin = stage.or(known).and_then(|stage| stages.get(stage)).cloned().map(Box::new);
     PipelineFault { plugin, cause, message, retry_after }

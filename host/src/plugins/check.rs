@@ -55,7 +55,9 @@ pub fn upload(options: &PluginOptions, body: &[u8]) -> Result<Checked, PluginErr
     if body.is_empty() {
         return refuse("the upload is empty: send a .wasm module or .wat text");
     }
-    at_most("the upload", body.len() as u64, "bytes", options.module_bytes as u64, Some("plugins.module_bytes"))?;
+    // Text is longer than what it says.
+    let most = if body.starts_with(WASM_MAGIC) { options.module_bytes } else { 2 * options.module_bytes };
+    at_most("the upload", body.len() as u64, "bytes", most as u64, Some("plugins.module_bytes"))?;
     module(options, binary(body)?)
 }
 
@@ -89,17 +91,17 @@ pub fn module(options: &PluginOptions, wasm: Bytes) -> Result<Checked, PluginErr
 pub fn attach(options: &PluginOptions, body: &[u8], manifest: &str) -> Result<Vec<u8>, PluginError> {
     let wasm = binary(body)?;
     let mut out = Vec::with_capacity(wasm.len() + manifest.len() + 32);
-    let mut from = 0;
+    // A section begins where the one before ends, behind the module's head of eight bytes. (How long its own head is
+    // nobody knows: lengths may be written with more bytes than they need.)
+    let (mut from, mut end) = (0, 8);
     for payload in Parser::new(0).parse_all(&wasm) {
-        if let Payload::CustomSection(section) = payload.map_err(invalid)?
-            && section.name() == MANIFEST_SECTION
-        {
-            // A section is its id, the length of what follows, and that.
-            let content = section.range();
-            let head = 1 + leb(content.len()).len();
-            out.extend_from_slice(&wasm[from..content.start.saturating_sub(head).max(from)]);
+        let payload = payload.map_err(invalid)?;
+        let Some((_, content)) = payload.as_section() else { continue };
+        if matches!(&payload, Payload::CustomSection(section) if section.name() == MANIFEST_SECTION) {
+            out.extend_from_slice(&wasm[from..end]);
             from = content.end;
         }
+        end = content.end;
     }
     out.extend_from_slice(&wasm[from..]);
     let content = [&leb(MANIFEST_SECTION.len())[..], MANIFEST_SECTION.as_bytes(), manifest.as_bytes()].concat();

@@ -38,6 +38,8 @@ pub struct CallFault {
     pub host: bool,
     /// The instance could not be made or configured: no row is to blame.
     pub whole: bool,
+    /// The unit did not fit the worker part: nothing was called.
+    pub unplaced: bool,
     /// The row of the batch, where the guest named one.
     pub row: Option<usize>,
     /// One line: parts of it are the guest's own words, and it goes to logs and terminals.
@@ -52,11 +54,20 @@ impl CallFault {
     /// A fault that this guest, in this call, told of one row.
     pub fn at(cause: FaultCause, row: Option<usize>, message: impl Into<String>) -> CallFault {
         let message = one_line(&message.into()).into_owned();
-        CallFault { cause, host: false, whole: false, row, message }
+        CallFault { cause, host: false, whole: false, unplaced: false, row, message }
     }
 
     pub fn host(message: String) -> CallFault {
         CallFault { host: true, whole: true, ..CallFault::new(FaultCause::Memory, message) }
+    }
+
+    pub fn unplaced(message: String) -> CallFault {
+        CallFault { unplaced: true, ..CallFault::new(FaultCause::Memory, message) }
+    }
+
+    /// Whether the instance is in a state that nobody knows. What a guest says through `fail` leaves it as it was.
+    pub fn costs_instance(&self) -> bool {
+        self.cause != FaultCause::Failed && !self.unplaced
     }
 
     fn whole(self) -> CallFault {

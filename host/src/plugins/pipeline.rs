@@ -396,10 +396,10 @@ impl Runner<'_> {
             "batch failed: {}",
             fault.message
         );
-        // What a guest says through `fail` costs no instance.
-        if fault.cause != FaultCause::Failed {
+        if fault.costs_instance() {
             self.instances.forget(setup, self.space);
         }
+        let mut alone = false;
         for unit in batch {
             let unit = [unit];
             let answer = self.call(setup, &unit).1;
@@ -410,8 +410,15 @@ impl Runner<'_> {
                     let index = unit.index();
                     return Err(self.fail(setup, fault, Some(index)));
                 }
-                Err(fault) => self.failed(setup, unit, fault, false, out)?,
+                Err(fault) => {
+                    alone = true;
+                    self.failed(setup, unit, fault, false, out)?;
+                }
             }
+        }
+        // A guest that fails at batches alone costs an instance and a call for each row every time.
+        if !alone && self.counts && fault.costs_instance() {
+            setup.module.health.lost_instance(setup.key, Instant::now());
         }
         Ok(())
     }
@@ -427,10 +434,13 @@ impl Runner<'_> {
     ) -> Result<(), PluginError> {
         let index = unit.index();
         if !known && self.counts {
-            if let Some(key) = self.key_of(setup, &unit) {
+            // What lies in the ring fits, wherever else it does not.
+            if !fault.unplaced
+                && let Some(key) = self.key_of(setup, &unit)
+            {
                 setup.module.health.remember(key, fault.cause, &fault.message);
             }
-            if fault.cause != FaultCause::Failed {
+            if fault.costs_instance() {
                 setup.module.health.lost_instance(setup.key, Instant::now());
             }
         }
@@ -445,7 +455,7 @@ impl Runner<'_> {
         };
         if !known {
             self.count_failure(setup, &fault);
-            if fault.cause != FaultCause::Failed {
+            if fault.costs_instance() {
                 self.instances.forget(setup, self.space);
             }
         }
@@ -465,7 +475,7 @@ impl Runner<'_> {
 
     fn fail(&mut self, setup: &Setup, fault: CallFault, index: Option<usize>) -> PluginError {
         self.count_failure(setup, &fault);
-        if fault.cause != FaultCause::Failed {
+        if fault.costs_instance() {
             self.instances.forget(setup, self.space);
         }
         fault.of(&setup.plugin, Some(self.stage), index)
@@ -624,7 +634,7 @@ impl Place<'_> {
                 let message = format!(
                     "a row or change of {need} bytes does not fit the worker part ({most}; raise plugins.worker_bytes)"
                 );
-                return Err(CallFault { whole: true, ..CallFault::new(FaultCause::Memory, message) });
+                return Err(CallFault::unplaced(message));
             }
             match unit {
                 Unit::Row(row) => {

@@ -283,6 +283,8 @@ pub struct PluginWorker {
     spaces: Map<(NamespaceId, SpaceKind), Space>,
     instances: Instances,
     pipelines: Map<PipelineId, Pipeline>,
+    /// What had failed already, and was passed over, when a run ended in an error.
+    cut: Vec<super::UnitFault>,
     next: u64,
 }
 
@@ -298,7 +300,15 @@ struct Pipeline {
 impl PluginWorker {
     fn new(shared: Arc<Shared>, with_ring: bool) -> PluginWorker {
         let instances = Instances::new(shared.clone(), shared.options.instances_per_worker);
-        PluginWorker { shared, with_ring, spaces: Map::default(), instances, pipelines: Map::default(), next: 1 }
+        PluginWorker {
+            shared,
+            with_ring,
+            spaces: Map::default(),
+            instances,
+            pipelines: Map::default(),
+            cut: Vec::new(),
+            next: 1,
+        }
     }
 
     pub fn open(
@@ -421,8 +431,20 @@ impl PluginWorker {
             stage: 0,
             faults: Vec::new(),
         };
-        let left = run(&mut runner, &open.stages)?;
-        Ok((left, open.transforms, runner.faults))
+        let left = run(&mut runner, &open.stages);
+        let faults = runner.faults;
+        match left {
+            Ok(left) => Ok((left, open.transforms, faults)),
+            Err(error) => {
+                self.cut = faults;
+                Err(error)
+            }
+        }
+    }
+
+    /// What failed in a run that ended in an error later on. It is remembered: no other run meets it as new.
+    pub fn take_cut(&mut self) -> Vec<super::UnitFault> {
+        std::mem::take(&mut self.cut)
     }
 
     pub fn close(&mut self, pipeline: PipelineId) {

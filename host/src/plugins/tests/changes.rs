@@ -275,6 +275,55 @@ fn a_plugin_that_keeps_failing_rests() {
     assert_eq!(run(&mut worker, other, None, &values(&[3])).unwrap().keep, [true]);
 }
 
+/// The rows that had failed before the plugin had to rest were remembered, passed over ever after, and noted nowhere.
+#[test]
+fn what_failed_before_a_rest_is_told_as_well() {
+    let fixture = Fixture::new(options());
+    let mut worker = fixture.plugins.worker(0);
+    let keep = "(if (i64.lt_s (call $value (local.get $h) (local.get $d) (local.get $i)) (i64.const 0)) (then unreachable)) (i32.const 1)";
+    let stage = fixture.stage("sour", &filter(&[MIN, READS_V], keep), "");
+    let id = open_as(&mut worker, &[stage], OnError::Skip).id;
+    let rows: Vec<i64> = (0..100).map(|row| if row < 6 { -1 - row } else { row }).collect();
+    assert!(matches!(run(&mut worker, id, None, &values(&rows)), Err(PluginError::Resting { .. })));
+    let told = |faults: Vec<UnitFault>| faults.iter().map(|fault| (fault.index, fault.known)).collect::<Vec<_>>();
+    assert_eq!(told(worker.take_cut()), (0..6).map(|row| (row, false)).collect::<Vec<_>>());
+    assert!(worker.take_cut().is_empty());
+    // Judged to its end it is told of them again, and that they were known.
+    let piped = run(&mut worker, id, None, &values(&rows[..6])).unwrap();
+    assert_eq!(told(piped.faults), (0..6).map(|row| (row, true)).collect::<Vec<_>>());
+}
+
+/// It never failed at a row alone, so it never rested, and cost an instance and a call for every row for good.
+#[test]
+fn a_plugin_that_fails_at_batches_alone_rests() {
+    let fixture = Fixture::new(options());
+    let mut worker = fixture.plugins.worker(0);
+    let wat = once("(if (i32.gt_u (local.get $n) (i32.const 1)) (then unreachable))");
+    let id = open_as(&mut worker, &[fixture.stage("shy", &wat, "")], OnError::Stop).id;
+    for _ in 0..5 {
+        assert_eq!(run(&mut worker, id, None, &values(&[1, 2])).unwrap().keep, [true, true]);
+    }
+    assert!(matches!(run(&mut worker, id, None, &values(&[1, 2])), Err(PluginError::Resting { .. })));
+}
+
+/// A row that is too large for the worker part stopped pipelines that skip what fails, and cost an innocent instance.
+#[test]
+fn a_row_that_does_not_fit_is_a_failure_of_that_row() {
+    let fixture = Fixture::new(options());
+    let mut worker = fixture.plugins.worker(0);
+    let stage = || fixture.stage("at_least", &at_least(), "");
+    let rows = super::commit(&[(Some(40), "x".to_owned()), (Some(41), "x".repeat(70_000)), (Some(42), "x".to_owned())]);
+    for (on_error, kept) in [(OnError::Skip, [true, false, true]), (OnError::Pass, [true; 3])] {
+        let id = open_as(&mut worker, &[stage()], on_error).id;
+        for _ in 0..6 {
+            let piped = run(&mut worker, id, None, &rows).unwrap();
+            assert_eq!((piped.keep, piped.faults.len()), (kept.to_vec(), 1), "{on_error:?}");
+            assert_eq!((piped.faults[0].cause, piped.faults[0].known), (FaultCause::Memory, false));
+        }
+    }
+    assert_eq!(fixture.metrics.plugin_instances.get(), 1);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
