@@ -100,6 +100,9 @@ pub enum DbError {
     Gone(String),
     #[error("{0}")]
     TooMany(String),
+    /// It may well go another time.
+    #[error("{0}")]
+    Busy(String),
     #[error("the server is shutting down")]
     Closed,
     /// Our own bug: the details go to the log.
@@ -358,8 +361,9 @@ impl Db {
         }
     }
 
+    /// Whether it takes requests: `false` while it closes, and for good when the store or a live worker has failed.
     pub fn ready(&self) -> bool {
-        !self.inner.closing.load(Ordering::Acquire) && !self.inner.store.failed()
+        !self.inner.closing.load(Ordering::Acquire) && !self.inner.store.failed() && !self.inner.live.is_broken()
     }
 
     /// Whether the store took a failed write: the process should end and recover at its next start.

@@ -384,6 +384,11 @@ impl Live {
         self.workers.shared.registry.counts()
     }
 
+    /// Whether a worker is gone before its time, by a bug: the live queries that would be its own are refused.
+    pub fn is_broken(&self) -> bool {
+        lock(&self.workers.threads).iter().any(JoinHandle::is_finished)
+    }
+
     /// Ends all subscriptions with [`EndReason::Shutdown`] and stops the workers.
     pub fn close(&self) {
         self.workers.close();

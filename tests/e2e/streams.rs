@@ -477,3 +477,49 @@ async fn a_change_touches_only_queries_it_can_concern() {
     let expected = [(11, "insert"), (21, "delete"), (37, "delete")].map(|(at, name)| (at, name.to_owned()));
     assert_eq!(names, expected);
 }
+
+/// A comment is as much a part of it as anything.
+#[tokio::test]
+async fn nobody_is_shown_the_words_of_somebody_else() {
+    let server = TestServer::start().await;
+    let db = tables(&server).await;
+    db.sql("CREATE TABLE c (id INT PRIMARY KEY)").await;
+    let (alice, bob) = (server.client("alice"), server.client("bob"));
+    let words = ["SELECT id FROM c WHERE id = 1 /* the Smith case */", "SELECT id FROM c WHERE 1 = id"];
+    let mut streams = Vec::new();
+    for (client, sql) in [&alice, &bob].into_iter().zip(words) {
+        let mut live = client.live(sql).await;
+        let live_id = live.next_event().await.data["live_id"].clone();
+        live.until_uptodate().await;
+        assert_eq!(client.rows("SELECT sql, subscribers FROM system.live_queries").await, json!([[sql, 1]]));
+        streams.push((live_id, live));
+    }
+    assert_eq!(streams[0].0, streams[1].0, "they share it");
+}
+
+/// While it was compiled anew, a stream could be killed under the id that it had, with success, and went on under another.
+#[tokio::test]
+async fn a_kill_finds_a_stream_that_is_being_compiled_anew() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE c (id INT PRIMARY KEY)").await;
+    let mut found = 0;
+    for round in 0..100 {
+        let mut live = db.live("SELECT id FROM c").await;
+        let live_id = live.next_event().await.data["live_id"].as_str().unwrap().to_owned();
+        live.until_uptodate().await;
+        db.sql(&format!("ALTER TABLE c ADD COLUMN x{round} INT")).await;
+        let Ok(_) = db.try_sql(&format!("KILL LIVE QUERY '{live_id}'"), json!([])).await else { continue };
+        found += 1;
+        let last = loop {
+            match live.next_or_end().await {
+                Some(event) if event.name == "closed" => break event.data["code"].clone(),
+                Some(event) if event.name == "uptodate" => panic!("round {round}: it goes on"),
+                Some(_) => {}
+                None => panic!("round {round}: without a last word"),
+            }
+        };
+        assert_eq!(last, "killed");
+    }
+    eprintln!("{found} of 100 kills came in between");
+}

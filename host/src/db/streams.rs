@@ -29,7 +29,14 @@ pub(super) struct Streams {
 /// One live query.
 struct Open {
     common: Arc<Common>,
-    users: HashMap<Arc<str>, usize>,
+    users: HashMap<Arc<str>, Mine>,
+}
+
+/// A user's streams of one live query.
+struct Mine {
+    count: usize,
+    /// In the words of the first of them: what others wrote, be it in a comment, is nobody else's.
+    common: Arc<Common>,
 }
 
 /// What the streams of one live query have in common, once for all of them who asked in the same words.
@@ -106,13 +113,14 @@ impl Streams {
             .map(|(live_id, open)| {
                 let spec = &open.common.spec;
                 let counters = live.counters(spec);
-                let mine = |(of, count): (&Arc<str>, &usize)| (all || of == user).then(|| (of.to_string(), *count));
+                let mine = |(of, mine): (&Arc<str>, &Mine)| (all || of == user).then(|| (of.to_string(), mine.count));
                 let (mut users, counts): (Vec<String>, Vec<usize>) = open.users.iter().filter_map(mine).unzip();
                 users.sort();
+                let asked = open.users.get(user).map_or(&open.common, |mine| &mine.common);
                 LiveQueryInfo {
                     live_id: live_id.clone(),
                     namespace: spec.table.namespace_name.clone(),
-                    sql: open.common.request.sql.clone(),
+                    sql: asked.request.sql.clone(),
                     mode: mode(spec),
                     index: spec.index.clone(),
                     pipeline: pipeline(spec),
@@ -134,8 +142,8 @@ impl Streams {
         let users = open.get(live_id).map(|open| &open.users);
         match (users, user) {
             (None, _) => 0,
-            (Some(users), None) => users.values().sum(),
-            (Some(users), Some(user)) => users.get(user).copied().unwrap_or_default(),
+            (Some(users), None) => users.values().map(|mine| mine.count).sum(),
+            (Some(users), Some(user)) => users.get(user).map_or(0, |mine| mine.count),
         }
     }
 
@@ -144,17 +152,22 @@ impl Streams {
         match self.open().entry(common.spec.live_id.clone()) {
             Entry::Occupied(mut entry) => {
                 let open = entry.get_mut();
-                *open.users.entry(who.user.clone()).or_default() += 1;
                 let known = &open.common;
-                if known.request == common.request && known.shown == common.shown {
-                    return known.clone();
-                }
-                common.spec = known.spec.clone();
-                Arc::new(common)
+                let common = match known.request == common.request && known.shown == common.shown {
+                    true => known.clone(),
+                    false => {
+                        common.spec = known.spec.clone();
+                        Arc::new(common)
+                    }
+                };
+                let mine = open.users.entry(who.user.clone());
+                mine.or_insert_with(|| Mine { count: 0, common: common.clone() }).count += 1;
+                common
             }
             Entry::Vacant(entry) => {
                 let common = Arc::new(common);
-                entry.insert(Open { common: common.clone(), users: HashMap::from([(who.user.clone(), 1)]) });
+                let mine = Mine { count: 1, common: common.clone() };
+                entry.insert(Open { common: common.clone(), users: HashMap::from([(who.user.clone(), mine)]) });
                 common
             }
         }
@@ -252,16 +265,21 @@ impl Listed {
             if self.bell.changed().await.is_err() {
                 std::future::pending::<()>().await;
             }
-            // What was told since the kill shall not be a way around it.
-            let (streams, now) = (&self.db.inner.streams, self.db.inner.store.applied());
-            let (ended, changed) = streams.kills().ends(self.since, &self.common.spec.live_id, &self.user, now);
-            if changed {
-                streams.save_soon();
-            }
-            if ended {
+            if self.is_killed() {
                 return;
             }
         }
+    }
+
+    /// Whether it has been killed by now.
+    pub(super) fn is_killed(&self) -> bool {
+        // What was told since the kill shall not be a way around it.
+        let (streams, now) = (&self.db.inner.streams, self.db.inner.store.applied());
+        let (ended, changed) = streams.kills().ends(self.since, &self.common.spec.live_id, &self.user, now);
+        if changed {
+            streams.save_soon();
+        }
+        ended
     }
 }
 
@@ -269,9 +287,9 @@ impl Drop for Listed {
     fn drop(&mut self) {
         let mut streams = self.db.inner.streams.open();
         let Some(open) = streams.get_mut(&self.common.spec.live_id) else { return };
-        if let Some(count) = open.users.get_mut(&self.user) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(mine) = open.users.get_mut(&self.user) {
+            mine.count -= 1;
+            if mine.count == 0 {
                 open.users.remove(&self.user);
             }
         }

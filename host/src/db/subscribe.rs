@@ -116,10 +116,11 @@ impl Db {
                     .into(),
             ));
         }
-        let (from, opening) = self.resolve_position(who, &request, &spec)?;
-        // Said and done; with it hardly two requests would be the same.
-        request.position = None;
+        // Not in what streams have in common: with it hardly two requests would be the same.
+        let position = request.position.take();
+        // Before it is asked whether it was killed: from here on a kill finds it.
         let listed = Listed::new(self, who, Common { spec: spec.clone(), shown, request });
+        let (from, opening) = self.resolve_position(who, &listed.common.request, position, &spec)?;
         let mut stream = LiveStream {
             db: self.clone(),
             who: who.clone(),
@@ -302,10 +303,11 @@ impl Db {
         &self,
         who: &Identity,
         request: &LiveRequest,
+        position: Option<String>,
         spec: &GroupSpec,
     ) -> Result<(From, Opening), DbError> {
         let streams = &self.inner.streams;
-        let Some(text) = &request.position else {
+        let Some(text) = position else {
             streams.anew(&spec.live_id, &who.user);
             let snapshot = request.snapshot.unwrap_or(true);
             return Ok((if snapshot { present(request) } else { From::Now }, Opening::Plain));
@@ -622,7 +624,9 @@ impl LiveStream {
             Rejoin::Plugin(_) => ResyncReason::Plugin,
             Rejoin::Resync(reason) => reason,
         };
-        self.replace(compiled);
+        if !self.replace(compiled) {
+            return Ok(());
+        }
         self.state = State::Rejoin(Rejoin::Resync(reason));
         self.join(present(&self.listed.common.request), Opening::Resync(reason)).await
     }
@@ -630,7 +634,9 @@ impl LiveStream {
     /// From a position on with other versions, which the client is told.
     fn go_on(&mut self, compiled: Compiled, subscription: Subscription, seq: Seq) {
         let (spec, common) = (self.spec.clone(), self.listed.common.clone());
-        self.replace(compiled);
+        if !self.replace(compiled) {
+            return;
+        }
         let stages = spec.stages.iter().zip(&self.spec.stages);
         let other = stages.filter(|(before, now)| before != now).map(|(_, now)| another_version(now));
         self.queue.extend(other.collect::<Vec<_>>());
@@ -641,14 +647,20 @@ impl LiveStream {
         self.run(subscription, from);
     }
 
-    fn replace(&mut self, compiled: Compiled) {
+    /// Whether the stream goes on: it may have been killed while it was compiled, under the id that it had.
+    fn replace(&mut self, compiled: Compiled) -> bool {
         let Compiled { spec, shown, catalog_version, .. } = compiled;
         if spec.live_id != self.spec.live_id {
+            if self.listed.is_killed() {
+                self.end(killed());
+                return false;
+            }
             let request = self.listed.common.request.clone();
             self.listed = Listed::new(&self.db, &self.who, Common { spec: spec.clone(), shown, request });
         }
         self.uses = PluginUses::new(&self.db, &self.listed.common.spec);
         (self.spec, self.catalog_version) = (spec, catalog_version);
+        true
     }
 
     /// Whether what the client holds at a position is still good.
@@ -771,7 +783,9 @@ fn closed_by(error: &DbError) -> LiveOutput {
 fn subscribe_error(error: SubscribeError) -> DbError {
     match error {
         SubscribeError::TooMany(_) => DbError::TooMany(error.to_string()),
-        SubscribeError::Pipeline(fault) => DbError::BadRequest(fault.to_string()),
+        SubscribeError::Pipeline(fault) if fault.cause == "configure" => DbError::BadRequest(fault.to_string()),
+        // The same pipeline was found good when the request came: it may be again.
+        SubscribeError::Pipeline(fault) => DbError::Busy(fault.to_string()),
         SubscribeError::Store(error) => DbError::Store(error),
         SubscribeError::Closed => DbError::Closed,
         SubscribeError::Expired => DbError::Store(StoreError::Corrupt("a fresh snapshot is older than the log".into())),

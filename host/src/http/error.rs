@@ -150,6 +150,7 @@ impl From<DbError> for Problem {
             DbError::Forbidden(refusal) => Problem::forbidden(refusal),
             DbError::Gone(detail) => Problem::new(410, "killed", detail),
             DbError::TooMany(detail) => Problem::new(429, "too_many", detail).retry_after(5),
+            DbError::Busy(detail) => Problem::new(503, "busy", detail).retry_after(5),
             DbError::KeyReused => Problem::new(422, "idempotency_key_reused", error.to_string()),
             DbError::KeyInUse => Problem::new(409, "idempotency_key_in_use", error.to_string()).retry_after(1),
             DbError::InUse(detail) => Problem::new(409, "in_use", detail),

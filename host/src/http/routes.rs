@@ -354,7 +354,11 @@ async fn subscribe(
 ) -> Result<Response, Problem> {
     let address = peer.as_ref().map(|peer| peer.address.ip().to_canonical());
     // Counted before anything is opened: what is turned away has cost nothing.
-    let opened = match app.limits.open(&who.user, address, asked.queries.len()) {
+    let counted = match ticket.and_then(|redeemed| app.tickets.counted(redeemed)) {
+        Some(counted) => Ok(counted),
+        None => app.limits.open(&who.user, address, asked.queries.len()).map(Arc::new),
+    };
+    let opened = match counted {
         Ok(counted) => open(app, &who, &asked).await.map(|streams| (counted, streams)),
         Err(problem) => Err(problem),
     };
@@ -369,7 +373,7 @@ async fn subscribe(
         streams,
         heartbeat: app.heartbeat,
         draining: app.draining.clone(),
-        ticket: ticket.map(|redeemed| app.tickets.open(redeemed)).transpose()?,
+        ticket: ticket.map(|redeemed| app.tickets.open(redeemed, &counted)).transpose()?,
         metrics: app.metrics.clone(),
         open: app.streams.token(),
         counted,

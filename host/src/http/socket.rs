@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -25,6 +26,12 @@ struct Inner {
 impl Socket {
     pub fn new(stream: TcpStream) -> Socket {
         Socket(Arc::new(Inner { stream, blocked: AtomicBool::new(false) }))
+    }
+
+    /// Breaks the connection when what was sent has not arrived for so long: the client's machine is gone, or its network.
+    /// Left to itself the kernel tries for a quarter of an hour.
+    pub fn give_up_after(&self, time: Duration) -> io::Result<()> {
+        SockRef::from(&self.0.stream).set_tcp_user_timeout(Some(time))
     }
 
     pub fn is_blocked(&self) -> bool {

@@ -38,7 +38,7 @@ pub struct Subscriber {
     pub metrics: Arc<Metrics>,
     /// Counted until dropped, so that shutdown can wait for streams.
     pub open: TaskTrackerToken,
-    pub counted: Counted,
+    pub counted: Arc<Counted>,
 }
 
 /// What to do next.
@@ -102,6 +102,10 @@ pub struct TakenOver;
 
 /// Sends a stream in chunks of HTTP/1.1 until it ends, the client goes, or stops reading.
 pub async fn run(mut sender: Box<Sender>, socket: Socket, stall_limit: Duration) {
+    // After the limit for readers that stop: those are told, and counted.
+    if let Err(error) = socket.give_up_after(2 * stall_limit) {
+        tracing::debug!(%error, "TCP_USER_TIMEOUT");
+    }
     let cut = sender.subscriber.metrics.http_stalled.clone();
     let mut to = Stalling::new(socket.clone(), stall_limit, cut);
     let mut before = head(&event_stream(Body::empty()));

@@ -8,7 +8,7 @@
 //! has nothing but its ticket, and would stop for good at a 401. A ticket ends with the credentials of who asked for it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::auth::{Auth, hash, random_token};
 use super::error::Problem;
 use super::keeper::Keeper;
+use super::limits::Counted;
 use super::request::{Asked, live_from_json};
 use crate::config::Role;
 use crate::db::{Db, Identity, NoteWrite};
@@ -68,8 +69,9 @@ struct Entry {
     request: Asked,
     /// When it ends; `None` while a stream runs.
     until: Option<Instant>,
-    /// The connection that has the stream now.
+    /// The connection that has the stream now, and what it counts as.
     current: CancellationToken,
+    counted: Weak<Counted>,
     /// Counts connections, so that an old one that ends does not count as the stream's end.
     opened: u64,
 }
@@ -144,8 +146,15 @@ impl Tickets {
         over.for_each(|(key, _)| self.forget(&key));
         let mine = entries.values().filter(|entry| entry.who.user == who.user).count();
         if mine >= PER_USER || entries.len() >= TOTAL {
-            let detail = format!("too many tickets are out (at most {PER_USER} for one user); use or drop some first");
-            return Err(Problem::new(429, "too_many", detail).retry_after(self.ttl.as_secs().clamp(1, 600) as u32));
+            // The stream that has been closed for the longest makes room: every page that was left has some.
+            let closed = entries.iter().filter(|(_, entry)| mine < PER_USER || entry.who.user == who.user);
+            let closed = closed.filter(|(_, entry)| entry.is_closed(now + self.ttl));
+            let Some(key) = closed.min_by_key(|(_, entry)| entry.until).map(|(key, _)| *key) else {
+                let detail = format!("too many tickets are out (at most {PER_USER} for one user); close some streams");
+                return Err(Problem::new(429, "too_many", detail).retry_after(self.ttl.as_secs().clamp(1, 600) as u32));
+            };
+            entries.remove(&key);
+            self.forget(&key);
         }
         let (ticket, until) = (random_token(), Some(now + self.ttl));
         let key = hash(&ticket);
@@ -169,12 +178,19 @@ impl Tickets {
         Ok(Redeemed { who: entry.who.clone(), request: entry.request.clone(), key })
     }
 
+    /// What the stream counts as already, while a connection has it: one that takes its place is no more than that. (A
+    /// client whose network has changed is back long before anybody knows that its old connection is dead.)
+    pub fn counted(&self, redeemed: &Redeemed) -> Option<Arc<Counted>> {
+        self.entries().get(&redeemed.key)?.counted.upgrade()
+    }
+
     /// The stream is open: a connection that had it before ends.
-    pub fn open(&self, redeemed: &Redeemed) -> Result<TicketUse, Problem> {
+    pub fn open(&self, redeemed: &Redeemed, counted: &Arc<Counted>) -> Result<TicketUse, Problem> {
         let mut entries = self.entries();
         let entry = entries.get_mut(&redeemed.key).ok_or_else(no_ticket)?;
         entry.current.cancel();
         entry.current = CancellationToken::new();
+        entry.counted = Arc::downgrade(counted);
         entry.until = None;
         entry.opened += 1;
         self.keep(vec![(note_key(&redeemed.key, UNTIL), Some(until_note(None)))]);
@@ -193,7 +209,13 @@ fn no_ticket() -> Problem {
 impl Entry {
     fn new(who: Identity, request: Asked, until: Option<Instant>) -> Entry {
         let request = Asked { position: None, ..request };
-        Entry { who, request, until, current: CancellationToken::new(), opened: 0 }
+        Entry { who, request, until, current: CancellationToken::new(), counted: Weak::new(), opened: 0 }
+    }
+
+    /// Whether its stream was open once (in this life or, as its end is later than that of new ones, in the one before)
+    /// and is no more.
+    fn is_closed(&self, new_ones: Instant) -> bool {
+        self.until.is_some_and(|until| self.opened > 0 || until > new_ones)
     }
 }
 
@@ -292,6 +314,7 @@ mod tests {
     use super::*;
     use crate::config::Token;
     use crate::db::LiveRequest;
+    use crate::http::limits::Limits;
 
     fn auth(token: &str) -> Auth {
         let token = Token { token: token.to_owned(), user: "alice".to_owned(), role: Role::User };
@@ -305,6 +328,10 @@ mod tests {
 
     fn issue(tickets: &Tickets, user: &str, sql: &str) -> Result<String, Problem> {
         tickets.issue(&auth("t"), who(user), request(sql), b"{}").map(|(ticket, _)| ticket)
+    }
+
+    fn counted(user: &str) -> Arc<Counted> {
+        Arc::new(Limits::new(1, 1).open(&Arc::from(user), None, 1).unwrap())
     }
 
     fn who(user: &str) -> Identity {
@@ -334,8 +361,9 @@ mod tests {
 
         let tickets = forgetful(Duration::from_secs(60));
         let ticket = issue(&tickets, "alice", "SELECT 1").unwrap();
-        let first = tickets.open(&tickets.redeem(&ticket, None).unwrap()).unwrap();
-        let second = tickets.open(&tickets.redeem(&ticket, None).unwrap()).unwrap();
+        let counted = counted("alice");
+        let first = tickets.open(&tickets.redeem(&ticket, None).unwrap(), &counted).unwrap();
+        let second = tickets.open(&tickets.redeem(&ticket, None).unwrap(), &counted).unwrap();
         assert!(first.replaced().is_cancelled() && !second.replaced().is_cancelled());
         drop(first);
         assert!(tickets.entries().values().all(|entry| entry.until.is_none()), "the stream still runs");
@@ -351,6 +379,42 @@ mod tests {
         }
         assert_eq!(issue(&tickets, "alice", "SELECT 1").unwrap_err().status(), 429);
         assert!(issue(&tickets, "bob", "SELECT 1").is_ok());
+    }
+
+    /// Each page that is left leaves its tickets behind, for a day: 256 of them and there were no new ones.
+    #[test]
+    fn what_was_closed_longest_makes_room() {
+        let tickets = forgetful(Duration::from_secs(60));
+        let all: Vec<String> = (0..PER_USER).map(|_| issue(&tickets, "alice", "SELECT 1").unwrap()).collect();
+        let open = |ticket: &str| tickets.open(&tickets.redeem(ticket, None).unwrap(), &counted("alice")).unwrap();
+        let _running = open(&all[0]);
+        drop((open(&all[1]), open(&all[2])));
+        for gone in [1, 2] {
+            let is_there = |at: usize| tickets.redeem(&all[at], None).is_ok();
+            assert!(is_there(gone));
+            issue(&tickets, "alice", "SELECT 1").unwrap();
+            assert!(!is_there(gone) && is_there(0) && is_there(3));
+        }
+        assert_eq!(issue(&tickets, "alice", "SELECT 1").unwrap_err().status(), 429);
+    }
+
+    #[test]
+    fn who_takes_its_own_stream_over_counts_once() {
+        let (tickets, limits) = (forgetful(Duration::from_secs(60)), Limits::new(1, 1));
+        let ticket = issue(&tickets, "alice", "SELECT 1").unwrap();
+        let redeemed = tickets.redeem(&ticket, None).unwrap();
+        assert!(tickets.counted(&redeemed).is_none());
+        let counted = Arc::new(limits.open(&Arc::from("alice"), None, 1).unwrap());
+        let dead = tickets.open(&redeemed, &counted).unwrap();
+        drop(counted);
+        assert!(tickets.counted(&redeemed).is_none(), "closed");
+        let counted = Arc::new(limits.open(&Arc::from("alice"), None, 1).unwrap());
+        let _alive = tickets.open(&redeemed, &counted).unwrap();
+        let again = tickets.counted(&redeemed).unwrap();
+        drop((dead, counted));
+        assert!(limits.open(&Arc::from("alice"), None, 1).is_err(), "it still counts");
+        drop(again);
+        assert!(limits.open(&Arc::from("alice"), None, 1).is_ok());
     }
 
     #[test]

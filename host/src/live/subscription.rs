@@ -65,10 +65,15 @@ impl EndReason {
     }
 
     /// The same, but no earlier than what was told already: a query that is run again fails after its last result, and
-    /// commits that left that result as it is may have passed since.
+    /// commits that left that result as it is may have passed since. And a snapshot is of a moment that the group may not
+    /// have come to yet, when a plugin changes on the way to it.
     fn not_before(self, cursor: Seq) -> Self {
         match self {
-            EndReason::Pipeline { seq, .. } | EndReason::Program { seq, .. } if seq < cursor => self.at(cursor),
+            EndReason::Pipeline { seq, .. } | EndReason::Program { seq, .. } | EndReason::PluginChanged { seq, .. }
+                if seq < cursor =>
+            {
+                self.at(cursor)
+            }
             other => other,
         }
     }
@@ -259,5 +264,21 @@ impl Subscription {
         };
         self.state = State::Ended(Box::new(delivery.clone()));
         delivery
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A snapshot was of a later moment than the group had come to; the plugin changed on the way, and what the snapshot
+    /// had was told once more.
+    #[test]
+    fn a_stream_goes_on_behind_what_it_was_told() {
+        let changed = |seq| EndReason::PluginChanged { name: "p".to_owned(), seq: Seq(seq) };
+        for (at, expect) in [(5, 9), (9, 9), (12, 12)] {
+            let EndReason::PluginChanged { seq, .. } = changed(at).not_before(Seq(9)) else { panic!("another reason") };
+            assert_eq!(seq, Seq(expect));
+        }
     }
 }

@@ -1018,9 +1018,14 @@ async fn a_row_that_cannot_be_evaluated_ends_the_stream() {
 async fn a_bug_ends_streams_instead_of_leaving_them_waiting() {
     let mut world = World::new(LiveOptions { workers: 1, ..options() }, 1000).await;
     let mut client = Client::settled(&world, 0, false).await;
+    assert!(!world.live.is_broken());
     world.put(1, PANIC_VALUE).await;
     assert!(matches!(client.end(&world).await, EndReason::Store { .. }));
     assert!(matches!(Client::open(&world, 0, false, From::Now).await, Err(SubscribeError::Closed)));
+    // Whoever watches the server has to know: its last breath ends the groups, and then the thread ends.
+    while !world.live.is_broken() {
+        std::thread::yield_now();
+    }
     world.finish_with(vec![client]);
 }
 
