@@ -399,7 +399,6 @@ impl Runner<'_> {
         if fault.costs_instance() {
             self.instances.forget(setup, self.space);
         }
-        let mut alone = false;
         for unit in batch {
             let unit = [unit];
             let answer = self.call(setup, &unit).1;
@@ -410,15 +409,8 @@ impl Runner<'_> {
                     let index = unit.index();
                     return Err(self.fail(setup, fault, Some(index)));
                 }
-                Err(fault) => {
-                    alone = true;
-                    self.failed(setup, unit, fault, false, out)?;
-                }
+                Err(fault) => self.failed(setup, unit, fault, false, out)?,
             }
-        }
-        // A guest that fails at batches alone costs an instance and a call for each row every time.
-        if !alone && self.counts && fault.costs_instance() {
-            setup.module.health.lost_instance(setup.key, Instant::now());
         }
         Ok(())
     }
@@ -465,7 +457,8 @@ impl Runner<'_> {
             cause: fault.cause,
             message: fault.message,
             passed,
-            known,
+            // A row that does not fit is no news where the same rows come again.
+            known: known || fault.unplaced,
         });
         if passed {
             out.push(unit);
