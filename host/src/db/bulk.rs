@@ -305,7 +305,7 @@ pub(super) async fn plan(db: &Db, who: &Identity, piece: &Piece<'_>, env: Reques
                 error: failure.error.into(),
                 row: failure.row.map(|row| before + row),
             })?;
-            merge.add(changes, None);
+            merge.add(changes);
             before += group.iter().map(RecordBatch::num_rows).sum::<usize>();
         }
         Ok(merge.finish())

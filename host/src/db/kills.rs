@@ -84,10 +84,11 @@ impl Kills {
         concerned.any(|kill| position <= kill.seq && !kill.anew.contains(user))
     }
 
-    /// A user subscribes without a position. Whether there is something to be saved.
-    pub(super) fn anew(&mut self, live_id: &str, user: &Arc<str>) -> bool {
+    /// A user subscribes without a position, after kill number `since`. Whether there is something to be saved.
+    pub(super) fn anew(&mut self, live_id: &str, user: &Arc<str>, since: u64) -> bool {
         let mut changed = false;
-        for kill in self.recent.iter_mut().filter(|kill| kill.concerns(live_id, user)) {
+        let before = self.recent.iter_mut().filter(|kill| kill.number <= since);
+        for kill in before.filter(|kill| kill.concerns(live_id, user)) {
             if kill.anew.insert(user.clone()) {
                 changed = self.unsaved.insert(kill.number) || changed;
             }
@@ -170,7 +171,9 @@ mod tests {
         assert_eq!(kills.ends(first, "x", &alice, Seq(9)), (false, false), "it came after the kill");
         assert!(kills.hold_back("x", &alice, Seq(8)) && !kills.hold_back("x", &alice, Seq(9)));
         kills.take_unsaved();
-        assert!(kills.anew("x", &alice) && !kills.anew("x", &alice) && !kills.anew("x", &bob));
+        assert!(
+            kills.anew("x", &alice, u64::MAX) && !kills.anew("x", &alice, u64::MAX) && !kills.anew("x", &bob, u64::MAX)
+        );
         assert!(!kills.hold_back("x", &alice, Seq(5)));
         // Another kill is for the new one as well.
         kills.note("x", None, Seq(9));
@@ -191,7 +194,7 @@ mod tests {
         assert!(kills.take_unsaved().1.is_empty());
         kills.not_saved(numbers);
         assert_eq!(kills.take_unsaved().1.len(), REMEMBERED + 1);
-        kills.anew("x", &alice);
+        kills.anew("x", &alice, u64::MAX);
         let (_, notes) = kills.take_unsaved();
         let (key, record) = &notes[0];
         assert_eq!(record.as_deref(), Some(&b"\x01\x01x\x00\xac\x02\x01\x05alice"[..]), "the bytes are pinned");

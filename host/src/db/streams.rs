@@ -96,8 +96,8 @@ impl Streams {
     }
 
     /// A user subscribes without a position.
-    pub(super) fn anew(self: &Arc<Self>, live_id: &str, user: &Arc<str>) {
-        let changed = self.kills().anew(live_id, user);
+    pub(super) fn anew(self: &Arc<Self>, live_id: &str, user: &Arc<str>, since: u64) {
+        let changed = self.kills().anew(live_id, user, since);
         if changed {
             self.save_soon();
         }
@@ -246,7 +246,7 @@ pub(super) struct Listed {
     user: Arc<str>,
     bell: watch::Receiver<u64>,
     /// Kills up to this one came before the stream.
-    since: u64,
+    pub since: u64,
 }
 
 impl Listed {

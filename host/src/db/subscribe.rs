@@ -120,7 +120,7 @@ impl Db {
         let position = request.position.take();
         // Before it is asked whether it was killed: from here on a kill finds it.
         let listed = Listed::new(self, who, Common { spec: spec.clone(), shown, request });
-        let (from, opening) = self.resolve_position(who, &listed.common.request, position, &spec)?;
+        let (from, opening) = self.resolve_position(who, &listed, position)?;
         let mut stream = LiveStream {
             db: self.clone(),
             who: who.clone(),
@@ -302,13 +302,12 @@ impl Db {
     fn resolve_position(
         &self,
         who: &Identity,
-        request: &LiveRequest,
+        listed: &Listed,
         position: Option<String>,
-        spec: &GroupSpec,
     ) -> Result<(From, Opening), DbError> {
-        let streams = &self.inner.streams;
+        let (streams, request, spec) = (&self.inner.streams, &listed.common.request, &listed.common.spec);
         let Some(text) = position else {
-            streams.anew(&spec.live_id, &who.user);
+            streams.anew(&spec.live_id, &who.user, listed.since);
             let snapshot = request.snapshot.unwrap_or(true);
             return Ok((if snapshot { present(request) } else { From::Now }, Opening::Plain));
         };
@@ -618,6 +617,11 @@ impl LiveStream {
                         return Ok(());
                     }
                     Err(SubscribeError::Expired) => ResyncReason::Expired,
+                    // Nothing has changed: it waits on.
+                    Err(SubscribeError::Pipeline(fault)) if fault.retry_after.is_some() => {
+                        self.ended(EndReason::Pipeline { fault, seq });
+                        return Ok(());
+                    }
                     Err(error) => return Err(subscribe_error(error)),
                 }
             }

@@ -10,7 +10,7 @@ use super::{Db, DbError, Identity, SqlAnswer, SqlRequest, StatementResult, bulk,
 use crate::catalog::{Catalog, NamespaceId, Table, TableId, TableKind};
 use crate::config::Role;
 use crate::sql::{
-    ChangeSet, Held, Overlay, Param, Refusal, RequestEnv, RowStream, SqlError, Statement, StatementKind, ddl,
+    ChangeSet, Held, Overlay, Param, Refusal, RequestEnv, Returned, SqlError, Statement, StatementKind, ddl,
 };
 use crate::store::snapshot::Snapshot;
 use crate::store::{CommitError, Receipt, RowWrite, Seq, Transaction};
@@ -46,7 +46,7 @@ pub(super) async fn dml(
     let work = Work::Statements(statements, &request);
     let outcome = transaction(db, who, request.namespace.as_deref(), &request.params, work).await;
     match outcome.map_err(|failed| failed.error)? {
-        Outcome::Committed(planned, seq) => Ok(planned.answer(seq)),
+        Outcome::Committed(planned, seq) => Ok(planned.answer(db, seq)),
         Outcome::Answered(answer) => Ok(answer),
     }
 }
@@ -230,9 +230,15 @@ pub(super) struct Planned {
     /// Whether there are any, or were before they went to the store.
     writes: bool,
     /// Of each statement.
-    results: Vec<StatementResult>,
+    done: Vec<Done>,
     /// The memory of the rows: until their commit is answered, other statements have to do without it.
     held: Vec<Held>,
+}
+
+/// What one statement does, beside its rows.
+struct Done {
+    affected: u64,
+    returned: Option<Returned>,
 }
 
 impl Planned {
@@ -241,29 +247,27 @@ impl Planned {
         !self.writes
     }
 
-    fn answer(self, seq: Seq) -> SqlAnswer {
-        SqlAnswer { results: self.results, seq, replayed: false }
+    /// Only now does the time begin in which what was returned has to be read: a commit that is made is no less made for
+    /// having taken long.
+    fn answer(self, db: &Db, seq: Seq) -> SqlAnswer {
+        let result = |done: Done| StatementResult::Affected {
+            affected: done.affected,
+            returned: done.returned.map(|returned| db.inner.sql.returned(returned)),
+        };
+        SqlAnswer { results: self.done.into_iter().map(result).collect(), seq, replayed: false }
     }
 
     /// Of each statement, for the receipt, which has no room for rows.
     fn affected(&self, request: &SqlRequest) -> Result<Vec<u64>, DbError> {
-        let affected = self.results.iter().map(|result| match result {
-            StatementResult::Affected { returned: Some(_), .. } if request.idempotency.is_some() => {
-                Err(no_receipt("RETURNING", "read the rows with a query of its own"))
-            }
-            StatementResult::Affected { affected, .. } => Ok(*affected),
-            StatementResult::Rows(_) => Ok(0),
-        });
-        affected.collect()
+        if request.idempotency.is_some() && self.done.iter().any(|done| done.returned.is_some()) {
+            return Err(no_receipt("RETURNING", "read the rows with a query of its own"));
+        }
+        Ok(self.done.iter().map(|done| done.affected).collect())
     }
 
     /// Of all statements together.
     pub(super) fn all_affected(&self) -> u64 {
-        let affected = |result: &StatementResult| match result {
-            StatementResult::Affected { affected, .. } => *affected,
-            StatementResult::Rows(_) => 0,
-        };
-        self.results.iter().map(affected).sum()
+        self.done.iter().map(|done| done.affected).sum()
     }
 
     /// `default` where nothing is written.
@@ -280,9 +284,7 @@ async fn plan(db: &Db, who: &Identity, statements: &[Statement], env: RequestEnv
         // Before anything is read: whether rows match must make no difference to who may not write them.
         let env = merge.env()?.clone();
         may_write(who, &*db.inner.sql.written_table(statement, &env)?)?;
-        let mut changes = db.inner.sql.change_set(statement, env).await?;
-        let returned = changes.returned.take().map(|returned| db.inner.sql.returned(returned));
-        merge.add(changes, returned);
+        merge.add(db.inner.sql.change_set(statement, env).await?);
     }
     Ok(merge.finish())
 }
@@ -318,8 +320,8 @@ impl Merge {
     }
 
     /// What the next statement does; it has been looked at whether it may.
-    pub(super) fn add(&mut self, changes: ChangeSet, returned: Option<RowStream>) {
-        self.planned.results.push(StatementResult::Affected { affected: changes.affected, returned });
+    pub(super) fn add(&mut self, changes: ChangeSet) {
+        self.planned.done.push(Done { affected: changes.affected, returned: changes.returned });
         self.planned.held.extend(changes.held);
         for write in changes.writes {
             let place = match self.places.is_empty() {

@@ -169,19 +169,26 @@ impl Tickets {
     /// The stream a ticket stands for. A query that comes with it must be the very same one.
     pub fn redeem(&self, ticket: &str, given: Option<&Asked>) -> Result<Redeemed, Problem> {
         let key = hash(ticket);
-        let entries = self.entries();
+        let mut entries = self.entries();
         let entry = entries
-            .get(&key)
+            .get_mut(&key)
             .filter(|entry| entry.until.is_none_or(|until| until > Instant::now()))
             .filter(|entry| given.is_none_or(|given| same(given, &entry.request)))
             .ok_or_else(no_ticket)?;
+        // It is about to be used: not the one that has been closed for the longest.
+        if entry.opened > 0 && entry.until.is_some() {
+            entry.until = Some(Instant::now() + IDLE);
+        }
         Ok(Redeemed { who: entry.who.clone(), request: entry.request.clone(), key })
     }
 
     /// What the stream counts as already, while a connection has it: one that takes its place is no more than that. (A
     /// client whose network has changed is back long before anybody knows that its old connection is dead.)
     pub fn counted(&self, redeemed: &Redeemed) -> Option<Arc<Counted>> {
-        self.entries().get(&redeemed.key)?.counted.upgrade()
+        let entries = self.entries();
+        let counted = entries.get(&redeemed.key)?.counted.upgrade()?;
+        // One that has ended and one that begins: more at a time are more connections than it counts as.
+        (Arc::strong_count(&counted) <= 2).then_some(counted)
     }
 
     /// The stream is open: a connection that had it before ends.
@@ -411,6 +418,7 @@ mod tests {
         let counted = Arc::new(limits.open(&Arc::from("alice"), None, 1).unwrap());
         let _alive = tickets.open(&redeemed, &counted).unwrap();
         let again = tickets.counted(&redeemed).unwrap();
+        assert!(tickets.counted(&redeemed).is_none(), "two at once count as two");
         drop((dead, counted));
         assert!(limits.open(&Arc::from("alice"), None, 1).is_err(), "it still counts");
         drop(again);

@@ -166,14 +166,14 @@ impl Sql {
         Ok(self.engine.row_stream(columns, batches, clock))
     }
 
-    /// The rows of RETURNING, read within the time of a heavy query's: they hold memory that others wait for.
+    /// The rows of RETURNING: to be read in time, as they hold memory that others wait for.
     pub fn returned(&self, returned: Returned) -> RowStream {
         let Returned { columns, batches, held } = returned;
         let batches = batches.into_iter().map(move |batch| {
             let _until_all_are_read = &held;
             Ok(batch)
         });
-        let clock = self.clock(Instant::now(), LONGEST_HELD);
+        let clock = self.clock(Instant::now(), LONGEST_WAIT);
         self.engine.row_stream(columns, futures::stream::iter(batches).boxed(), clock)
     }
 
