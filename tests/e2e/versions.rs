@@ -349,6 +349,25 @@ fn check_fold(live: &Live, rows: &BTreeMap<i64, i64>) -> Option<i64> {
     stamps.into_iter().next()
 }
 
+/// A long run found it: bytes that come back under another number were told as `pipeline`, which is a word for feeds.
+#[tokio::test]
+async fn a_map_is_not_told_that_its_bytes_have_another_number() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY, v BIGINT NOT NULL)").await;
+    let mut map = Versions::new("map", "row_transform");
+    map.upload(&db).await;
+    let (first, (hash, stamp)) = map.known.first_key_value().map(|(number, known)| (*number, known.clone())).unwrap();
+    let mut live = db.live(LiveQuery::new("SELECT * FROM t").plugin(&format!("map@sha256:{hash}"))).await;
+    live.until_uptodate().await;
+    map.upload(&db).await;
+    let request = db.request(Method::POST, "/v1/plugins/map/rollback").json(&json!({"version": first}));
+    assert_eq!(request.send().await.expect("an answer").status(), 200);
+    db.sql("INSERT INTO t VALUES (1, 10)").await;
+    let event = live.next_change().await;
+    assert_eq!((event.name.as_str(), &event.data["row"]["stamp"]), ("insert", &json!(stamp)), "{event:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn versions_change_while_changes_flow() {
     for seed in tests::seeds(1) {

@@ -635,15 +635,18 @@ impl LiveStream {
         self.join(present(&self.listed.common.request), Opening::Resync(reason)).await
     }
 
-    /// From a position on with other versions, which the client is told.
+    /// From a position on with other versions, which a feed is told of. A map goes on only with the same bytes: whatever
+    /// number they have now, its rows are what they were.
     fn go_on(&mut self, compiled: Compiled, subscription: Subscription, seq: Seq) {
         let (spec, common) = (self.spec.clone(), self.listed.common.clone());
         if !self.replace(compiled) {
             return;
         }
-        let stages = spec.stages.iter().zip(&self.spec.stages);
-        let other = stages.filter(|(before, now)| before != now).map(|(_, now)| another_version(now));
-        self.queue.extend(other.collect::<Vec<_>>());
+        if self.spec.semantics == Semantics::Feed {
+            let stages = spec.stages.iter().zip(&self.spec.stages);
+            let other = stages.filter(|(before, now)| before != now).map(|(_, now)| another_version(now));
+            self.queue.extend(other.collect::<Vec<_>>());
+        }
         let from = From::After(seq);
         if common.shown != self.listed.common.shown {
             self.say_start(from, seq);
