@@ -136,17 +136,6 @@ impl Streams {
         found
     }
 
-    /// Open streams of a live query: of everybody, or of one user.
-    fn count(&self, live_id: &str, user: Option<&Arc<str>>) -> usize {
-        let open = self.open();
-        let users = open.get(live_id).map(|open| &open.users);
-        match (users, user) {
-            (None, _) => 0,
-            (Some(users), None) => users.values().map(|mine| mine.count).sum(),
-            (Some(users), Some(user)) => users.get(user).map_or(0, |mine| mine.count),
-        }
-    }
-
     /// Counts a stream in. What it has in common with those that are open already it is given in the place of its own.
     fn enter(&self, who: &Identity, mut common: Common) -> Arc<Common> {
         match self.open().entry(common.spec.live_id.clone()) {
@@ -173,12 +162,34 @@ impl Streams {
         }
     }
 
-    fn note(&self, live_id: &str, user: Option<Arc<str>>, seq: Seq, said: &Event) {
-        let mut kills = self.kills();
-        let number = kills.note(live_id, user, seq);
-        kills.audit.push(said.record());
-        drop(kills);
-        self.bell.send_replace(number);
+    /// Ends the open streams of a live query, of everybody or of one user. How many there were; without any it was no
+    /// kill. Counted and noted in one step: a stream that was counted finds the note when it has left (`Listed::leave`).
+    fn end(&self, live_id: &str, user: Option<&Arc<str>>, said: &Event) -> usize {
+        let open = self.open();
+        let users = open.get(live_id).map(|open| &open.users);
+        let count = match (users, user) {
+            (None, _) => 0,
+            (Some(users), None) => users.values().map(|mine| mine.count).sum(),
+            (Some(users), Some(user)) => users.get(user).map_or(0, |mine| mine.count),
+        };
+        if count > 0 {
+            let mut kills = self.kills();
+            let number = kills.note(live_id, user.cloned(), self.store.applied());
+            kills.audit.push(said.record());
+            drop(kills);
+            self.bell.send_replace(number);
+        }
+        count
+    }
+
+    /// Whether a kill after number `since` ends this stream.
+    fn ends(self: &Arc<Self>, since: u64, live_id: &str, user: &Arc<str>) -> bool {
+        // What was told since the kill shall not be a way around it.
+        let (ended, changed) = self.kills().ends(since, live_id, user, self.store.applied());
+        if changed {
+            self.save_soon();
+        }
+        ended
     }
 
     /// Tells the store of kills what it does not know yet. Blocks.
@@ -213,15 +224,14 @@ impl Db {
     pub(super) async fn kill(&self, who: &Identity, live_id: &str) -> Result<u64, DbError> {
         let streams = &self.inner.streams;
         let user = (who.role != Role::Admin).then_some(&who.user);
-        let count = streams.count(live_id, user);
+        let said = Event::done(Some(who), "kill", "KILL LIVE QUERY", live_id);
+        let count = streams.end(live_id, user, &said);
         // Somebody else's is as unknown as none.
         if count == 0 {
             return Err(DbError::NotFound(format!(
                 "there is no live query {live_id:?}; system.live_queries has those that are open"
             )));
         }
-        let said = Event::done(Some(who), "kill", "KILL LIVE QUERY", live_id);
-        streams.note(live_id, user.cloned(), self.inner.store.applied(), &said);
         let noted = streams.clone();
         blocking(move || noted.save()).await??;
         tracing::info!(live_id, by = %who.user, streams = count, "live query killed");
@@ -273,13 +283,14 @@ impl Listed {
 
     /// Whether it has been killed by now.
     pub(super) fn is_killed(&self) -> bool {
-        // What was told since the kill shall not be a way around it.
-        let (streams, now) = (&self.db.inner.streams, self.db.inner.store.applied());
-        let (ended, changed) = streams.kills().ends(self.since, &self.common.spec.live_id, &self.user, now);
-        if changed {
-            streams.save_soon();
-        }
-        ended
+        self.db.inner.streams.ends(self.since, &self.common.spec.live_id, &self.user)
+    }
+
+    /// Takes it out. Whether it was killed before: from here on no kill counts it.
+    pub(super) fn leave(self) -> bool {
+        let (db, common, user, since) = (self.db.clone(), self.common.clone(), self.user.clone(), self.since);
+        drop(self);
+        db.inner.streams.ends(since, &common.spec.live_id, &user)
     }
 }
 

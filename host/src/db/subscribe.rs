@@ -658,12 +658,12 @@ impl LiveStream {
     fn replace(&mut self, compiled: Compiled) -> bool {
         let Compiled { spec, shown, catalog_version, .. } = compiled;
         if spec.live_id != self.spec.live_id {
-            if self.listed.is_killed() {
+            let request = self.listed.common.request.clone();
+            let listed = Listed::new(&self.db, &self.who, Common { spec: spec.clone(), shown, request });
+            if std::mem::replace(&mut self.listed, listed).leave() {
                 self.end(killed());
                 return false;
             }
-            let request = self.listed.common.request.clone();
-            self.listed = Listed::new(&self.db, &self.who, Common { spec: spec.clone(), shown, request });
         }
         self.uses = PluginUses::new(&self.db, &self.listed.common.spec);
         (self.spec, self.catalog_version) = (spec, catalog_version);
