@@ -47,7 +47,7 @@ const PLAIN_UPDATE: &str = "SELECT id, n + 1 FROM t WHERE id = 500";
 
 struct Bench {
     runtime: Runtime,
-    sql: Sql,
+    sql: Arc<Sql>,
     store: Store,
     plain: SessionContext,
     _dir: tempfile::TempDir,
@@ -71,7 +71,7 @@ impl Bench {
             heavy_queue: 256,
         };
         let sql = Sql::new(options, Vec::new());
-        let bench = Bench { runtime, sql: sql.unwrap(), store, plain: plain(), _dir: dir };
+        let bench = Bench { runtime, sql: Arc::new(sql.unwrap()), store, plain: plain(), _dir: dir };
         bench.write("CREATE TABLE t (id INT PRIMARY KEY, name TEXT, n INT)", &[]);
         bench.write("CREATE TABLE w (id INT PRIMARY KEY, name TEXT, n INT)", &[]);
         let rows: Vec<String> = (0..ROWS).map(|id| format!("({id}, 'row {id}', {})", id % 10)).collect();
@@ -88,7 +88,7 @@ impl Bench {
     fn query(&self, text: &str, params: &[Param]) -> usize {
         self.runtime.block_on(async {
             let statements = self.sql.parse(text).unwrap();
-            let mut stream = self.sql.query(&statements[0], self.env(params)).await.unwrap();
+            let mut stream = self.sql.query(&statements[0], self.env(params), false).await.unwrap();
             let mut rows = 0;
             while let Some(batch) = stream.batches.next().await {
                 rows += batch.unwrap().num_rows();
@@ -101,7 +101,7 @@ impl Bench {
     fn first(&self, text: &str, params: &[Param]) -> usize {
         self.runtime.block_on(async {
             let statements = self.sql.parse(text).unwrap();
-            let mut stream = self.sql.query(&statements[0], self.env(params)).await.unwrap();
+            let mut stream = self.sql.query(&statements[0], self.env(params), false).await.unwrap();
             stream.batches.next().await.unwrap().unwrap().num_rows()
         })
     }

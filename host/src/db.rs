@@ -430,10 +430,7 @@ impl Db {
         let mut results = Vec::with_capacity(statements.len());
         for statement in statements {
             self.inner.metrics.queries.inc();
-            let rows = match results.is_empty() {
-                true => self.inner.sql.query(statement, env.clone()).await?,
-                false => self.inner.sql.query_behind(statement, env.clone()).await?,
-            };
+            let rows = self.inner.sql.query(statement, env.clone(), !results.is_empty()).await?;
             results.push(StatementResult::Rows(rows));
         }
         Ok(SqlAnswer { results, seq, replayed: false })

@@ -79,7 +79,7 @@ fn ways<'a>(world: &'a World, table: &'a Arc<MemTable>) -> Vec<Way<'a>> {
     let (shared, of_shared) = held_by(|| used(context(table)));
     let (per_core, of_per_core) = held_by(|| (0..cores()).map(|_| used(context(table))).collect::<Vec<_>>());
     let engine = || {
-        let sql = Sql::new(world.config.sql.clone(), Vec::new()).unwrap();
+        let sql = Arc::new(Sql::new(world.config.sql.clone(), Vec::new()).unwrap());
         ours(&runtime, world, &sql);
         sql
     };
@@ -178,10 +178,10 @@ fn plain(runtime: &Runtime, context: &SessionContext) -> usize {
     })
 }
 
-fn ours(runtime: &Runtime, world: &World, sql: &Sql) -> usize {
+fn ours(runtime: &Runtime, world: &World, sql: &Arc<Sql>) -> usize {
     runtime.block_on(async {
         let statements = sql.parse(QUERY).unwrap();
-        let mut stream = sql.query(&statements[0], world.env("bench")).await.unwrap();
+        let mut stream = sql.query(&statements[0], world.env("bench"), false).await.unwrap();
         let mut rows = 0;
         while let Some(batch) = stream.batches.next().await {
             rows += batch.unwrap().num_rows();

@@ -25,7 +25,7 @@ impl World {
     pub fn each_batch(&self, text: &str, mut take: impl FnMut(RecordBatch)) {
         self.runtime.block_on(async {
             let statements = self.sql.parse(text).unwrap();
-            let mut stream = self.sql.query(&statements[0], self.env("admin")).await.unwrap();
+            let mut stream = self.sql.query(&statements[0], self.env("admin"), false).await.unwrap();
             while let Some(batch) = stream.batches.next().await {
                 take(batch.unwrap());
             }

@@ -25,7 +25,7 @@ use wire::{ChangeAt, ImageRef, Schema};
 
 pub struct World {
     pub runtime: Runtime,
-    pub sql: Sql,
+    pub sql: Arc<Sql>,
     pub store: Store,
     pub config: Config,
 }
@@ -43,7 +43,7 @@ impl World {
     /// Over a store that was just opened.
     pub fn over(store: Store, config: Config) -> World {
         store.start(Box::new(|_| {}));
-        let sql = Sql::new(config.sql.clone(), Vec::new()).unwrap();
+        let sql = Arc::new(Sql::new(config.sql.clone(), Vec::new()).unwrap());
         World { runtime: Runtime::new().unwrap(), sql, store, config }
     }
 

@@ -1,5 +1,7 @@
 //! DataFusion's errors as ours, in one place: what the caller did wrong, which limit was reached, what is our own bug.
 
+use std::any::Any;
+
 use datafusion::common::{DataFusionError, SchemaError};
 use datafusion::sql::sqlparser::parser::ParserError;
 use datafusion::sql::sqlparser::tokenizer::{Location, Span};
@@ -64,6 +66,18 @@ pub(crate) fn from_parser(error: ParserError, text: &str) -> SqlError {
             SqlError::Invalid { code: "syntax", message, position }
         }
         ParserError::RecursionLimitExceeded => SqlError::Limit("the statement is nested too deeply".to_owned()),
+    }
+}
+
+/// A panic in one of DataFusion's parts, caught.
+pub(crate) fn panicked(cause: Box<dyn Any + Send>) -> SqlError {
+    let text = cause.downcast_ref::<&str>().copied().or_else(|| cause.downcast_ref::<String>().map(String::as_str));
+    match text {
+        // What a join without a key comes to when the memory pool is full: it runs one side again, which cannot.
+        Some("partition not used yet") => SqlError::Limit(
+            "the query needs more than sql.memory_bytes allows: narrow it, or raise the setting".to_owned(),
+        ),
+        text => SqlError::Internal(format!("the query panicked: {}", text.unwrap_or("without a word"))),
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::oneshot;
 
 use super::SqlError;
+use super::error::panicked;
 
 /// Only what is touched costs memory.
 const STACK_BYTES: usize = 32 * 1024 * 1024;
@@ -96,10 +97,7 @@ fn work(queue: &Mutex<Receiver<Job>>) {
 
 /// A panic in DataFusion's planner ends that statement, not the thread.
 fn caught<T>(job: impl FnOnce() -> Result<T, SqlError>) -> Result<T, SqlError> {
-    catch_unwind(AssertUnwindSafe(job)).unwrap_or_else(|cause| {
-        let cause = cause.downcast_ref::<&str>().map(|text| (*text).to_owned());
-        Err(SqlError::Internal(format!("planning panicked: {}", cause.unwrap_or_default())))
-    })
+    catch_unwind(AssertUnwindSafe(job)).unwrap_or_else(|cause| Err(panicked(cause)))
 }
 
 /// Runs `job` at once, about a text that is `shallow` or not: here, or on a thread made for it.
@@ -115,7 +113,7 @@ pub(crate) fn on_large_stack<T: Send>(job: impl FnOnce() -> T + Send) -> Result<
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, job);
         let thread = thread.map_err(|error| SqlError::Internal(format!("cannot start a thread: {error}")))?;
-        thread.join().map_err(|_| SqlError::Internal("planning panicked".to_owned()))
+        thread.join().map_err(panicked)
     })
 }
 

@@ -4,7 +4,6 @@
 //! ([`context`](super::context)), identity and snapshot travel in its task context. What is planned is kept as a template
 //! ([`plans`](super::plans)); lookups and changes by key and rows of constants are not planned at all.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -29,7 +28,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::context::{Names, bind, symbolic};
 use super::dml::by_key;
-use super::error::from_datafusion;
+use super::error::{from_datafusion, panicked};
 use super::exact::exact;
 use super::leaf::telling_wanted;
 use super::mixed::marked;
@@ -114,24 +113,21 @@ impl Sql {
     }
 
     /// Plans and starts a query; planning counts against the deadline. A lookup by key is done when this returns.
-    pub async fn query(&self, statement: &Statement, env: RequestEnv) -> Result<RowStream, SqlError> {
-        if let Some(lookup) = lookup::find(&statement.ast, &env) {
-            return lookup.run(&env);
-        }
-        let started = Instant::now();
-        let template = self.template(started, statement, &env, Engine::query_template).await?;
-        self.start(started, template, &statement.text, env).await
-    }
-
-    /// The same behind other queries, whose results are read first: what needs a permit is only planned, and starts when
-    /// it is read. It could wait for a permit that these others hold until they have been.
-    pub async fn query_behind(self: &Arc<Self>, statement: &Statement, env: RequestEnv) -> Result<RowStream, SqlError> {
+    ///
+    /// `behind` others, whose results are read first, what needs a permit is only planned, and starts when it is read: it
+    /// could wait for a permit that these others hold until they have been.
+    pub async fn query(
+        self: &Arc<Self>,
+        statement: &Statement,
+        env: RequestEnv,
+        behind: bool,
+    ) -> Result<RowStream, SqlError> {
         if let Some(lookup) = lookup::find(&statement.ast, &env) {
             return lookup.run(&env);
         }
         let asked = Instant::now();
         let template = self.template(asked, statement, &env, Engine::query_template).await?;
-        if !template.heavy {
+        if !(behind && template.heavy) {
             return self.start(asked, template, &statement.text, env).await;
         }
         let columns = arrow::output_columns(template.plan.schema().as_arrow());
@@ -577,7 +573,7 @@ impl Engine {
             self.state.runtime_env().clone(),
         );
         let started = catch_unwind(AssertUnwindSafe(|| execute_stream(plan, Arc::new(context))));
-        started.map_err(|cause| panicked(&cause))?.map_err(|error| from_datafusion(error, text))
+        started.map_err(panicked)?.map_err(|error| from_datafusion(error, text))
     }
 
     /// What an UPDATE sets in the row at hand. A panic in a function ends the statement, as it does in a running plan.
@@ -589,7 +585,7 @@ impl Engine {
         text: &str,
     ) -> Result<Vec<ArrayRef>, SqlError> {
         let values = catch_unwind(AssertUnwindSafe(|| plan.evaluate(image, env, &self.state, text)));
-        values.map_err(|cause| panicked(&cause))?
+        values.map_err(panicked)?
     }
 
     /// The batches as the caller sees them: SQL types only, ended at the deadline.
@@ -713,19 +709,7 @@ fn batches(stream: SendableRecordBatchStream, text: Arc<str>, permit: Option<Per
 async fn next(stream: &mut SendableRecordBatchStream, text: &str) -> Option<Result<RecordBatch, SqlError>> {
     match AssertUnwindSafe(stream.next()).catch_unwind().await {
         Ok(batch) => batch.map(|batch| batch.map_err(|error| from_datafusion(error, text))),
-        Err(cause) => Some(Err(panicked(&cause))),
-    }
-}
-
-pub(crate) fn panicked(cause: &Box<dyn Any + Send>) -> SqlError {
-    let text = cause.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    let text = text.or_else(|| cause.downcast_ref::<String>().cloned());
-    match text.as_deref() {
-        // What a join without a key comes to when the memory pool is full: it runs one side again, which cannot.
-        Some("partition not used yet") => SqlError::Limit(
-            "the query needs more than sql.memory_bytes allows: narrow it, or raise the setting".to_owned(),
-        ),
-        text => SqlError::Internal(format!("the query panicked: {}", text.unwrap_or_default())),
+        Err(cause) => Some(Err(panicked(cause))),
     }
 }
 

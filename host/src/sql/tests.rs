@@ -16,7 +16,7 @@ use crate::store::{Store, StoreOptions, Transaction};
 const NOW: i64 = 1_767_323_045_000_000;
 
 struct Bench {
-    sql: Sql,
+    sql: Arc<Sql>,
     store: Store,
     _dir: TempDir,
 }
@@ -48,7 +48,7 @@ fn bench_with(change: impl FnOnce(&mut SqlOptions)) -> Bench {
         heavy_queue: 4,
     };
     change(&mut options);
-    Bench { sql: Sql::new(options, Vec::new()).unwrap(), store, _dir: dir }
+    Bench { sql: Arc::new(Sql::new(options, Vec::new()).unwrap()), store, _dir: dir }
 }
 
 fn bench() -> Bench {
@@ -68,7 +68,7 @@ impl Bench {
             let env = self.env(user, params);
             let base = env.snapshot.seq();
             answer = match statement.kind {
-                StatementKind::Query => show(self.sql.query(statement, env).await?).await?,
+                StatementKind::Query => show(self.sql.query(statement, env, false).await?).await?,
                 StatementKind::Dml => {
                     let namespace = env.catalog.namespace("main").unwrap().id;
                     let changes = self.sql.change_set(statement, env).await?;
@@ -155,6 +155,13 @@ async fn show(mut stream: RowStream) -> Result<String, SqlError> {
 const FLIGHTS: &str = "CREATE TABLE flights (id INT PRIMARY KEY, carrier TEXT NOT NULL, dep_delay INT, dist DOUBLE)";
 const SOME: &str =
     "INSERT INTO flights VALUES (1, 'AA', 5, 100), (2, 'UA', NULL, 250.5), (3, 'AA', -3, 900), (4, 'B6', 61, 1)";
+
+async fn some_flights() -> Bench {
+    let bench = bench();
+    bench.run(FLIGHTS).await;
+    bench.run(SOME).await;
+    bench
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn write_and_read() {
@@ -397,9 +404,7 @@ async fn every_type_there_and_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn parameters() {
-    let bench = bench();
-    bench.run(FLIGHTS).await;
-    bench.run(SOME).await;
+    let bench = some_flights().await;
     bench.run("CREATE TABLE t (id UUID PRIMARY KEY, at TIMESTAMP, n DECIMAL(10,2))").await;
     let (int, text) = (Param::Int, |text: &str| Param::Text(text.to_owned()));
     let id = "67e55044-10b1-426f-9247-bb680e5fe0c8";
@@ -598,9 +603,7 @@ async fn key_ranges_reach_the_scan() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_sees_its_own_writes() {
-    let bench = bench();
-    bench.run(FLIGHTS).await;
-    bench.run(SOME).await;
+    let bench = some_flights().await;
     let mut env = bench.env("alice", &[]);
     for text in [
         "INSERT INTO flights VALUES (0, 'NEW', 1, 1), (10, 'NEW', 1, 1)",
@@ -617,7 +620,7 @@ async fn a_transaction_sees_its_own_writes() {
     }
     let query = async |text: &str| {
         let statement = bench.sql.parse(text).unwrap()[0].clone();
-        show(bench.sql.query(&statement, env.clone()).await.unwrap()).await.unwrap()
+        show(bench.sql.query(&statement, env.clone(), false).await.unwrap()).await.unwrap()
     };
     assert_eq!(query("SELECT id, carrier FROM flights").await, "0|UP 2|UP 3|AA 10|NEW");
     assert_eq!(query("SELECT id FROM flights WHERE id > 1 AND id < 10").await, "2 3");
@@ -719,7 +722,7 @@ async fn index_ranges_reach_the_scan_and_find_the_transactions_own_rows() {
     }
     let query = async |text: &str| {
         let statement = bench.sql.parse(text).unwrap()[0].clone();
-        show(bench.sql.query(&statement, env.clone()).await.unwrap()).await.unwrap()
+        show(bench.sql.query(&statement, env.clone(), false).await.unwrap()).await.unwrap()
     };
     assert_eq!(query("SELECT id FROM t WHERE a = 1 ORDER BY id").await, "1 10");
     assert_eq!(query("SELECT id, c FROM t WHERE c > 5 ORDER BY id").await, "3|9.0 10|7.0");
@@ -802,7 +805,7 @@ async fn decimals_beside_parameters_that_are_doubles() {
     let rows = "(1, 1.25, 99999999999999999999999999999999999999), (2, 100000000000000, 5), (3, NULL, NULL)";
     bench.run(&format!("INSERT INTO t VALUES {rows}")).await;
     let images = images(&bench, "t");
-    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let rows = parsed(&images);
     for (filter, value, ids) in [
         ("d = $1", 1e14, "2"),
         ("d = $1", 1.25, "1"),
@@ -872,7 +875,7 @@ async fn a_column_that_is_called_like_an_expression_is_not_taken_for_it() {
     let bench = bench();
     bench.run("CREATE TABLE t (a INT, b INT, \"b > a\" BOOLEAN PRIMARY KEY); INSERT INTO t VALUES (1, 2, false)").await;
     let images = images(&bench, "t");
-    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let rows = parsed(&images);
     let env = bench.env("alice", &[]);
     let more = bench.incremental("SELECT a < b AS x FROM t", &env);
     let column = bench.incremental("SELECT \"b > a\" AS x FROM t", &env);
@@ -888,11 +891,9 @@ async fn a_column_that_is_called_like_an_expression_is_not_taken_for_it() {
 /// that many live queries share that ended all of them, and every one that came later.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_function_that_panics_is_an_error_of_its_live_query() {
-    let bench = bench();
-    bench.run(FLIGHTS).await;
-    bench.run(SOME).await;
+    let bench = some_flights().await;
     let images = images(&bench, "flights");
-    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let rows = parsed(&images);
     let env = bench.env("alice", &[]);
     let panics = "array_length(array_slice(make_array(id, id, id), 2, 3, 2147483647))";
     let plan = bench.incremental(&format!("SELECT id FROM flights WHERE {panics} = 1"), &env);
@@ -906,11 +907,9 @@ async fn a_function_that_panics_is_an_error_of_its_live_query() {
 /// A hundred calls, each as long as one may take: a minute of a thread that others wait for, for each row.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_functions_of_a_live_query_have_to_end() {
-    let bench = bench();
-    bench.run(FLIGHTS).await;
-    bench.run(SOME).await;
+    let bench = some_flights().await;
     let images = images(&bench, "flights");
-    let rows: Vec<ImageRef<'_>> = images[..1].iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let rows = parsed(&images[..1]);
     let long = Param::Text("x".repeat(15_000));
     let env = bench.env("alice", &[long.clone(), long]);
     let calls: Vec<String> = (0..100).map(|n| format!("levenshtein(carrier || $1 || '{n}', $2) > 0")).collect();
@@ -971,11 +970,9 @@ async fn an_index_that_is_being_built_is_not_there_yet() {
 /// Constants that something is compared with are no part of what is compiled; all others are.
 #[tokio::test(flavor = "multi_thread")]
 async fn live_queries_of_one_shape_share_what_is_compiled() {
-    let bench = bench();
-    bench.run(FLIGHTS).await;
-    bench.run(SOME).await;
+    let bench = some_flights().await;
     let images = images(&bench, "flights");
-    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let rows = parsed(&images);
     let env = bench.env("alice", &[]);
     for (one, other, shared) in [
         ("id = 1", "3 = id", true),
@@ -1006,6 +1003,10 @@ async fn live_queries_of_one_shape_share_what_is_compiled() {
     }
 }
 
+fn parsed(images: &[Vec<u8>]) -> Vec<ImageRef<'_>> {
+    images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect()
+}
+
 fn images(bench: &Bench, table: &str) -> Vec<Vec<u8>> {
     let env = bench.env("alice", &[]);
     let table = env.catalog.table("main", table).unwrap();
@@ -1019,11 +1020,9 @@ fn images(bench: &Bench, table: &str) -> Vec<Vec<u8>> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn live_queries_compile_and_match() {
-    let bench = bench();
-    bench.run(FLIGHTS).await;
-    bench.run(SOME).await;
+    let bench = some_flights().await;
     let images = images(&bench, "flights");
-    let rows: Vec<ImageRef<'_>> = images.iter().map(|image| ImageRef::parse(image).unwrap().0).collect();
+    let rows = parsed(&images);
     let env = bench.env("alice", &[Param::Int(0), Param::Text("AA".to_owned())]);
     let cases = [
         ("SELECT * FROM flights", "1111", "id,carrier,dep_delay,dist"),
@@ -1227,9 +1226,7 @@ async fn what_cannot_be_live_is_refused_by_name() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn parameters_narrow_the_scan_of_a_kept_plan() {
-    let bench = bench();
-    bench.run(FLIGHTS).await;
-    bench.run(SOME).await;
+    let bench = some_flights().await;
     let explain = |filter: &str| format!("EXPLAIN SELECT carrier FROM flights WHERE {filter}");
     for (filter, params, keys) in [
         ("id = $1 AND dist > 0", vec![Param::Int(3)], "keys=[id = 3]"),

@@ -20,7 +20,7 @@ use datafusion::physical_expr::expressions::{BinaryExpr, LikeExpr};
 use datafusion::physical_expr::{PhysicalExpr, ScalarFunctionExpr};
 
 use crate::sql::SqlError;
-use crate::sql::session::panicked;
+use crate::sql::error::panicked;
 use crate::telemetry::thread_cpu;
 
 /// CPU time for the rows of one call, and more for each of them; the last function may take as much as it takes.
@@ -43,7 +43,7 @@ pub(super) fn evaluated<T>(
     }
     let evaluated = catch_unwind(AssertUnwindSafe(evaluate));
     END.set(None);
-    evaluated.unwrap_or_else(|cause| Err(panicked(&cause)))
+    evaluated.unwrap_or_else(|cause| Err(panicked(cause)))
 }
 
 /// The expression with its functions limited, and whether there are any.
