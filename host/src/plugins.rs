@@ -187,6 +187,15 @@ pub struct Piped {
     pub faults: Vec<UnitFault>,
 }
 
+/// A run that came to no end. What had failed before and was passed over is told nowhere else: no other run meets it as
+/// new.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Cut {
+    pub error: PluginError,
+    pub faults: Vec<UnitFault>,
+}
+
 /// What came out of a pipeline with changes.
 #[derive(Debug, Default)]
 pub struct PipedChanges {

@@ -181,11 +181,10 @@ impl Pipelines for WorkerPipelines {
         let commit = self.group(id)?.in_ring(batch);
         let rows = Rows { origin: origin(batch.pass), commit, base: batch.base, places };
         let piped = self.worker.run(PipelineId(id), rows);
-        let cut = self.worker.take_cut();
         let group = self.group(id)?;
-        let faults = piped.as_ref().map_or(&cut, |piped| &piped.faults);
+        let faults = piped.as_ref().map_or_else(|cut| &cut.faults, |piped| &piped.faults);
         group.note(&self.errors, batch, faults, |at| (None, Some(*at)), places);
-        let piped = piped.map_err(|error| fault(error, &group.stages))?;
+        let piped = piped.map_err(|cut| fault(cut.error, &group.stages))?;
         Ok(Piped { keep: piped.keep, output: piped.output })
     }
 
@@ -198,11 +197,10 @@ impl Pipelines for WorkerPipelines {
         let commit = self.group(id)?.in_ring(batch);
         let input = Changes { origin: origin(batch.pass), commit, base: batch.base, places: changes };
         let piped = self.worker.run_changes(PipelineId(id), input);
-        let cut = self.worker.take_cut();
         let group = self.group(id)?;
-        let faults = piped.as_ref().map_or(&cut, |piped| &piped.faults);
+        let faults = piped.as_ref().map_or_else(|cut| &cut.faults, |piped| &piped.faults);
         group.note(&self.errors, batch, faults, |at| (at.old, at.new), changes);
-        let piped = piped.map_err(|error| fault(error, &group.stages))?;
+        let piped = piped.map_err(|cut| fault(cut.error, &group.stages))?;
         let output = |output: crate::plugins::ChangeOutput| ChangeOutput {
             index: output.index,
             op: output.op,

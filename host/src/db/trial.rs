@@ -148,12 +148,14 @@ impl Job<'_> {
         let origin = Origin::Snapshot;
         let mut once = || -> Result<(Made, Vec<UnitFault>), PluginError> {
             if opened.semantics == Semantics::Map {
-                let piped = worker.run(opened.id, Rows { origin, commit: None, base, places: &rows })?;
+                let piped = worker.run(opened.id, Rows { origin, commit: None, base, places: &rows });
+                let piped = piped.map_err(|cut| cut.error)?;
                 let kept = piped.keep.iter().enumerate().filter(|(_, keep)| **keep).map(|(index, _)| index);
                 let mut images = piped.output.unwrap_or_default().into_iter();
                 return Ok((kept.map(|index| (index, images.next())).collect(), piped.faults));
             }
-            let piped = worker.run_changes(opened.id, Changes { origin, commit: None, base, places: &changes })?;
+            let piped = worker.run_changes(opened.id, Changes { origin, commit: None, base, places: &changes });
+            let piped = piped.map_err(|cut| cut.error)?;
             let outputs = piped.outputs.into_iter().map(|output| (output.index, output.image));
             Ok((outputs.collect(), piped.faults))
         };

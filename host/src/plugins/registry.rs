@@ -17,8 +17,8 @@ use super::meters::{Meter, Meters};
 use super::pipeline::{Left, OpenStage, Runner, Unit};
 use super::window::{Lease, Mapping, Ring, WorkerPart};
 use super::{
-    ChangeOutput, Changes, FaultCause, Input, Inspected, Measured, Opened, Piped, PipedChanges, PipelineId,
-    PluginError, PluginOptions, Rows, Stage, StageError, check, params, selftest,
+    ChangeOutput, Changes, Cut, FaultCause, Input, Inspected, Measured, Opened, Piped, PipedChanges, PipelineId,
+    PluginError, PluginOptions, Rows, Stage, StageError, UnitFault, check, params, selftest,
 };
 use crate::catalog::{NamespaceId, OnError, Semantics, Seq};
 use crate::telemetry::Metrics;
@@ -283,8 +283,6 @@ pub struct PluginWorker {
     spaces: Map<(NamespaceId, SpaceKind), Space>,
     instances: Instances,
     pipelines: Map<PipelineId, Pipeline>,
-    /// What had failed already, and was passed over, when a run ended in an error.
-    cut: Vec<super::UnitFault>,
     next: u64,
 }
 
@@ -300,15 +298,7 @@ struct Pipeline {
 impl PluginWorker {
     fn new(shared: Arc<Shared>, with_ring: bool) -> PluginWorker {
         let instances = Instances::new(shared.clone(), shared.options.instances_per_worker);
-        PluginWorker {
-            shared,
-            with_ring,
-            spaces: Map::default(),
-            instances,
-            pipelines: Map::default(),
-            cut: Vec::new(),
-            next: 1,
-        }
+        PluginWorker { shared, with_ring, spaces: Map::default(), instances, pipelines: Map::default(), next: 1 }
     }
 
     pub fn open(
@@ -375,7 +365,7 @@ impl PluginWorker {
 
     /// Runs any number of rows (in batches of ≤ 64 per call) through a pipeline of row kinds. An error names the first row
     /// that fails alone.
-    pub fn run(&mut self, pipeline: PipelineId, rows: Rows<'_>) -> Result<Piped, PluginError> {
+    pub fn run(&mut self, pipeline: PipelineId, rows: Rows<'_>) -> Result<Piped, Cut> {
         let count = rows.places.len();
         let (left, transforms, faults) =
             self.through(pipeline, Semantics::Map, &rows, |runner, stages| runner.rows(stages, rows.places))?;
@@ -392,7 +382,7 @@ impl PluginWorker {
     }
 
     /// The same with changes, for a pipeline with a change kind.
-    pub fn run_changes(&mut self, pipeline: PipelineId, changes: Changes<'_>) -> Result<PipedChanges, PluginError> {
+    pub fn run_changes(&mut self, pipeline: PipelineId, changes: Changes<'_>) -> Result<PipedChanges, Cut> {
         let (units, _, faults) =
             self.through(pipeline, Semantics::Feed, &changes, |runner, stages| runner.changes(stages, changes.places))?;
         let output = |unit: Unit| {
@@ -409,13 +399,13 @@ impl PluginWorker {
         semantics: Semantics,
         input: &Input<'_, At>,
         run: impl FnOnce(&mut Runner<'_>, &[OpenStage]) -> Result<L, PluginError>,
-    ) -> Result<(L, bool, Vec<super::UnitFault>), PluginError> {
+    ) -> Result<(L, bool, Vec<UnitFault>), Cut> {
+        let host = |message: String| Cut { error: PluginError::Host(message), faults: Vec::new() };
         let open = self.pipelines.get(&pipeline).filter(|open| open.semantics == semantics);
-        let open = open.ok_or_else(|| {
-            PluginError::Host(format!("no pipeline {} is open for {} streams", pipeline.0, semantics.as_str()))
-        })?;
+        let open =
+            open.ok_or_else(|| host(format!("no pipeline {} is open for {} streams", pipeline.0, semantics.as_str())))?;
         let space = self.spaces.get_mut(&open.owner.space());
-        let space = space.ok_or_else(|| PluginError::Host("an open pipeline without a window".to_owned()))?;
+        let space = space.ok_or_else(|| host("an open pipeline without a window".to_owned()))?;
         space.enter(open.owner.user.as_ref());
         let lease = lease(&self.shared, space, input.commit, input.base.len());
         let mut runner = Runner {
@@ -435,16 +425,8 @@ impl PluginWorker {
         let faults = runner.faults;
         match left {
             Ok(left) => Ok((left, open.transforms, faults)),
-            Err(error) => {
-                self.cut = faults;
-                Err(error)
-            }
+            Err(error) => Err(Cut { error, faults }),
         }
-    }
-
-    /// What failed in a run that ended in an error later on. It is remembered: no other run meets it as new.
-    pub fn take_cut(&mut self) -> Vec<super::UnitFault> {
-        std::mem::take(&mut self.cut)
     }
 
     pub fn close(&mut self, pipeline: PipelineId) {

@@ -271,7 +271,7 @@ pub fn run(
     seq: Option<u64>,
     (base, places): &(Vec<u8>, Vec<ImageAt>),
 ) -> Result<Piped, PluginError> {
-    worker.run(id, Rows { origin: Origin::Live, commit: seq.map(Seq), base, places })
+    worker.run(id, Rows { origin: Origin::Live, commit: seq.map(Seq), base, places }).map_err(|cut| cut.error)
 }
 
 /// Of a plugin's series. The fixture's store has no names for namespaces.
