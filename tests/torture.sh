@@ -10,7 +10,8 @@
 #   STREAMS=5000 sh tests/torture.sh many_streams     one limit, in another size
 #   CHANGES=100000 MODULES=2000 sh tests/torture.sh   fewer of those that run once
 #
-# It ends at the first failure and says the seed: `SEED=… sh tests/run.sh oracle` repeats that run.
+# At its end stands what failed, and the seed: `SEED=… sh tests/run.sh oracle` repeats that run. The random runs are not
+# begun where a limit does not hold.
 
 set -eu
 ROOT=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
@@ -43,14 +44,30 @@ if [ "$files" != unlimited ]; then
 fi
 export STREAMS H2_STREAMS STORM CROWD ROWS POWER_CUTS
 
+kept=$(mktemp -d)
+trap 'rm -rf "$kept"' EXIT
+
+# Runs tests of the kind $1 to their end, all of them, and lists what failed: its message is far above by then.
+run() {
+    kind=$1
+    shift
+    # A pipe's status is that of its last part.
+    { cargo test --locked --no-fail-fast "$@" 2>&1 || : >"$kept/failed"; } | tee "$kept/printed"
+    [ -e "$kept/failed" ] || return 0
+    say "what failed"
+    sed -n '/^failures:$/,/^test result/p' "$kept/printed"
+    grep -E 'SEED=[0-9]+ failed|panicked at|^error' "$kept/printed" || true
+    die "$kind"
+}
+
 if [ $# -eq 0 ]; then
     say "limits in full size"
-    cargo test --locked -p tests --test e2e -- --nocapture --test-threads=1 \
-        many_streams:: overload:: large:: power_cut:: || die "a limit does not hold; the test stands above"
+    run "a limit does not hold" -p tests --test e2e -- --nocapture --test-threads=1 \
+        many_streams:: overload:: large:: power_cut::
     set -- oracle:: random_schema_changes an_index_shows_what kill_nine_loses_nothing_and \
         versions_change_while one_predicate_gives_one_stream_over modules_of_any_kind
 fi
 
 say "torture for $MINUTES minutes (SEED=$SEED)"
-cargo test --locked --workspace -- --nocapture "$@" || die "a random run failed; its seed stands above (SEED=…)"
+run "a random run failed" --workspace -- --nocapture "$@"
 say "nothing was found"

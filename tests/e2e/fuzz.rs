@@ -274,7 +274,7 @@ async fn modules_of_any_kind_harm_nobody() {
         eprintln!("{loaded} modules: {now:?}; {:?} {:?}", one.tally, two.tally);
         // What the first ones bring stays: threads, buffers, the allocator's reserves.
         let first = first.get_or_insert_with(|| Footprint::of(&server));
-        assert!(now.is_about(first), "SEED={seed}: {first:?} after the first modules, now {now:?}");
+        assert!(now.is_about(first), "SEED={seed} failed: {first:?} after the first modules, now {now:?}");
     }
     let tallies = [one.tally, two.tally];
     let (taken, refused): (Vec<usize>, Vec<usize>) =

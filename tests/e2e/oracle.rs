@@ -11,9 +11,6 @@
 mod follower;
 mod random;
 
-use std::panic::AssertUnwindSafe;
-
-use futures::FutureExt;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -121,15 +118,10 @@ pub fn local_units(row: &Value) -> Value {
     })
 }
 
-/// One run; when it fails, it says with which seed.
 async fn run_seeded(seed: u64, plan: fn(&mut StdRng) -> Plan) {
     let mut random = StdRng::seed_from_u64(seed);
     let plan = plan(&mut random);
-    let described = format!("{}\n{:#?}", plan.table.create(), plan.queries.iter().map(Query::text).collect::<Vec<_>>());
-    if let Err(panic) = AssertUnwindSafe(run(&mut random, plan)).catch_unwind().await {
-        eprintln!("SEED={seed} failed on\n{described}");
-        std::panic::resume_unwind(panic);
-    }
+    tests::seeded(seed, run(&mut random, plan)).await;
 }
 
 async fn run(random: &mut StdRng, plan: Plan) {

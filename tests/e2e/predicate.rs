@@ -247,7 +247,7 @@ async fn one_predicate_gives_one_stream_over_many_changes() {
     while writer.changes < due {
         let end = writer.end();
         let ((), told) = tokio::join!(writer.write_round(), in_step(&mut ways, end));
-        events += told.unwrap_or_else(|difference| panic!("SEED={seed}: {difference}"));
+        events += told.unwrap_or_else(|difference| panic!("SEED={seed} failed: {difference}"));
     }
     let hashes: Vec<u64> = ways.iter().map(|way| way.hash.finish()).collect();
     eprintln!("{} changes, {events} events of {} ways, hash {:016x}", writer.changes, ways.len(), hashes[0]);

@@ -351,8 +351,7 @@ impl Model {
 #[tokio::test]
 async fn random_schema_changes_agree_with_a_model() {
     for seed in tests::seeds(3) {
-        eprintln!("run with SEED={seed}");
-        run(StdRng::seed_from_u64(seed)).await;
+        tests::seeded(seed, run(StdRng::seed_from_u64(seed))).await;
     }
 }
 

@@ -371,9 +371,8 @@ async fn a_map_is_not_told_that_its_bytes_have_another_number() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn versions_change_while_changes_flow() {
     for seed in tests::seeds(1) {
-        eprintln!("run with SEED={seed}");
         let run = tokio::time::timeout(LONGEST, run(StdRng::seed_from_u64(seed)));
-        run.await.unwrap_or_else(|_| panic!("SEED={seed}: not at its end after {LONGEST:?}"));
+        tests::seeded(seed, async { run.await.expect("at its end in time") }).await;
     }
 }
 

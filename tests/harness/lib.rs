@@ -24,7 +24,10 @@ pub use fold::Fold;
 pub use live::{Event, Live, LiveQuery};
 pub use server::{Options, TestServer};
 
+use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::time::{Duration, Instant};
+
+use futures::FutureExt;
 
 /// Longer than anything here takes on a busy machine with two cores; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -92,6 +95,14 @@ pub fn seeds(few: u64) -> impl Iterator<Item = u64> {
     // At least one, however short the time.
     let goes_on = move |run: &u64| *run == 0 || until.is_none_or(|until| Instant::now() < until);
     (0..runs).take_while(goes_on).map(move |run| first.wrapping_add(run))
+}
+
+/// One random run; when it fails, its seed is said.
+pub async fn seeded<T>(seed: u64, run: impl Future<Output = T>) -> T {
+    AssertUnwindSafe(run).catch_unwind().await.unwrap_or_else(|panic| {
+        eprintln!("SEED={seed} failed");
+        resume_unwind(panic)
+    })
 }
 
 /// How much of something a test takes: what the environment's variable `name` says, else `many` where random runs go on
