@@ -285,6 +285,13 @@ pub struct Stage {
     pub params: String,
 }
 
+impl Stage {
+    /// What its results depend on: under another number the same bytes are the same plugin.
+    pub fn runs(&self) -> [&str; 3] {
+        [&self.name, &self.sha256, &self.params]
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Namespace {
     pub id: NamespaceId,

@@ -22,13 +22,15 @@ mod sample;
 mod streams;
 mod subscribe;
 mod system;
+#[cfg(test)]
+mod tests;
 pub mod trial;
+mod uses;
 mod write;
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -271,8 +273,8 @@ struct Inner {
     writes: Semaphore,
     /// The catalog's version, sent after every catalog commit: wakes streams that wait for a plugin.
     catalog_version: watch::Sender<u64>,
-    /// Live streams per plugin (namespace, name): a plugin in use is not deleted.
-    plugin_uses: Mutex<HashMap<(String, String), usize>>,
+    plugin_uses: Arc<uses::PluginUses>,
+    refreshing: Mutex<()>,
     closing: AtomicBool,
 }
 
@@ -326,7 +328,8 @@ impl Db {
             turn: RwLock::new(()),
             writes: Semaphore::new(config.store.write_queue),
             catalog_version,
-            plugin_uses: Mutex::default(),
+            plugin_uses: Arc::default(),
+            refreshing: Mutex::default(),
             closing: AtomicBool::new(false),
         });
         // Weak, because the committer thread (which owns the hook) is itself owned through `inner.store`.
@@ -399,6 +402,8 @@ impl Db {
         metrics.sql_memory_bytes.set(load.memory_bytes as i64);
         metrics.heavy_queries.set(load.heavy as i64);
         metrics.heavy_waiting.set(load.waiting as i64);
+        // One at a time: two that find the same difference would both add it.
+        let _one = self.inner.refreshing.lock().unwrap_or_else(PoisonError::into_inner);
         let (hits, misses) = self.inner.sql.plan_counts();
         for (counter, now) in [(&metrics.plan_cache_hits, hits), (&metrics.plan_cache_misses, misses)] {
             counter.inc_by(now.saturating_sub(counter.get()));

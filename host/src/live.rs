@@ -341,15 +341,13 @@ impl Live {
     /// afterwards: a change before the group joined does not end it.
     pub async fn subscribe(&self, spec: Arc<GroupSpec>, from: From) -> Result<Subscription, SubscribeError> {
         let shared = &self.workers.shared;
-        // What is not on disk yet is nobody's past: its events are still to come.
-        let now = shared.store.durable();
         let in_log = |seq| spec.requery.is_some() || seq >= shared.store.log_floor();
         if let From::After(seq) = from
-            && (!in_log(seq) || seq > now)
+            && (!in_log(seq) || seq > shared.store.applied())
         {
             return Err(SubscribeError::Expired);
         }
-        let worker = self.worker_of(&spec.key);
+        let (worker, now) = (self.worker_of(&spec.key), shared.store.durable());
         loop {
             // The seat is taken before anything is awaited: a dropped call leaves the group again.
             let seat = shared.registry.enter(&spec, worker)?;
@@ -361,6 +359,7 @@ impl Live {
                         From::After(seq) => Subscription::after(seat, seq),
                         // Where a result begins is known when it has been looked at: a snapshot of no rows says it.
                         From::Now if spec.requery.is_some() => Subscription::snapshot(seat, Some(0)),
+                        // What is not on disk yet is nobody's past: its events are still to come.
                         From::Now => Subscription::after(seat, now),
                     });
                 }

@@ -117,6 +117,23 @@ async fn commits_that_are_not_synced_yet_are_in_a_snapshot_and_no_trouble_to_a_f
     }
 }
 
+/// A snapshot is told when it is on disk, whoever waits for the sync of what is in it: its place was taken for one that
+/// is not there yet, and everything was told again.
+#[tokio::test]
+async fn a_place_that_was_given_is_good_before_the_next_sync() {
+    let config = "[storage]\ndurability = \"interval\"\nsync_interval_ms = 10000\n".to_owned();
+    let server = TestServer::with(Options { config, ..Options::default() }).await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY); ").await;
+    db.sql("INSERT INTO t VALUES (1)").await;
+    let mut live = db.live("SELECT id FROM t").await;
+    live.until_uptodate().await;
+    live.disconnect();
+    live.reconnect().await;
+    assert_ne!(live.next_event().await.data["from"], "snapshot");
+    assert_eq!(live.fold.resyncs, 0);
+}
+
 #[tokio::test]
 async fn a_feed_resumes_over_restarts_and_versions() {
     let mut server = TestServer::start().await;

@@ -43,7 +43,7 @@ impl Fingerprint {
         let mut pipeline = Sha256::new();
         for stage in stages {
             // Length-prefixed, so that no two pipelines spell the same bytes.
-            for part in [&stage.name, &stage.sha256, &stage.params] {
+            for part in stage.runs() {
                 pipeline.update((part.len() as u64).to_le_bytes());
                 pipeline.update(part.as_bytes());
             }

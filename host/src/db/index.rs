@@ -1,10 +1,12 @@
 //! Building an index after its CREATE is committed: filled and verified while writes go on, then put to use; taken away
 //! again when it cannot be.
 //!
-//! It runs as a task of its own: a client that goes away does not leave an index half built. A server that goes away
+//! It runs as a task of its own, with the commit of its CREATE: a client that goes away does not leave an index half built. A server that goes away
 //! does, and takes it away at its next start.
 
 use std::sync::Arc;
+
+use tokio::task::JoinHandle;
 
 use super::{Db, DbError, blocking};
 use crate::catalog::{Index, IndexId, IndexState, Table, TableId, TableKind};
@@ -15,22 +17,34 @@ use crate::store::{CatalogWrite, CommitError, Seq, Store, Transaction};
 /// Only other catalog changes of the same moment can be in the way of a new state.
 const TRIES: u32 = 32;
 
-/// Builds the index; the seq from which queries use it. That commit is the one that the audit log tells of.
-pub(super) async fn build(db: &Db, table: TableId, index: IndexId, said: Vec<Vec<u8>>) -> Result<Seq, DbError> {
+/// A build under way: the seq from which queries use the index. That commit is the one that the audit log tells of.
+pub(super) type Building = JoinHandle<Result<Seq, DbError>>;
+
+/// Commits the CREATE and begins to build, as one: an index that nobody builds would be in the way for ever.
+pub(super) async fn create(
+    db: &Db,
+    create: Transaction,
+    (table, index): (TableId, IndexId),
+    said: Vec<Vec<u8>>,
+) -> Result<Building, DbError> {
     let db = db.clone();
     let task = tokio::spawn(async move {
-        match steps(&db, table, index, &said).await {
-            Ok(seq) => Ok(seq),
-            Err(BuildError::Gone) => {
-                let message = "the index or its table was dropped while the index was built";
-                Err(DbError::InUse(message.to_owned()))
-            }
-            // The next start takes it away.
-            Err(BuildError::Stopped) => Err(DbError::Closed),
-            Err(error) => Err(give_up(&db, table, index, error).await),
-        }
+        db.inner.store.commit(create).await.map_err(DbError::Commit)?;
+        Ok(tokio::spawn(async move { build(&db, table, index, said).await }))
     });
     task.await.map_err(|error| DbError::Internal(error.to_string()))?
+}
+
+async fn build(db: &Db, table: TableId, index: IndexId, said: Vec<Vec<u8>>) -> Result<Seq, DbError> {
+    match steps(db, table, index, &said).await {
+        Ok(seq) => Ok(seq),
+        Err(BuildError::Gone) => {
+            Err(DbError::InUse("the index or its table was dropped while the index was built".to_owned()))
+        }
+        // The next start takes it away.
+        Err(BuildError::Stopped) => Err(DbError::Closed),
+        Err(error) => Err(give_up(db, table, index, error).await),
+    }
 }
 
 async fn steps(db: &Db, table: TableId, index: IndexId, said: &[Vec<u8>]) -> Result<Seq, BuildError> {

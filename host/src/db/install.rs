@@ -112,21 +112,23 @@ impl Db {
         Ok(wanted.flat_map(|found| found.plugins.values().flatten().cloned()).collect())
     }
 
-    /// Removes a plugin with all its versions. Refused while a live query runs through it.
+    /// Removes a plugin with all its versions. Refused while a live query runs through it. In a task: who goes away does
+    /// not leave it half removed.
     pub async fn uninstall(&self, who: &Identity, namespace: &str, name: &str) -> Result<Seq, DbError> {
         self.check_open()?;
         may_install(who, "delete", namespace, name)?;
+        let (db, who, namespace, name) = (self.clone(), who.clone(), namespace.to_owned(), name.to_owned());
+        let task = tokio::spawn(async move { db.remove(&who, &namespace, &name).await });
+        task.await.map_err(|error| DbError::Internal(error.to_string()))?
+    }
+
+    async fn remove(&self, who: &Identity, namespace: &str, name: &str) -> Result<Seq, DbError> {
         for _ in 0..TRIES {
             let snapshot = self.inner.store.snapshot();
             let Some(plugin) = snapshot.catalog().plugin(namespace, name) else {
                 return Err(DbError::NotFound(format!("namespace \"{namespace}\" has no plugin \"{name}\"")));
             };
-            let uses = self.plugin_uses(namespace, name);
-            if uses > 0 {
-                return Err(DbError::InUse(format!(
-                    "plugin \"{name}\" is used by {uses} live stream(s); end them first, or upload another version"
-                )));
-            }
+            let _deletion = self.inner.plugin_uses.delete(namespace, name)?;
             let write = CatalogWrite::DropPlugin { namespace: namespace.to_owned(), name: name.to_owned() };
             let said = Event::done(Some(who), "plugin", "delete", &format!("{namespace}.{name}"));
             if let Some(seq) = self.catalog_commit(plugin.namespace, snapshot.seq(), write, &said).await? {
@@ -151,11 +153,6 @@ impl Db {
             Err(CommitError::Stale) => Ok(None),
             Err(error) => Err(DbError::Commit(error)),
         }
-    }
-
-    fn plugin_uses(&self, namespace: &str, name: &str) -> usize {
-        let uses = self.inner.plugin_uses.lock().expect("no panic while counting");
-        uses.get(&(namespace.to_owned(), name.to_owned())).copied().unwrap_or(0)
     }
 }
 

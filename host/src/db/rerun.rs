@@ -90,7 +90,8 @@ impl Requery for QueryRunner {
                 catalog.table_by_id(table.id).is_some_and(|now| now.schema_version == table.schema_version)
             };
             // A result from behind the activation of another version is for that version to judge.
-            let versions = resolve_stages(&catalog, &namespace, &pipeline).is_ok_and(|now| now == stages);
+            let versions = resolve_stages(&catalog, &namespace, &pipeline)
+                .is_ok_and(|now| now.iter().map(Stage::runs).eq(stages.iter().map(Stage::runs)));
             if !versions || !plan.tables.iter().all(|(table, _)| same(table)) {
                 return done(Err(RequeryError::Changed));
             }

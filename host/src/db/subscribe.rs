@@ -21,6 +21,7 @@ use super::fingerprint::{Fingerprint, Same};
 use super::install::stored_version;
 use super::rerun::{QueryRunner, WholeProgram};
 use super::streams::{Common, Listed, Shown, mode};
+use super::uses::InUse;
 use super::{
     Db, DbError, Identity, LiveOutput, LiveRequest, ResyncReason, SqlAnswer, SqlRequest, StageRequest, StatementResult,
     blocking,
@@ -58,7 +59,7 @@ pub struct LiveStream {
     seating: Option<Box<Seating>>,
     /// What is to be said before the state is asked again.
     queue: VecDeque<LiveOutput>,
-    uses: PluginUses,
+    _uses: Option<Box<InUse>>,
     listed: Listed,
 }
 
@@ -83,8 +84,6 @@ struct Seating {
     asked: From,
     /// What that means for the spec.
     from: From,
-    /// The newest commit before: what comes later comes as events.
-    now: Seq,
     task: JoinHandle<Result<Subscription, SubscribeError>>,
 }
 
@@ -121,12 +120,15 @@ impl Db {
         // Before it is asked whether it was killed: from here on a kill finds it.
         let listed = Listed::new(self, who, Common { spec: spec.clone(), shown, request });
         let (from, opening) = self.resolve_position(who, &listed, position)?;
+        // Whatever is compiled later, the request names the same plugins.
+        let plugin = |stage: &Stage| (spec.table.namespace_name.clone(), stage.name.clone());
+        let uses = self.inner.plugin_uses.enter(spec.stages.iter().map(plugin).collect())?;
         let mut stream = LiveStream {
             db: self.clone(),
             who: who.clone(),
             spec,
             catalog_version,
-            uses: PluginUses::new(self, &listed.common.spec),
+            _uses: uses,
             listed,
             state: State::Done,
             unchecked: None,
@@ -139,7 +141,7 @@ impl Db {
         Ok(stream)
     }
 
-    async fn compile(&self, who: &Identity, request: &LiveRequest) -> Result<Compiled, DbError> {
+    pub(super) async fn compile(&self, who: &Identity, request: &LiveRequest) -> Result<Compiled, DbError> {
         let catalog = self.inner.store.catalog().version;
         self.inner.compiled.get(catalog, who, request, self.compile_anew(who, request)).await
     }
@@ -433,7 +435,11 @@ impl LiveStream {
                         delivery = subscription.next(outlet) => Some(delivery),
                     };
                     match delivery {
-                        None => self.end(killed()),
+                        None => {
+                            // The outlet is back: what went out of it since the kill was seen has been told as well.
+                            self.listed.is_killed();
+                            self.end(killed());
+                        }
                         Some(Delivery::Events { bytes, .. }) => return Some(LiveOutput::Encoded(bytes)),
                         Some(Delivery::UpToDate(seq)) => {
                             return Some(LiveOutput::UpToDate { position: self.position(seq), seq });
@@ -505,23 +511,22 @@ impl LiveStream {
         }
     }
 
-    /// A seat in the group of `spec`, where it starts, and the newest commit before. In a task, for the same reason: what
+    /// A seat in the group of `spec`, and where it starts. In a task, for the same reason: what
     /// takes longer than one beat of the stream's timer would begin anew at each.
-    async fn seat(&mut self, spec: &Arc<GroupSpec>, asked: From) -> Result<(Subscription, From, Seq), SubscribeError> {
+    async fn seat(&mut self, spec: &Arc<GroupSpec>, asked: From) -> Result<(Subscription, From), SubscribeError> {
         let begun = self.seating.take().filter(|begun| begun.spec.key == spec.key && begun.asked == asked);
         let seating = begun.unwrap_or_else(|| {
-            // What is not on disk yet is still to come as events, for `Live::subscribe` as well.
-            let (now, from) = (self.db.inner.store.durable(), self.start(spec, asked));
+            let from = self.start(spec, asked);
             let (live, to) = (self.db.inner.live.clone(), spec.clone());
             let task = tokio::spawn(async move { live.subscribe(to, from).await });
-            Box::new(Seating { spec: spec.clone(), asked, from, now, task })
+            Box::new(Seating { spec: spec.clone(), asked, from, task })
         });
         let seating = self.seating.insert(seating);
         let joined = (&mut seating.task).await;
-        let (from, now) = (seating.from, seating.now);
+        let from = seating.from;
         self.seating = None;
         // A task that panicked has told so; only a server that goes down ends one otherwise.
-        Ok((joined.map_err(|_| SubscribeError::Closed)??, from, now))
+        Ok((joined.map_err(|_| SubscribeError::Closed)??, from))
     }
 
     /// Start, where necessary a resync, and then the group's events.
@@ -535,8 +540,8 @@ impl LiveStream {
             }
             seat => (seat, opening),
         };
-        let (subscription, from, now) = seat.map_err(subscribe_error)?;
-        self.say_start(from, now);
+        let (subscription, from) = seat.map_err(subscribe_error)?;
+        self.say_start(from);
         match opening {
             Opening::Plain => {}
             Opening::Resync(reason) => self.queue.push_back(LiveOutput::Resync(reason)),
@@ -557,22 +562,22 @@ impl LiveStream {
         self.unchecked = Some(from);
     }
 
-    /// A feed has no present rows: it starts with the next commit.
+    /// Without present rows it starts with the next commit, and that place is fixed here: the client is told of it. What
+    /// is not on disk yet is still to come as events. A feed never has present rows. (Where a result begins is known only
+    /// when it has been looked at.)
     fn start(&self, spec: &GroupSpec, from: From) -> From {
+        let without = spec.semantics == Semantics::Feed || (from == From::Now && spec.requery.is_none());
         match from {
-            From::Snapshot | From::Last(_) | From::Now if spec.semantics == Semantics::Feed => {
-                From::After(self.db.inner.store.durable())
-            }
+            From::Snapshot | From::Last(_) | From::Now if without => From::After(self.db.inner.store.durable()),
             from => from,
         }
     }
 
-    /// `now` is where a stream without present rows begins.
-    fn say_start(&mut self, from: From, now: Seq) {
+    fn say_start(&mut self, from: From) {
         let from = match from {
             From::After(seq) => Some(self.position(seq)),
-            From::Now => Some(self.position(now)),
-            From::Snapshot | From::Last(_) => None,
+            // Of a result: its first `uptodate` says where it is.
+            From::Snapshot | From::Last(_) | From::Now => None,
         };
         let spec = &self.spec;
         self.queue.push_back(LiveOutput::Start {
@@ -649,7 +654,7 @@ impl LiveStream {
         }
         let from = From::After(seq);
         if common.shown != self.listed.common.shown {
-            self.say_start(from, seq);
+            self.say_start(from);
         }
         self.run(subscription, from);
     }
@@ -665,7 +670,6 @@ impl LiveStream {
                 return false;
             }
         }
-        self.uses = PluginUses::new(&self.db, &self.listed.common.spec);
         (self.spec, self.catalog_version) = (spec, catalog_version);
         true
     }
@@ -840,43 +844,8 @@ fn resolve_stage(catalog: &Catalog, namespace: &str, stage: &StageRequest) -> Re
     })
 }
 
-/// Counts a stream as a user of its plugins for as long as it lives.
-struct PluginUses {
-    db: Db,
-    spec: Arc<GroupSpec>,
-}
-
-impl PluginUses {
-    fn new(db: &Db, spec: &Arc<GroupSpec>) -> Self {
-        let mut uses = db.inner.plugin_uses.lock().expect("no panic while counting");
-        for name in Self::names(spec) {
-            *uses.entry(name).or_default() += 1;
-        }
-        drop(uses);
-        PluginUses { db: db.clone(), spec: spec.clone() }
-    }
-
-    fn names(spec: &GroupSpec) -> impl Iterator<Item = (String, String)> {
-        spec.stages.iter().map(move |stage| (spec.table.namespace_name.clone(), stage.name.clone()))
-    }
-}
-
-impl Drop for PluginUses {
-    fn drop(&mut self) {
-        let mut uses = self.db.inner.plugin_uses.lock().expect("no panic while counting");
-        for name in Self::names(&self.spec) {
-            if let Some(count) = uses.get_mut(&name) {
-                *count -= 1;
-                if *count == 0 {
-                    uses.remove(&name);
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use futures::future::join_all;
 
     use super::*;
@@ -892,24 +861,27 @@ mod tests {
         fn encode(&self, _: &GroupSpec, _: &CommitEvents, _: &mut Vec<u8>) {}
     }
 
-    fn request(sql: &str, position: Option<String>) -> LiveRequest {
+    pub(in crate::db) fn request(sql: &str, position: Option<String>) -> LiveRequest {
         LiveRequest { position, ..LiveRequest::new(sql) }
     }
 
-    fn who(user: &str, role: Role) -> Identity {
+    pub(in crate::db) fn who(user: &str, role: Role) -> Identity {
         Identity { user: user.into(), role, address: None }
     }
 
-    async fn run(db: &Db, sql: &str) {
-        let request = SqlRequest {
+    pub(in crate::db) async fn run(db: &Db, sql: &str) {
+        db.execute(&who("admin", Role::Admin), sql_request(sql)).await.unwrap();
+    }
+
+    pub(in crate::db) fn sql_request(sql: &str) -> SqlRequest {
+        SqlRequest {
             sql: sql.to_owned(),
             params: Vec::new(),
             namespace: None,
             read_only: false,
             idempotency: None,
             one_result: false,
-        };
-        db.execute(&who("admin", Role::Admin), request).await.unwrap();
+        }
     }
 
     async fn compiled(db: &Db, who: &Identity, sql: &str) -> Compiled {

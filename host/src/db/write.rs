@@ -140,6 +140,12 @@ pub(super) async fn transaction(
     Err(DbError::Conflict.into())
 }
 
+/// What DDL comes to: done with its commit, or begun with it.
+enum Made {
+    Now(Seq),
+    Later(index::Building),
+}
+
 /// CREATE, ALTER and DROP: all statements of the request are one commit.
 pub(super) async fn ddl(
     db: &Db,
@@ -195,21 +201,23 @@ pub(super) async fn ddl(
             return Ok(SqlAnswer { results: results(), seq: base, replayed: false });
         };
         let transaction = Transaction { namespace, base, rows: Vec::new(), catalog: writes, receipt };
-        // An index is said to be made when it is: until then it may still be taken away again.
-        let (now, later) = if build.is_some() { (Vec::new(), said) } else { (said, Vec::new()) };
-        match db.inner.store.commit_audited(transaction, now).await {
-            Ok(seq) => {
-                // Writes go on while it is built.
-                drop(alone);
-                let seq = match build {
-                    Some((table, index)) => index::build(db, table, index, later).await?,
-                    None => seq,
-                };
-                return Ok(SqlAnswer { results: results(), seq, replayed: false });
+        let committed = match build {
+            None => {
+                let committed = db.inner.store.commit_audited(transaction, said).await;
+                committed.map(Made::Now).map_err(DbError::Commit)
             }
-            Err(CommitError::Stale) => continue,
-            Err(error) => return Err(DbError::Commit(error)),
-        }
+            // An index is said to be made when it is: until then it may still be taken away again.
+            Some(index) => index::create(db, transaction, index, said).await.map(Made::Later),
+        };
+        // Writes go on while an index is built.
+        drop(alone);
+        let seq = match committed {
+            Ok(Made::Now(seq)) => seq,
+            Ok(Made::Later(building)) => building.await.map_err(|error| DbError::Internal(error.to_string()))??,
+            Err(DbError::Commit(CommitError::Stale)) => continue,
+            Err(error) => return Err(error),
+        };
+        return Ok(SqlAnswer { results: results(), seq, replayed: false });
     }
     Err(DbError::Conflict)
 }

@@ -43,8 +43,6 @@ pub struct Compiled {
     pub manifest: Vec<ManifestLine>,
     pub health: Health,
     pub pre: InstancePre<Guest>,
-    /// How long compiling took; `None`: it was loaded from the cache.
-    pub compile_time: Option<Duration>,
 }
 
 pub struct Engine {
@@ -114,22 +112,27 @@ impl Engine {
                 checked.sha256
             )));
         }
-        self.compile(options, &checked)
+        Ok(self.compile(options, &checked)?.0)
     }
 
     /// Compiles in a child process where the options name a program for that, else on a thread of its own; either way a
-    /// caller waits no longer than the limit. What was compiled before is loaded from the cache.
-    pub fn compile(&self, options: &PluginOptions, checked: &Checked) -> Result<Arc<Compiled>, PluginError> {
+    /// caller waits no longer than the limit. What was compiled before is loaded from the cache. The second: how long it
+    /// took, where it was compiled now.
+    pub fn compile(
+        &self,
+        options: &PluginOptions,
+        checked: &Checked,
+    ) -> Result<(Arc<Compiled>, Option<Duration>), PluginError> {
         let deadline = Instant::now() + self.compile_time;
         if let Some(module) = self.cached(&checked.sha256) {
-            return self.keep(checked, module, None);
+            return Ok((self.keep(checked, module)?, None));
         }
         let permit = Permits::take(&self.permits, deadline).ok_or_else(|| {
             PluginError::Refused("other modules are being compiled; try again in a moment".to_owned())
         })?;
         // Somebody else may have compiled it while we waited.
         if let Some(module) = self.modules().get(&checked.sha256) {
-            return Ok(module);
+            return Ok((module, None));
         }
         // From here on: waiting for others is none of the module's time.
         let started = Instant::now();
@@ -151,7 +154,7 @@ impl Engine {
         if let Some(cache) = &self.cache {
             cache.store(&checked.sha256, &code);
         }
-        self.keep(checked, module, Some(compile_time))
+        Ok((self.keep(checked, module)?, Some(compile_time)))
     }
 
     fn on_a_thread(&self, checked: &Checked, permit: Permit, deadline: Instant) -> Result<Vec<u8>, PluginError> {
@@ -205,14 +208,14 @@ impl Engine {
         unsafe { Module::deserialize(&self.wasm, code) }
     }
 
-    fn keep(
-        &self,
-        checked: &Checked,
-        module: Module,
-        compile_time: Option<Duration>,
-    ) -> Result<Arc<Compiled>, PluginError> {
+    fn keep(&self, checked: &Checked, module: Module) -> Result<Arc<Compiled>, PluginError> {
         let pre = self.linker.instantiate_pre(&module);
         let pre = pre.map_err(|error| PluginError::Refused(format!("the module cannot be linked: {error:#}")))?;
+        let mut modules = self.modules();
+        // Somebody else may have loaded it meanwhile: two of them would each know half of its failures.
+        if let Some(module) = modules.get(&checked.sha256) {
+            return Ok(module);
+        }
         let module = Arc::new(Compiled {
             id: self.next.fetch_add(1, Ordering::Relaxed),
             sha256: checked.sha256.as_str().into(),
@@ -220,9 +223,8 @@ impl Engine {
             manifest: checked.manifest.clone(),
             health: Health::default(),
             pre,
-            compile_time,
         });
-        self.modules().put(module.clone());
+        modules.put(module.clone());
         Ok(module)
     }
 

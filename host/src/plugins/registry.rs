@@ -155,7 +155,7 @@ impl Plugins {
     /// configure with defaults where there are no required parameters).
     pub fn inspect(&self, body: &[u8]) -> Result<Inspected, PluginError> {
         let checked = check::upload(&self.shared.options, body)?;
-        let module = self.shared.engine.compile(&self.shared.options, &checked)?;
+        let (module, compile_time) = self.shared.engine.compile(&self.shared.options, &checked)?;
         let instance_bytes = self.try_instance(&module)?;
         Ok(Inspected {
             wasm: checked.wasm,
@@ -163,7 +163,7 @@ impl Plugins {
             kind: checked.kind,
             abi: abi::ABI,
             manifest: checked.manifest,
-            measured: Measured { compile_time: module.compile_time, instance_bytes },
+            measured: Measured { compile_time, instance_bytes },
         })
     }
 
