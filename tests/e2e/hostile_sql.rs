@@ -137,6 +137,20 @@ async fn statements_of_monstrous_shape_are_refused_at_once() {
     ] {
         bench.refused(what, &sql, AT_ONCE, LIMIT).await;
     }
+    // What one level of the parser, or of whoever handles a type, calls for the next: each ended the whole server.
+    let types = |levels| format!("SELECT arrow_cast(1, '{}Int64{}')", "List(".repeat(levels), ")".repeat(levels));
+    for (what, sql) in [
+        ("100 EXPLAIN", format!("{}SELECT 1", "EXPLAIN ".repeat(100))),
+        ("8,000 EXPLAIN", format!("{}SELECT 1", "EXPLAIN ".repeat(8_000))),
+        ("250 DESC", format!("{}SELECT 1", "DESC ".repeat(250))),
+        ("2,500 EXPLAIN ANALYZE VERBOSE", format!("{}SELECT 1", "EXPLAIN ANALYZE VERBOSE ".repeat(2_500))),
+        ("DESCRIBE behind another", format!("SELECT 1; {}t", "DESCRIBE ".repeat(7_000))),
+        ("a type of 2,000 levels", types(2_000)),
+        ("a type of 8,000 levels", types(8_000)),
+        ("the same, tried", types(4_000).replace("arrow_cast", "arrow_try_cast")),
+    ] {
+        bench.refused(what, &sql, AT_ONCE, &[(400, "unsupported"), (400, "limit")]).await;
+    }
     bench.end().await;
 }
 
@@ -178,6 +192,12 @@ async fn functions_that_make_or_take_much_are_bounded() {
     const HERE: &[(u16, &str)] =
         &[(400, "limit"), (400, "unsupported"), (400, "evaluation"), (400, "out_of_range"), (504, "deadline")];
     let bench = Bench::new().await;
+    let doubling = |make: &str| -> String {
+        let steps: String = (1..9).map(|n| format!(", c{n} AS (SELECT {make} AS x FROM c{})", n - 1)).collect();
+        format!("WITH c0 AS (SELECT string_to_array(repeat('a,', 100000), ',') AS x){steps} SELECT x IS NULL FROM c8")
+    };
+    let (lists, joined, records) =
+        (doubling("[x, x, x, x]"), doubling("array_concat(x, x, x, x)"), doubling("{a: x, b: x, c: x, d: x}"));
     let appended = format!("SELECT length({}) FROM t", ["repeat(name, 500000)"; 40].join(" || "));
     for (what, sql) in [
         ("repeat", "SELECT length(repeat('x', 2147483647))"),
@@ -190,6 +210,17 @@ async fn functions_that_make_or_take_much_are_bounded() {
         ("replace", "SELECT length(replace(repeat('a', 1000000), 'a', repeat('b', 1000000)))"),
         ("regexp_replace", "SELECT length(regexp_replace(repeat('a', 1000000), '', repeat('b', 1000000), 'g'))"),
         ("||", appended.as_str()),
+        (
+            "array_to_string",
+            "SELECT length(array_to_string(string_to_array(repeat('a,', 500000), ','), repeat('b', 1000)))",
+        ),
+        (
+            "array_replace_all",
+            "SELECT cardinality(array_replace_all(string_to_array(repeat('a,', 500000), ','), 'a', repeat('b', 2000)))",
+        ),
+        ("lists of lists", lists.as_str()),
+        ("lists joined", joined.as_str()),
+        ("records of records", records.as_str()),
         ("a pattern too large", "SELECT 'a' ~ '((a{1,1000}){1,1000}){1,1000}'"),
         ("the same for rows", "SELECT name ~ '((a{1,1000}){1,1000}){1,1000}' FROM t"),
         ("a pattern that others backtrack on", "SELECT repeat('a', 30000) ~ '(a*)*(a*)*(a*)*b$'"),

@@ -18,7 +18,7 @@ use datafusion::datasource::provider_as_source;
 use datafusion::execution::SessionState;
 use datafusion::logical_expr::expr::{Placeholder, ScalarFunction};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
-use datafusion::logical_expr::planner::{ContextProvider, ExprPlanner};
+use datafusion::logical_expr::planner::{ContextProvider, ExprPlanner, TypePlanner};
 use datafusion::logical_expr::simplify::{ExprSimplifyResult, SimplifyContext};
 use datafusion::logical_expr::utils::merge_schema;
 use datafusion::logical_expr::{
@@ -39,6 +39,7 @@ use super::information::CATALOG_NAME;
 use super::planner::folding;
 use super::provider::Providers;
 use super::system::SystemTables;
+use super::times::Microseconds;
 use super::{Param, RequestEnv, SqlError};
 use crate::catalog::Table;
 
@@ -119,6 +120,10 @@ impl ContextProvider for Names<'_> {
 
     fn get_expr_planners(&self) -> &[Arc<dyn ExprPlanner>] {
         self.state.expr_planners()
+    }
+
+    fn get_type_planner(&self) -> Option<Arc<dyn TypePlanner>> {
+        Some(Arc::new(Microseconds))
     }
 
     fn get_function_meta(&self, name: &str) -> Option<Arc<ScalarUDF>> {
@@ -284,7 +289,7 @@ fn replace(plan: LogicalPlan, env: &RequestEnv, state: &SessionState, fold: bool
     Ok(plan.data)
 }
 
-fn simplifier(schema: DFSchemaRef, env: &RequestEnv, state: &SessionState) -> ExprSimplifier {
+pub(crate) fn simplifier(schema: DFSchemaRef, env: &RequestEnv, state: &SessionState) -> ExprSimplifier {
     let info = SimplifyContext::builder()
         .with_schema(schema)
         .with_config_options(state.config_options().clone())

@@ -6,6 +6,7 @@
 //! - Decimals, and casts that drop something: [`decimals`](super::decimals). A decimal beside a DOUBLE:
 //!   [`mixed`](super::mixed).
 //! - Casts to REAL and DOUBLE make infinities there: [`narrow`](super::narrow).
+//! - A sub-query that finds no row is NULL: [`or_null`](super::or_null).
 //! - `x [NOT] IN (sub-query)` inside another expression is true or false there, never NULL: it becomes a mark join.
 //!
 //! Patterns of LIKE are bounded on the way.
@@ -29,7 +30,7 @@ use datafusion::physical_expr_common::datum::apply;
 
 use super::SqlError;
 use super::context::schema_of_expressions;
-use super::{decimals, mixed, narrow};
+use super::{decimals, mixed, narrow, or_null};
 
 /// The plan, which has its types already, so that it means what SQL says.
 pub(crate) fn exact(plan: LogicalPlan) -> Result<LogicalPlan> {
@@ -37,7 +38,7 @@ pub(crate) fn exact(plan: LogicalPlan) -> Result<LogicalPlan> {
         let plan = mixed::agreed(plan)?.transform_data(in_three_values)?;
         plan.transform_data(expressions)
     })?;
-    Ok(plan.data)
+    or_null::empty_is_null(plan.data)
 }
 
 fn expressions(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {

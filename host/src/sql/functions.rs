@@ -4,17 +4,19 @@
 //! Constants are folded while planning, where no memory pool and no deadline reach: so the caps are on the function
 //! itself, before it allocates.
 
+use std::any::Any;
 use std::sync::Arc;
 
-use ::arrow::array::{Array, ArrayRef, AsArray, Int64Array};
+use ::arrow::array::{Array, ArrayRef, AsArray, Int64Array, OffsetSizeTrait};
 use ::arrow::datatypes::{DataType, Field, FieldRef};
+use datafusion::common::tree_node::{Transformed, TreeNode};
 use datafusion::common::{Result, ScalarValue, internal_err};
 use datafusion::execution::SessionStateDefaults;
 use datafusion::execution::session_state::SessionStateBuilder;
 use datafusion::logical_expr::simplify::{ExprSimplifyResult, SimplifyContext};
 use datafusion::logical_expr::{
-    AggregateUDF, ColumnarValue, Expr, ReturnFieldArgs, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature,
-    Volatility,
+    AggregateUDF, ColumnarValue, Expr, LogicalPlan, ReturnFieldArgs, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl,
+    Signature, Volatility,
 };
 
 use super::SqlError;
@@ -72,16 +74,49 @@ pub(crate) fn install(builder: SessionStateBuilder) -> SessionStateBuilder {
 }
 
 fn capped(inner: Arc<ScalarUDF>) -> Arc<ScalarUDF> {
-    let growth = match inner.name() {
+    match (inner.name(), growth(inner.name())) {
+        ("arrow_cast" | "arrow_try_cast", _) => Arc::new(ScalarUDF::new_from_impl(NamedType { inner })),
+        (_, Some(growth)) => Arc::new(ScalarUDF::new_from_impl(Capped { inner, growth })),
+        (_, None) => inner,
+    }
+}
+
+fn growth(function: &str) -> Option<Growth> {
+    Some(match function {
+        "make_array" | "array_append" | "array_prepend" | "array_concat" | "array_insert" | "array_union"
+        | "array_replace" | "array_zip" | "arrays_zip" | "string_to_array" | "map" | "map_from_arrays"
+        | "named_struct" | "struct" => Growth::Lists,
+        "array_to_string" | "array_replace_n" | "array_replace_all" => Growth::Elements,
         "repeat" => Growth::Repeat,
         "lpad" | "rpad" => Growth::Pad,
         "replace" | "regexp_replace" => Growth::Replace,
         "encode" => Growth::Encode,
         "concat" | "concat_ws" => Growth::Sum,
         "levenshtein" => Growth::Pairs,
-        _ => return inner,
-    };
-    Arc::new(ScalarUDF::new_from_impl(Capped { inner, growth }))
+        _ => return None,
+    })
+}
+
+/// The plan with the caps on what it was planned with as well: `[x, y]`, `{a: x}` and `||` of lists are functions that
+/// nobody named.
+pub(crate) fn with_caps(plan: LogicalPlan) -> Result<LogicalPlan> {
+    let plan = plan.transform_up_with_subqueries(|plan| {
+        plan.map_expressions(|expr| {
+            expr.transform_up(|expr| match expr {
+                Expr::ScalarFunction(mut call) if growth(call.func.name()).is_some() && !is_capped(&call.func) => {
+                    call.func = capped(call.func);
+                    Ok(Transformed::yes(Expr::ScalarFunction(call)))
+                }
+                expr => Ok(Transformed::no(expr)),
+            })
+        })
+    })?;
+    Ok(plan.data)
+}
+
+fn is_capped(function: &ScalarUDF) -> bool {
+    let inner: &dyn Any = function.inner().as_ref();
+    inner.is::<Capped>()
 }
 
 /// How a function's result can outgrow its arguments.
@@ -97,8 +132,32 @@ enum Growth {
     Encode,
     /// all arguments, and the first between the others
     Sum,
+    /// all arguments, lists among them
+    Lists,
+    /// of each element of a list it may make another, or put one beside it
+    Elements,
     /// not the result but the work: every character compared with every other
     Pairs,
+}
+
+impl Growth {
+    /// An upper bound of what a function makes of lists for all rows together; `None` for others.
+    fn of_lists(self, args: &[ColumnarValue], arrays: &[ArrayRef], rows: usize) -> Option<usize> {
+        let times = |arg: &ColumnarValue| if matches!(arg, ColumnarValue::Scalar(_)) { rows } else { 1 };
+        let sizes = args.iter().zip(arrays).map(|(arg, array)| bytes(array).saturating_mul(times(arg)));
+        let all = sizes.fold(0, usize::saturating_add);
+        match self {
+            Growth::Lists => Some(all),
+            Growth::Elements => {
+                let mut pairs = args.iter().zip(arrays);
+                let elements = pairs.next().map_or(0, |(arg, list)| elements(list).saturating_mul(times(arg)));
+                // An argument of so many bytes for all rows may have them all in one.
+                let largest = pairs.map(|(_, array)| bytes(array)).max().unwrap_or(0);
+                Some(all.saturating_add(elements.saturating_mul(largest)))
+            }
+            _ => None,
+        }
+    }
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -120,6 +179,9 @@ impl Capped {
             .collect::<Result<_>>()?;
         // Scalars alone are one value, whatever the number of rows says.
         let rows = if args.args.iter().all(|arg| matches!(arg, ColumnarValue::Scalar(_))) { 1 } else { rows };
+        if let Some(size) = self.growth.of_lists(&args.args, &arrays, rows) {
+            return self.bounded(size, 4 * MAX_BATCH);
+        }
         let mut total = 0usize;
         for row in 0..rows {
             let size = self.size(&arrays, row);
@@ -137,19 +199,21 @@ impl Capped {
             // What only joins or rewrites stored text may be larger than what is made from nothing.
             let (most, most_together) = match self.growth {
                 Growth::Replace | Growth::Sum => (MAX_BATCH, 4 * MAX_BATCH),
-                Growth::Repeat | Growth::Pad | Growth::Encode | Growth::Pairs => (MAX_VALUE, MAX_BATCH),
+                _ => (MAX_VALUE, MAX_BATCH),
             };
-            let most = if is_folding() { MAX_FOLDED } else { most };
-            if size > most || total > most_together {
-                return Err(SqlError::Limit(format!(
-                    "{}() would make {} bytes; a value may have {most}",
-                    self.inner.name(),
-                    size.max(total)
-                ))
-                .into_datafusion());
-            }
+            self.bounded(size, most)?;
+            self.bounded(total, most_together)?;
         }
         Ok(())
+    }
+
+    fn bounded(&self, size: usize, most: usize) -> Result<()> {
+        let most = if is_folding() { MAX_FOLDED.min(most) } else { most };
+        if size <= most {
+            return Ok(());
+        }
+        let name = self.inner.name();
+        Err(SqlError::Limit(format!("{name}() would make {size} bytes; it may make {most}")).into_datafusion())
     }
 
     /// An upper bound of the result's bytes.
@@ -166,11 +230,47 @@ impl Capped {
             }
             Growth::Encode => length.saturating_mul(2),
             Growth::Pairs => length.saturating_mul(args.get(1).and_then(|array| text_length(array, row)).unwrap_or(0)),
-            Growth::Sum => {
+            _ => {
                 let parts = args.iter().filter_map(|array| text_length(array, row));
                 parts.fold(length.saturating_mul(args.len()), usize::saturating_add)
             }
         }
+    }
+}
+
+/// What an array holds, without what else lies in its buffers.
+fn bytes(array: &ArrayRef) -> usize {
+    let own = match inner(array) {
+        Some(parts) => return parts.iter().map(bytes).fold(8 * array.len(), usize::saturating_add),
+        None => array.to_data().get_slice_memory_size(),
+    };
+    own.unwrap_or_else(|_| array.get_array_memory_size())
+}
+
+/// All elements of the lists of an array, and of lists in those.
+fn elements(array: &ArrayRef) -> usize {
+    match inner(array) {
+        Some(parts) => parts.iter().map(elements).fold(0, usize::saturating_add),
+        None => array.len(),
+    }
+}
+
+/// What the rows of an array of lists or structs are made of.
+fn inner(array: &ArrayRef) -> Option<Vec<ArrayRef>> {
+    fn between<O: OffsetSizeTrait>(offsets: &[O], values: &ArrayRef) -> Option<Vec<ArrayRef>> {
+        let (first, last) = (offsets.first()?.as_usize(), offsets.last()?.as_usize());
+        Some(vec![values.slice(first, last - first)])
+    }
+    match array.data_type() {
+        DataType::List(_) => between(array.as_list::<i32>().offsets(), array.as_list::<i32>().values()),
+        DataType::LargeList(_) => between(array.as_list::<i64>().offsets(), array.as_list::<i64>().values()),
+        DataType::FixedSizeList(..) => Some(vec![array.as_fixed_size_list().values().clone()]),
+        DataType::Map(..) => {
+            let map = array.as_map();
+            between(map.offsets(), &(Arc::new(map.entries().clone()) as ArrayRef))
+        }
+        DataType::Struct(_) => Some(array.as_struct().columns().to_vec()),
+        _ => None,
     }
 }
 
@@ -229,6 +329,55 @@ impl ScalarUDFImpl for Capped {
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
         self.check(&args)?;
+        self.inner.invoke_with_args(args)
+    }
+}
+
+/// The deepest type that may be named in a text: what is read and handled with one call a level overflows a stack.
+const MAX_TYPE_DEPTH: usize = 16;
+
+/// A function that is told a type by its name.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct NamedType {
+    inner: Arc<ScalarUDF>,
+}
+
+impl ScalarUDFImpl for NamedType {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn aliases(&self) -> &[String] {
+        self.inner.aliases()
+    }
+
+    fn signature(&self) -> &Signature {
+        self.inner.signature()
+    }
+
+    fn coerce_types(&self, arg_types: &[DataType]) -> Result<Vec<DataType>> {
+        self.inner.coerce_types(arg_types)
+    }
+
+    fn return_type(&self, arg_types: &[DataType]) -> Result<DataType> {
+        self.inner.return_type(arg_types)
+    }
+
+    fn return_field_from_args(&self, args: ReturnFieldArgs) -> Result<FieldRef> {
+        let name = args.scalar_arguments.get(1).copied().flatten();
+        let depth = name.and_then(|name| name.try_as_str().flatten()).map_or(0, |name| name.matches('(').count());
+        if depth > MAX_TYPE_DEPTH {
+            let message = format!("a type of {depth} levels in {}(), more than {MAX_TYPE_DEPTH}", self.name());
+            return Err(SqlError::Limit(message).into_datafusion());
+        }
+        self.inner.return_field_from_args(args)
+    }
+
+    fn simplify(&self, args: Vec<Expr>, info: &SimplifyContext) -> Result<ExprSimplifyResult> {
+        self.inner.simplify(args, info)
+    }
+
+    fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
         self.inner.invoke_with_args(args)
     }
 }

@@ -3,11 +3,11 @@
 //! It works on tokens because a deep syntax tree is dangerous already when it is dropped or cloned: what passes here
 //! makes trees of at most a few hundred levels. It judges no grammar; that is the parser's work.
 
-use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::keywords::{Keyword, RESERVED_FOR_COLUMN_ALIAS};
 use datafusion::sql::sqlparser::tokenizer::{Token, TokenWithSpan, Tokenizer, Word};
 
 use super::SqlError;
+use super::dialect::Spoken;
 use super::error::offset;
 
 pub(crate) const MAX_TEXT: usize = 64 * 1024;
@@ -23,6 +23,8 @@ const MAX_CTES: usize = 16;
 const MAX_CASE_DEPTH: usize = 8;
 const MAX_SUBQUERY_DEPTH: usize = 8;
 const MAX_STATEMENTS: usize = 100;
+/// In front of one another; a table may be called so.
+const MAX_EXPLAINS: usize = 3;
 /// Calls of functions whose results can be far larger than what they are given: each has a cap of its own, this
 /// bounds them together.
 const MAX_GROWING_CALLS: usize = 64;
@@ -63,7 +65,7 @@ pub(crate) fn check(text: &str) -> Result<Gated, SqlError> {
     if text.len() > MAX_TEXT {
         return Err(SqlError::Limit(format!("the SQL text has {} bytes, more than {MAX_TEXT}", text.len())));
     }
-    let tokens = Tokenizer::new(&GenericDialect {}, text)
+    let tokens = Tokenizer::new(&Spoken, text)
         .tokenize_with_location()
         .map_err(|error| SqlError::invalid("syntax", error.message).at(offset(text, error.location)))?;
     let mut tokens: Vec<TokenWithSpan> =
@@ -398,8 +400,11 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
     match keyword_at(tokens, 0) {
         Keyword::SELECT | Keyword::VALUES | Keyword::WITH | Keyword::FROM => return Ok(()),
         Keyword::INSERT | Keyword::UPDATE | Keyword::DELETE => return Ok(()),
-        Keyword::EXPLAIN => return Ok(()),
-        Keyword::DESCRIBE | Keyword::DESC => return Ok(()),
+        Keyword::EXPLAIN | Keyword::DESCRIBE | Keyword::DESC if explains(tokens) > MAX_EXPLAINS => {
+            let error = SqlError::unsupported("EXPLAIN of EXPLAIN", Some("say EXPLAIN SELECT …"));
+            return Err(error.at(offset(text, tokens[0].span.start)));
+        }
+        Keyword::EXPLAIN | Keyword::DESCRIBE | Keyword::DESC => return Ok(()),
         Keyword::SHOW if matches!(second, Keyword::TABLES | Keyword::COLUMNS | Keyword::SCHEMAS) => return Ok(()),
         Keyword::SHOW if is_word(tokens, 1, "namespaces") => {
             tokens[1].token = Token::make_keyword("SCHEMAS");
@@ -434,6 +439,16 @@ fn allow(text: &str, tokens: &mut [TokenWithSpan]) -> Result<(), SqlError> {
     };
     let what = names[..words.min(names.len())].join(" ");
     Err(SqlError::unsupported(what, hint(first)).at(position))
+}
+
+/// What comes before the query that is explained may be explained in turn: each is a level for the parser.
+fn explains(tokens: &[TokenWithSpan]) -> usize {
+    let queries = [Keyword::SELECT, Keyword::WITH, Keyword::VALUES, Keyword::FROM, Keyword::INSERT];
+    (0..tokens.len())
+        .map(|at| keyword_at(tokens, at))
+        .take_while(|keyword| !queries.contains(keyword))
+        .filter(|keyword| matches!(keyword, Keyword::EXPLAIN | Keyword::DESCRIBE | Keyword::DESC))
+        .count()
 }
 
 /// For who has misspelled the first word.
@@ -624,6 +639,9 @@ mod tests {
             (ctes(17), "common table expressions"),
             (cases(9), "levels of CASE"),
             (queries(9), "levels of sub-queries"),
+            (format!("{}SELECT 1", "EXPLAIN ".repeat(100)), "EXPLAIN of EXPLAIN"),
+            (format!("SELECT 1; {}t", "DESCRIBE ".repeat(7000)), "EXPLAIN of EXPLAIN"),
+            (format!("EXPLAIN {}SELECT 1", "ANALYZE VERBOSE DESC ".repeat(4)), "EXPLAIN of EXPLAIN"),
             ("SELECT 1;".repeat(101), "more than 100 statements"),
             (format!("SELECT {}", vec!["\"repeat\"('x', 9)"; 65].join(",")), "calls of repeat"),
             (format!("SELECT {}", "1,".repeat(12_000)), "tokens"),

@@ -92,7 +92,7 @@ pub(super) fn agreed(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
     })
 }
 
-fn any_expression(plan: &LogicalPlan, wanted: impl Fn(&Expr) -> bool) -> Result<bool> {
+pub(super) fn any_expression(plan: &LogicalPlan, wanted: impl Fn(&Expr) -> bool) -> Result<bool> {
     let mut found = false;
     plan.apply_expressions(|expr| {
         found |= expr.exists(|expr| Ok(wanted(expr)))?;

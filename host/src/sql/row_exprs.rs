@@ -20,9 +20,10 @@ use datafusion::sql::sqlparser::ast::{self, SelectItem, TableWithJoins};
 use wire::{ColumnDecl, ImageRef};
 
 use super::arrow::{arrow_field, batch_of, output_array, output_schema, output_type, rows_batch, schema_of_columns};
-use super::context::bind_unoptimized;
+use super::context::{bind_unoptimized, simplifier};
 use super::dml::select_query;
 use super::error::from_datafusion;
+use super::planner::folding;
 use super::session::Engine;
 use super::{OutputColumn, RequestEnv, SqlError};
 use crate::catalog::Table;
@@ -60,10 +61,19 @@ impl RowExprs {
             .and_then(|plan| bind_unoptimized(plan, env, &engine.state))
             .and_then(|plan| engine.analyze(plan));
         let exprs = projection(plan.map_err(|error| from_datafusion(error, text))?, clause)?;
-        Self::of(table, others, exprs).map_err(|error| from_datafusion(error, text))
+        let simplified = |schema: &DFSchema, expr| {
+            folding(|| simplifier(Arc::new(schema.clone()), env, &engine.state).simplify(expr))
+        };
+        Self::of(table, others, exprs, simplified).map_err(|error| from_datafusion(error, text))
     }
 
-    fn of(table: &Table, others: &[&str], exprs: Vec<Expr>) -> Result<Self, DataFusionError> {
+    /// `simplified`: some functions are only there to be said in other words.
+    fn of(
+        table: &Table,
+        others: &[&str],
+        exprs: Vec<Expr>,
+        simplified: impl Fn(&DFSchema, Expr) -> Result<Expr, DataFusionError>,
+    ) -> Result<Self, DataFusionError> {
         let names: Vec<String> = exprs.iter().map(|expr| expr.qualified_name().1).collect();
         let relation = |column: &Column| {
             let of = |alias: &&str| column.relation.as_ref().is_some_and(|relation| relation.table() == *alias);
@@ -95,7 +105,8 @@ impl RowExprs {
                 }
                 expr => Ok(Transformed::no(expr)),
             })?;
-            create_physical_expr(&placed.data, &known, &ExecutionProps::new(), &PhysicalPlanningContext::default())
+            let simple = simplified(&known, placed.data)?;
+            create_physical_expr(&simple, &known, &ExecutionProps::new(), &PhysicalPlanningContext::default())
         };
         let exprs = exprs.into_iter().map(physical).collect::<Result<Vec<_>, DataFusionError>>()?;
         let typed = |(expr, name): (&Arc<dyn PhysicalExpr>, String)| {

@@ -30,6 +30,7 @@ use super::context::{Names, bind, symbolic};
 use super::dml::by_key;
 use super::error::{from_datafusion, panicked};
 use super::exact::exact;
+use super::functions::with_caps;
 use super::leaf::telling_wanted;
 use super::mixed::marked;
 use super::planner::{Planner, folding, on_fitting_stack};
@@ -43,7 +44,7 @@ use super::{
     ChangeSet, DdlPlan, Load, OutputColumn, RequestEnv, Returned, RowConflict, RowFailure, RowStream, SqlError,
     SqlOptions, Statement,
 };
-use super::{arrow, ddl, dml, functions, gate, information, json, live, lookup, show, statement, values};
+use super::{arrow, ddl, dml, functions, gate, information, json, live, lookup, show, statement, times, values};
 use crate::catalog::Table;
 
 /// The SQL engine; one per server.
@@ -550,7 +551,7 @@ impl Engine {
 
     /// Types coerced, and where DataFusion would answer wrongly, said otherwise; nothing else changed.
     pub(crate) fn analyze(&self, plan: LogicalPlan) -> Result<LogicalPlan, DataFusionError> {
-        let plan = marked(plan)?;
+        let plan = marked(times::agreed(with_caps(plan)?)?)?;
         exact(self.state.analyzer().execute_and_check(plan, self.state.config_options(), |_, _| {})?)
     }
 

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use datafusion::sql::sqlparser::ast::{
     self, DescribeAlias, Expr, ObjectName, Query, Select, SetExpr, TableFactor, Value, ValueWithSpan, Visit, Visitor,
+    visit_expressions,
 };
-use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::parser::Parser;
 use datafusion::sql::sqlparser::tokenizer::Span;
 
+use super::dialect::Spoken;
 use super::error::from_parser;
 use super::functions::refused_function;
 use super::gate::{self, Gated};
@@ -28,8 +29,7 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Statement>, SqlError> {
 }
 
 fn parse_gated(text: &str, gated: Gated) -> Result<Vec<Statement>, SqlError> {
-    let dialect = GenericDialect {};
-    let mut parser = Parser::new(&dialect).with_recursion_limit(PARSER_DEPTH).with_tokens_with_locations(gated.tokens);
+    let mut parser = Parser::new(&Spoken).with_recursion_limit(PARSER_DEPTH).with_tokens_with_locations(gated.tokens);
     let statements = parser.parse_statements().map_err(|error| from_parser(error, text))?;
     let (text, small): (Arc<str>, bool) = (text.into(), gated.small);
     let classified = statements.into_iter().enumerate().map(|(index, statement)| {
@@ -63,6 +63,12 @@ fn classify(statement: &ast::Statement, text: &Arc<str>) -> Result<StatementKind
                 return Err(SqlError::unsupported("this form of SHOW COLUMNS", hint));
             }
             StatementKind::Query
+        }
+        ast::Statement::Explain { options: Some(_), .. } => {
+            return Err(SqlError::unsupported(
+                "EXPLAIN with options in brackets",
+                Some("say EXPLAIN ANALYZE SELECT …"),
+            ));
         }
         ast::Statement::Explain { statement: inner, describe_alias, query_plan, estimate, .. } => {
             let plain = matches!(describe_alias, DescribeAlias::Explain) && !query_plan && !estimate;
@@ -138,6 +144,7 @@ impl Visitor for Unsupported<'_> {
             &[
                 (dml, "INSERT, UPDATE or DELETE inside a query"),
                 (matches!(&*query.body, SetExpr::Table(_)), "TABLE as a query"),
+                (has_queries(&query.body), "a sub-query in VALUES (INSERT … SELECT takes them)"),
                 (!query.locks.is_empty(), "FOR UPDATE and FOR SHARE"),
                 (query.for_clause.is_some(), "FOR XML, JSON and BROWSE"),
                 (query.settings.is_some(), "SETTINGS"),
@@ -210,6 +217,9 @@ impl Visitor for Unsupported<'_> {
     fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<SqlError> {
         match expr {
             Expr::Function(function) => self.function(&function.name),
+            Expr::SimilarTo { .. } => {
+                self.refuse_with("SIMILAR TO", Some("use LIKE, or ~ with a regular expression"), None)
+            }
             _ => ControlFlow::Continue(()),
         }
     }
@@ -223,6 +233,16 @@ impl Visitor for Unsupported<'_> {
             _ => ControlFlow::Continue(()),
         }
     }
+}
+
+/// The planner makes constants of VALUES before it runs anything.
+fn has_queries(body: &SetExpr) -> bool {
+    let SetExpr::Values(values) = body else { return false };
+    let found = visit_expressions(&values.rows, |expr| match expr {
+        Expr::Subquery(_) | Expr::InSubquery { .. } | Expr::Exists { .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    found.is_break()
 }
 
 #[cfg(test)]
@@ -263,6 +283,11 @@ mod tests {
             ("SELECT * FROM t TABLESAMPLE (10 PERCENT)", "TABLESAMPLE is not supported"),
             ("SELECT * FROM read_csv('/etc/passwd')", "the table function read_csv is not supported"),
             ("SELECT a FROM t WHERE a = ?", "the placeholder ? is not supported: number the parameters: $1, $2, …"),
+            ("SELECT a SIMILAR TO 'b%'", "SIMILAR TO is not supported: use LIKE, or ~ with a regular expression"),
+            (
+                "EXPLAIN (ANALYZE) SELECT 1",
+                "EXPLAIN with options in brackets is not supported: say EXPLAIN ANALYZE SELECT …",
+            ),
             ("SELECT $x", "the placeholder $x is not supported: number the parameters: $1, $2, …"),
         ];
         for (text, expected) in cases {

@@ -1,10 +1,10 @@
 //! The two statements about live queries, which no SQL parser knows: `EXPLAIN LIVE SELECT …` and
 //! `KILL LIVE QUERY 'id'`.
 
-use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::tokenizer::{Token, TokenWithSpan, Tokenizer};
 
 use crate::sql::SqlError;
+use crate::sql::dialect::Spoken;
 use crate::sql::error::offset;
 use crate::sql::gate::MAX_TEXT;
 
@@ -26,7 +26,7 @@ pub fn command(text: &str) -> Result<Option<LiveCommand>, SqlError> {
     if !text.as_bytes().windows(4).any(|word| word.eq_ignore_ascii_case(b"live")) {
         return Ok(None);
     }
-    let Ok(tokens) = Tokenizer::new(&GenericDialect {}, text).tokenize_with_location() else { return Ok(None) };
+    let Ok(tokens) = Tokenizer::new(&Spoken, text).tokenize_with_location() else { return Ok(None) };
     let mut tokens = tokens.into_iter().filter(|token| !matches!(token.token, Token::Whitespace(_)));
     let (Some(first), Some(second)) = (tokens.next(), tokens.next()) else { return Ok(None) };
     if !is(&second, "LIVE") {
