@@ -258,6 +258,16 @@ async fn changes_alone() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_run_is_refused_before_there_is_a_stream() {
+    let (_server, db) = shop().await;
+    let query = LiveQuery::new("SELECT id, EXISTS (SELECT 1 FROM orders) AS any FROM customers ORDER BY id LIMIT 3");
+    let response = query.request(&db, None).send().await.unwrap();
+    assert_eq!(response.status(), 400);
+    let problem: Value = response.json().await.unwrap();
+    assert_eq!(problem["code"], "unsupported", "{problem}");
+}
+
+#[tokio::test]
 async fn what_ends_it() {
     let (_server, db) = shop().await;
     let mut live = db.live("SELECT c.id FROM orders o JOIN customers c ON c.id = o.customer").await;

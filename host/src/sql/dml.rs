@@ -9,6 +9,7 @@ mod changes;
 mod unique;
 mod upsert;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use ::arrow::datatypes::{FieldRef, Schema};
@@ -239,7 +240,23 @@ fn insert_target(
             }
         }
     }
+    if let SetExpr::Select(select) = &mut *source.body {
+        tell_apart(&mut select.projection);
+    }
     Ok((table, columns, ast::Statement::Query(source)))
+}
+
+/// Nobody sees what the columns of an inserted SELECT are called, but the planner wants each name once.
+fn tell_apart(items: &mut [SelectItem]) {
+    let mut seen = HashSet::new();
+    for (at, item) in items.iter_mut().enumerate() {
+        if let SelectItem::UnnamedExpr(expr) = item
+            && !seen.insert(expr.to_string())
+        {
+            let (expr, alias) = (expr.clone(), Ident::with_quote('"', format!("{expr} ({at})")));
+            *item = SelectItem::ExprWithAlias { expr, alias };
+        }
+    }
 }
 
 fn inserted_table(insert: &Insert, env: &RequestEnv) -> Result<Arc<Table>, SqlError> {

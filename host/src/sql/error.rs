@@ -86,6 +86,10 @@ pub(crate) fn from_datafusion(error: DataFusionError, text: &str) -> SqlError {
     match error {
         DataFusionError::External(cause) => match cause.downcast::<SqlError>() {
             Ok(ours) => *ours,
+            // A pattern that is none, or too large a one; of other functions it comes in other ways.
+            Err(cause) if cause.to_string().starts_with("regex parse error") => {
+                SqlError::invalid("evaluation", cause.to_string())
+            }
             Err(cause) => SqlError::Internal(cause.to_string()),
         },
         DataFusionError::Diagnostic(diagnostic, cause) => {
@@ -113,6 +117,9 @@ pub(crate) fn from_datafusion(error: DataFusionError, text: &str) -> SqlError {
         DataFusionError::Internal(message) if message.contains(BAD_PATTERN) => {
             let (_, reason) = message.split_once(BAD_PATTERN).unwrap_or_default();
             SqlError::invalid("evaluation", format!("{BAD_PATTERN}{reason}"))
+        }
+        DataFusionError::Internal(message) if message.contains("Cannot run range queries on datatype") => {
+            SqlError::unsupported("RANGE with an offset over values of this type", Some("use ROWS"))
         }
         other => SqlError::Internal(other.to_string()),
     }
@@ -234,6 +241,17 @@ fn is_full(message: &str, cause: &std::io::Error) -> bool {
 
 /// What DataFusion says is missing, fit to stand before "is not supported".
 fn subject(message: &str) -> String {
+    // With the whole expression behind it, as a programmer sees it.
+    if let Some(expression) = message.strip_prefix("Physical plan does not support logical expression ") {
+        let kind = expression.split(|end: char| !end.is_alphanumeric()).next().unwrap_or_default();
+        return match kind {
+            "Exists" => "EXISTS in this place".to_owned(),
+            "InSubquery" => "IN (sub-query) in this place".to_owned(),
+            "SetComparison" => "ANY or ALL (sub-query) in this place".to_owned(),
+            "ScalarSubquery" => "a sub-query that meets the outer query in this way".to_owned(),
+            _ => "this expression in this place".to_owned(),
+        };
+    }
     let mut subject = message.trim().trim_end_matches('.');
     for tail in [" is not supported yet", " is not supported", " not supported", " not implemented", " is"] {
         subject = subject.strip_suffix(tail).unwrap_or(subject);

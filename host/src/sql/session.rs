@@ -513,7 +513,8 @@ impl Engine {
     }
 
     /// An optimized plan of constants only, for one execution.
-    async fn execution_plan(
+    /// An optimized plan to be executed once.
+    pub(crate) async fn execution_plan(
         &self,
         plan: &LogicalPlan,
         unshared: bool,

@@ -216,6 +216,10 @@ impl Visitor for Unsupported<'_> {
 
     fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<SqlError> {
         match expr {
+            Expr::Function(function) if has_order(function) => {
+                let hint = Some("its result has none: leave the ORDER BY out");
+                self.refuse_with(&format!("an order in {}()", function.name), hint, None)
+            }
             Expr::Function(function) => self.function(&function.name),
             Expr::SimilarTo { .. } => {
                 self.refuse_with("SIMILAR TO", Some("use LIKE, or ~ with a regular expression"), None)
@@ -233,6 +237,14 @@ impl Visitor for Unsupported<'_> {
             _ => ControlFlow::Continue(()),
         }
     }
+}
+
+/// An order for an aggregate that makes nothing of it: some take it for another argument.
+fn has_order(function: &ast::Function) -> bool {
+    const ORDERED: [&str; 4] = ["array_agg", "first_value", "last_value", "nth_value"];
+    let ast::FunctionArguments::List(list) = &function.args else { return false };
+    list.clauses.iter().any(|clause| matches!(clause, ast::FunctionArgumentClause::OrderBy(_)))
+        && !ORDERED.contains(&function.name.to_string().to_lowercase().as_str())
 }
 
 /// The planner makes constants of VALUES before it runs anything.

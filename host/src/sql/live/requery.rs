@@ -24,6 +24,7 @@ use crate::sql::arrow::{arrow_schema, batch_of, output_columns, output_schema};
 use crate::sql::context::find_table;
 use crate::sql::error::{from_arrow, from_datafusion};
 use crate::sql::information::CATALOG_NAME;
+use crate::sql::plans::is_recursive;
 use crate::sql::provider::scope_of;
 use crate::sql::session::Engine;
 use crate::sql::system::SystemTables;
@@ -81,6 +82,8 @@ pub(crate) fn compile(
     };
     let fingerprint = fingerprint(&plan, &tables).map_err(in_text)?;
     let plan = engine.optimized(plan).map_err(in_text)?;
+    // Thrown away: what cannot be run is refused now, not in a stream that is open.
+    futures::executor::block_on(engine.execution_plan(&plan, is_recursive(&plan), text))?;
     let (key, key_at) = match key {
         Some((names, at)) => (names, Some(at)),
         None => (ROW_KEY.map(str::to_owned).to_vec(), None),
