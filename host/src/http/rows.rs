@@ -53,8 +53,6 @@ trait Decoder: Send {
     fn finish(&mut self, out: &mut Vec<BulkRows>) -> Result<(), Refused>;
     /// Bytes of what is not a whole row (or batch of rows) yet.
     fn held(&self) -> usize;
-    /// The most that may be.
-    fn most_held(&self) -> usize;
 }
 
 pub async fn post(
@@ -155,12 +153,17 @@ async fn run(
         if last {
             return Ok(insert.finish().await?);
         }
-        if decoder.held() > decoder.most_held() {
-            let detail = format!("a row (or an Arrow message) has more than {} bytes", decoder.most_held());
-            return Err(Problem::new(413, "row_too_large", detail).into());
-        }
         body.hold(share + decoder.held())?;
     }
+}
+
+/// A row of text of more than `most` bytes, whole or not.
+fn check_size(bytes: usize, most: usize) -> Result<(), Problem> {
+    if bytes <= most {
+        return Ok(());
+    }
+    let detail = format!("the row has more than {most} bytes, the most that server.body_bytes allows: raise that");
+    Err(Problem::new(413, "row_too_large", detail))
 }
 
 impl Refused {
