@@ -21,6 +21,7 @@ use super::json::Json;
 use super::limits::Limits;
 use super::request::Asked;
 use super::results::{self, Format};
+use super::server::MAX_HEADERS;
 use super::several::Streams;
 use super::stall::paced;
 use super::stream::{self, Handover, Subscriber};
@@ -30,6 +31,8 @@ use crate::config::{Config, HttpOptions};
 use crate::db::{Db, Identity, SqlRequest};
 use crate::sql::Refusal;
 use crate::telemetry::{Exposition, Metrics};
+
+const LIVE: &str = "/v1/live";
 
 /// Longer URLs are refused; what does not fit belongs into a POST.
 const URL_BYTES: usize = 8 * 1024;
@@ -92,7 +95,7 @@ pub fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/v1/sql", get(sql_get).post(sql_post))
-        .route("/v1/live", get(live_get).post(live_post))
+        .route(LIVE, get(live_get).head(not_live).post(live_post).fallback(not_live))
         .route("/v1/auth/ticket", post(ticket))
         .route("/v1/plugins", get(plugins::list))
         .route("/v1/plugins/{name}", get(plugins::show).put(plugins::put).delete(plugins::delete))
@@ -125,7 +128,8 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
     app.metrics.http_requests.inc();
     let address = request.extensions().get::<Peer>().map(|peer| peer.address.ip().to_canonical());
     let token = request.headers().contains_key(header::AUTHORIZATION);
-    let ticket = uri_has_ticket(request.uri());
+    let header_lines = request.headers().len();
+    let ticket = has_ticket(request.uri());
     let who = app.auth.take(request.headers_mut()).map(|who| Identity { address, ..who });
     if let Some(who) = &who {
         request.extensions_mut().insert(who.clone());
@@ -133,7 +137,7 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
     let (method, version) = (request.method().clone(), request.version());
     // Without the query string: it may hold a ticket, or somebody's data.
     let path = request.uri().path().to_owned();
-    let mut response = match refuse_early(app, &request) {
+    let mut response = match refuse_early(app, &request, header_lines) {
         Some(problem) => problem.into_response(),
         None => match tower::ServiceExt::oneshot(router.clone(), request).await {
             Ok(response) => in_words(response, &method, &path),
@@ -154,7 +158,11 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
     response
 }
 
-fn refuse_early(app: &App, request: &Request) -> Option<Problem> {
+fn refuse_early(app: &App, request: &Request, header_lines: usize) -> Option<Problem> {
+    if header_lines > MAX_HEADERS {
+        let detail = format!("the request has {header_lines} header lines; {MAX_HEADERS} are the most");
+        return Some(Problem::new(431, "too_many_headers", detail));
+    }
     let url = request.uri().path_and_query().map_or(0, |url| url.as_str().len());
     if url > URL_BYTES {
         let detail = format!("the URL is longer than {URL_BYTES} bytes; send the same as a POST with a JSON body");
@@ -166,7 +174,7 @@ fn refuse_early(app: &App, request: &Request) -> Option<Problem> {
         return Some(Problem::bad_request("a request of HTTP/1.1 has the header Host, once"));
     }
     // A reconnect gets its answer from the live call, in the form that browsers retry.
-    let reconnect = request.uri().path() == "/v1/live" && request.method() == Method::GET;
+    let reconnect = request.uri().path() == LIVE && request.method() == Method::GET;
     if app.draining.is_cancelled() && request.uri().path().starts_with("/v1/") && !reconnect {
         return Some(crate::db::DbError::Closed.into());
     }
@@ -304,7 +312,7 @@ async fn live_get(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     // Who asks comes first: without identity nothing of the request is looked at but the ticket.
-    if caller.is_err() && !uri_has_ticket(&uri) {
+    if caller.is_err() && !has_ticket(&uri) {
         return caller.map(|_| Response::default());
     }
     let query = request::live_from_query(&uri)?;
@@ -320,8 +328,14 @@ async fn live_get(
     subscribe(&app, who, peer, asked, Some(&redeemed)).await
 }
 
-fn uri_has_ticket(uri: &Uri) -> bool {
-    uri.query().is_some_and(|query| query.contains("ticket="))
+fn has_ticket(uri: &Uri) -> bool {
+    let has = || request::pairs(uri).is_ok_and(|pairs| pairs.iter().any(|(name, _)| name == "ticket"));
+    uri.path() == LIVE && has()
+}
+
+/// HEAD is no way to look at a stream: it would open it, and with a ticket end the connection that has it.
+async fn not_live(method: Method) -> Problem {
+    Problem::not_allowed(&method, LIVE, HeaderValue::from_static("GET,POST"), None)
 }
 
 async fn live_post(
