@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::auth::{Auth, Caller};
-use super::body::{Budget, Received, lend, receive};
+use super::body::{Budget, Limit, Received, lend, receive};
 use super::denials;
 use super::error::Problem;
 use super::json::Json;
@@ -84,8 +84,9 @@ impl App {
         }))
     }
 
-    async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Received, Problem> {
-        receive(headers, body, self.options.body_bytes, &self.budget).await
+    pub(super) async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Received, Problem> {
+        let limit = Limit { bytes: self.options.body_bytes, setting: "server.body_bytes" };
+        receive(headers, body, limit, &self.budget).await
     }
 }
 
@@ -255,7 +256,7 @@ async fn sql_post(
     request::no_parameters(&uri)?;
     let format = Format::accepted(&headers)?;
     let key = request::idempotency_key(&headers)?;
-    let media_type = media_type(&headers);
+    let media_type = media_type(&headers)?;
     let parse = match media_type.as_str() {
         "application/json" => request::sql_from_json,
         "application/sql" => request::sql_from_text,
@@ -286,10 +287,25 @@ pub(super) fn mark_replayed(response: &mut Response) {
     response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
 }
 
-/// Type and subtype in lower case, without parameters; empty when there is none.
-pub(super) fn media_type(headers: &HeaderMap) -> String {
-    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+/// Type and subtype in lower case; empty when there is none. What its parameters say is either so or refused.
+pub(super) fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
+    let value = request::one_header(headers, "Content-Type")?.and_then(|value| value.to_str().ok());
+    let value = value.unwrap_or_default().to_ascii_lowercase();
+    let mut parts = value.split(';').map(str::trim);
+    let name = parts.next().unwrap_or_default();
+    let is_text = matches!(name, "application/json" | "application/sql" | "application/x-ndjson");
+    for (parameter, value) in parts.filter_map(|part| part.split_once('=')) {
+        match (parameter, value.trim_matches('"')) {
+            ("charset", charset) if (is_text || name.starts_with("text/")) && charset != "utf-8" => {
+                return Err(wrong_type(&format!("{name} in {charset}"), "text in UTF-8"));
+            }
+            ("header", "absent") if name == "text/csv" => {
+                return Err(wrong_type("text/csv without a header", "a first line that names the columns"));
+            }
+            _ => {}
+        }
+    }
+    Ok(name.to_owned())
 }
 
 pub(super) fn wrong_type(given: &str, wanted: &str) -> Problem {
@@ -298,7 +314,7 @@ pub(super) fn wrong_type(given: &str, wanted: &str) -> Problem {
 }
 
 async fn live_bytes(app: &App, headers: &HeaderMap, body: Body) -> Result<Received, Problem> {
-    match media_type(headers).as_str() {
+    match media_type(headers)?.as_str() {
         "application/json" => app.body(headers, body).await,
         other => Err(wrong_type(other, "application/json")),
     }
@@ -354,7 +370,7 @@ async fn live_post(
 
 /// An empty one is what EventSource sends when it has none.
 fn last_event_id(headers: &HeaderMap) -> Result<Option<String>, Problem> {
-    let Some(value) = headers.get("last-event-id") else { return Ok(None) };
+    let Some(value) = request::one_header(headers, "Last-Event-ID")? else { return Ok(None) };
     let text = value.to_str().map_err(|_| Problem::bad_request("the header Last-Event-ID is not an event id"))?;
     Ok((!text.is_empty()).then(|| text.to_owned()))
 }
@@ -448,9 +464,9 @@ mod tests {
             ("application/sql", "application/sql"),
         ] {
             let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_str(given).unwrap())]);
-            assert_eq!(media_type(&headers), expect);
+            assert_eq!(media_type(&headers).unwrap(), expect);
         }
-        assert_eq!(media_type(&HeaderMap::new()), "");
+        assert_eq!(media_type(&HeaderMap::new()).unwrap(), "");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::gather::{Gather, Said};
 use super::{Decoder, Refused, check_size};
 use crate::db::BulkRows;
 use crate::http::error::Problem;
-use crate::http::request::{JSON_DEPTH, too_deep};
+use crate::http::request::{JSON_DEPTH, json_words, too_deep};
 use crate::sql::OutputColumn;
 
 pub struct Lines {
@@ -79,8 +79,8 @@ impl Lines {
         if too_deep(text).is_some() {
             return Err(bad(format!("the line is nested deeper than {JSON_DEPTH}")));
         }
-        let Members(members) =
-            serde_json::from_str(text).map_err(|error| bad(format!("a line is one row as JSON: {error}")))?;
+        let Members(members) = serde_json::from_str(text)
+            .map_err(|error| bad(format!("a line is one row as JSON: {}", json_words(&error.to_string()))))?;
         self.row.fill(Said::Nothing);
         for (name, value) in members {
             let Some(at) = self.gather.column(&name) else {
