@@ -42,6 +42,7 @@ use crate::live::{Encoder, Live, OldMode, PipelineFault, Pipelines};
 use crate::plugins::registry::Plugins;
 use crate::plugins::{Measured, PluginError, PluginOptions};
 use crate::sql::session::Sql;
+use crate::sql::system::SystemTables;
 use crate::sql::{OutputColumn, Overlay, Param, Refusal, RequestEnv, RowStream, SqlError, StatementKind};
 use crate::store::snapshot::Snapshot;
 use crate::store::{Commit, CommitError, Seq, Store, StoreError};
@@ -501,7 +502,18 @@ impl Inner {
 }
 
 fn unknown_namespace(name: &str) -> DbError {
-    DbError::NotFound(format!("namespace \"{name}\" does not exist; create it with CREATE NAMESPACE {name}"))
+    if SystemTables::is_home(name) {
+        let what = "holds system tables alone, to be read with SQL by their full names";
+        return DbError::NotFound(format!("namespace \"{name}\" {what}: say another one"));
+    }
+    let bare = name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+    let hint = match name {
+        "" => "leave the name out for main".to_owned(),
+        _ if bare => format!("create it with CREATE NAMESPACE {name}"),
+        _ => format!("create it with CREATE NAMESPACE \"{}\"", name.replace('"', "\"\"")),
+    };
+    DbError::NotFound(format!("namespace \"{name}\" does not exist; {hint}"))
 }
 
 fn now_micros() -> i64 {

@@ -74,7 +74,7 @@ pub enum SqlError {
     /// Too much runs or waits already: worth another try.
     #[error("{0}")]
     Busy(String),
-    #[error("the query ran longer than {0:?} and was stopped")]
+    #[error("the query ran longer than {0:?} (sql.deadline_ms) and was stopped")]
     Deadline(Duration),
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -90,6 +90,13 @@ async fn sql_live_and_plugins_from_a_shell() {
     assert!(complained(run(&["plugin", "logs", "nobody"])).contains("nobody"));
     assert!(complained(run(&["plugin", "errors", "nobody"])).contains("nobody"));
     assert!(complained(run(&["plugin", "rollback", "late"])).contains("no earlier version"));
+    // What is missing is named as it is typed here.
+    std::fs::write(folder.path().join("worse.wasm"), plugin("worse.wasm")).unwrap();
+    said(run(&["plugin", "push", "worse.wasm", "--name", "late"]));
+    said(run(&["plugin", "rollback", "late"]));
+    assert!(complained(run(&["plugin", "rollback", "late"])).contains("say which (--version)"));
+    std::fs::write(folder.path().join("late.c"), "int late;").unwrap();
+    assert!(complained(run(&["plugin", "push", "late.c"])).contains("build it first"));
     said(run(&["plugin", "rm", "late"]));
     assert!(complained(run(&["plugin", "show", "late"])).contains("not_found"));
     let nobody = complained(run(&["plugin", "list", "--token", "not-a-token-of-this-server"]));
@@ -140,6 +147,31 @@ async fn a_manifest_is_attached_and_a_module_runs_without_a_server() {
     std::fs::write(folder.path().join("bad.jsonl"), "{\"plugin\":{\"abi\":9}}").unwrap();
     let refused = complained(run(&["plugin", "attach", "late.wasm", "--manifest", "bad.jsonl"]));
     assert!(refused.contains("line 1 of the manifest"), "{refused}");
+}
+
+/// One of them was taken, and nothing said which.
+#[test]
+fn a_workspace_of_several_plugins_is_not_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |file: &str, text: &str| {
+        let path = folder.path().join(file);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    write("Cargo.toml", "[workspace]\nresolver = \"3\"\nmembers = [\"one\", \"two\"]\n");
+    for name in ["one", "two"] {
+        let manifest = "version = \"0.1.0\"\nedition = \"2024\"\n[lib]\ncrate-type = [\"cdylib\"]\n";
+        write(&format!("{name}/Cargo.toml"), &format!("[package]\nname = \"{name}\"\n{manifest}"));
+        write(&format!("{name}/src/lib.rs"), "");
+    }
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(server::binary());
+        command.args(arguments).current_dir(folder.path()).env("CARGO_TARGET_DIR", folder.path().join("target"));
+        command.output().unwrap()
+    };
+    let refused = complained(run(&["plugin", "build"]));
+    assert!(refused.contains("several plugins (one, two)") || refused.contains("(two, one)"), "{refused}");
+    assert!(said(run(&["plugin", "build", "two"])).starts_with("two/two.wasm"));
 }
 
 /// What a newcomer types first. The crates of all kinds share a target folder, so their dependencies are built once.

@@ -270,6 +270,29 @@ async fn floods_of_http2_frames_are_bounded() {
     eprintln!("meanwhile: {:?}", bystander.unhurt(&server).await);
 }
 
+/// HTTP/1.1 counts them before there is a request.
+#[tokio::test]
+async fn header_lines_are_counted_over_http2_as_well() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    // Beside `authorization` and `content-type`.
+    for (more, due) in [(62, "ok\n"), (63, "too_many_headers")] {
+        let mut request = h2::request("GET", "/healthz", ADMIN_TOKEN);
+        request.extend((0..more).flat_map(|n| h2::literal(&format!("x-{n}"), "y")));
+        let mut stream = TcpStream::connect(address(&db)).await.expect("a connection");
+        stream.write_all(&h2::hello()).await.unwrap();
+        let frame = h2::frame(h2::HEADERS, h2::END_STREAM | h2::END_HEADERS, 1, &request);
+        stream.write_all(&frame).await.unwrap();
+        let mut received = Vec::new();
+        let answered = async {
+            while !String::from_utf8_lossy(&received).contains(due) {
+                assert_ne!(stream.read_buf(&mut received).await.unwrap(), 0, "{due}");
+            }
+        };
+        assert!(timeout(PATIENCE, answered).await.is_ok(), "{due}");
+    }
+}
+
 #[tokio::test]
 async fn malformed_bodies_store_nothing() {
     let server = TestServer::start().await;

@@ -37,6 +37,7 @@ mod smoke;
 mod sql;
 mod stream;
 mod streams;
+mod strict;
 mod tidy;
 mod uploads;
 mod versions;

@@ -205,14 +205,22 @@ pub(super) fn build(folder: &Path) -> Result<PathBuf, String> {
     }
     let lines = String::from_utf8_lossy(&output.stdout).into_owned();
     let messages = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    // The crate itself comes last; its dependencies make no .wasm.
     let files = messages.filter_map(|message| message["filenames"].as_array().cloned()).flatten();
-    let module = files
-        .filter_map(|file| file.as_str().map(PathBuf::from))
-        .rfind(|file| file.extension().is_some_and(|ending| ending == "wasm"));
-    let module = module.ok_or("the crate made no .wasm: it needs crate-type = [\"cdylib\"]")?;
+    let modules = files.filter_map(|file| file.as_str().map(PathBuf::from));
+    let modules: Vec<_> = modules.filter(|file| file.extension().is_some_and(|ending| ending == "wasm")).collect();
+    // A crate itself comes last, behind what it depends on. A workspace without a crate of its own is all of its members.
+    let is_crate = || std::fs::read_to_string(folder.join("Cargo.toml")).is_ok_and(|text| text.contains("[package]"));
+    let module = match &modules[..] {
+        [] => return Err("the crate made no .wasm: it needs crate-type = [\"cdylib\"]".to_owned()),
+        [.., last] if modules.len() == 1 || is_crate() => last,
+        several => {
+            let names: Vec<_> = several.iter().filter_map(|file| file.file_stem()?.to_str()).collect();
+            let (folder, names) = (folder.display(), names.join(", "));
+            return Err(format!("{folder} holds several plugins ({names}): give the folder of one"));
+        }
+    };
     let here = folder.join(module.file_name().unwrap_or_default());
-    std::fs::copy(&module, &here).map_err(|error| format!("{}: {error}", here.display()))?;
+    std::fs::copy(module, &here).map_err(|error| format!("{}: {error}", here.display()))?;
     Ok(here)
 }
 

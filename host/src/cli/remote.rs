@@ -222,6 +222,12 @@ pub(super) async fn push(
 ) -> Outcome {
     let params = object_of("--params", &params)?;
     let path = if module.is_dir() { craft::build(&module)? } else { module };
+    if path.extension().is_none_or(|ending| ending != "wasm" && ending != "wat") {
+        let path = path.display();
+        return Err(format!(
+            "{path} is no module (.wasm, .wat) and no crate's folder; build it first, then push the module"
+        ));
+    }
     let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let name = name.or(stem).ok_or("the module has no name; give --name")?;
@@ -409,7 +415,9 @@ pub(super) async fn replay(name: String, number: u64, server: Server) -> Outcome
 pub(super) async fn rollback(name: String, version: Option<u32>, server: Server) -> Outcome {
     let request = version.map_or_else(|| json!({}), |version| json!({"version": version}));
     let path = format!("{}/rollback", server.plugin(&name));
-    let answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await?;
+    let answer = server.ask(Method::POST, &path, JSON, request.to_string().into_bytes()).await;
+    // The server names the field of its request.
+    let answer = answer.map_err(|reason| reason.replace("(\"version\")", "(--version)"))?;
     let all = server.ask(Method::GET, &server.plugin(&name), "", Vec::new()).await.unwrap_or(Value::Null);
     server.print(&answer, |plugin| {
         let same = same_module(plugin, &all).map(|version| format!("\nits module is that of version {version}"));

@@ -32,8 +32,8 @@ macro_rules! section {
         }
 
         impl $name {
-            fn keys(prefix: &str, out: &mut Vec<String>) {
-                $(out.push(format!("{prefix}{}", stringify!($key)));)*
+            fn keys(prefix: &str, out: &mut Vec<(String, Kind)>) {
+                $(out.push((format!("{prefix}{}", stringify!($key)), <$ty as Written>::KIND));)*
                 $($($subty::keys(&format!("{prefix}{}.", stringify!($sub)), out);)*)?
             }
 
@@ -43,6 +43,61 @@ macro_rules! section {
             }
         }
     };
+}
+
+/// How a setting is written in a file. By itself the `config` crate takes one for another, and rounds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Text,
+    Flag,
+    Number,
+    Bytes,
+    Tokens,
+}
+
+impl Kind {
+    fn is_of(self, value: &ValueKind) -> bool {
+        match value {
+            ValueKind::String(_) => matches!(self, Kind::Text | Kind::Bytes),
+            ValueKind::Boolean(_) => self == Kind::Flag,
+            ValueKind::I64(_) | ValueKind::I128(_) | ValueKind::U64(_) | ValueKind::U128(_) => {
+                matches!(self, Kind::Number | Kind::Bytes)
+            }
+            ValueKind::Array(entries) => {
+                self == Kind::Tokens && entries.iter().all(|entry| matches!(entry.kind, ValueKind::Table(_)))
+            }
+            ValueKind::Nil | ValueKind::Float(_) | ValueKind::Table(_) => false,
+        }
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Kind::Text => "has to be text, in quotes",
+            Kind::Flag => "has to be true or false, without quotes",
+            Kind::Number => "has to be a whole number, without quotes",
+            Kind::Bytes => "has to be a whole number of bytes, or text like \"8 MiB\"",
+            Kind::Tokens => {
+                "stands in the file alone, where each token begins with a line [[tokens]] in double brackets"
+            }
+        }
+    }
+}
+
+/// What the type of a setting says of how it is written.
+trait Written {
+    const KIND: Kind;
+}
+
+macro_rules! written {
+    ($($kind:ident: $($ty:ty),*;)*) => { $($(impl Written for $ty { const KIND: Kind = Kind::$kind; })*)* };
+}
+
+written! {
+    Text: String, PathBuf, SocketAddr;
+    Flag: bool;
+    Number: i32, u64, usize;
+    Bytes: Size;
+    Tokens: Vec<RawToken>;
 }
 
 fn shown(prefix: &str, key: &str, value: impl Display) -> (String, String) {
@@ -205,12 +260,14 @@ pub fn load(file: Option<&Path>, environment: impl Iterator<Item = (OsString, Os
         let text = std::fs::read_to_string(path).map_err(|e| ConfigError::Read(format!("{}: {e}", path.display())))?;
         let source = File::from_str(&text, FileFormat::Toml);
         // The file is checked alone first, so that a mistake is told with the file's name.
-        check_keys(source.collect().map_err(|e| file_error(path, &e))?, &path.display().to_string())?;
+        check(source.collect().map_err(|e| file_error(path, &e))?, &path.display().to_string(), Kind::is_of)?;
         builder = builder.add_source(source);
     }
     let source = Environment::default().separator("__").source(Some(variables.clone()));
     let overlay = ::config::Config::builder().add_source(source.clone()).build().map_err(read_error)?;
-    check_keys(overlay.collect().map_err(read_error)?, "the environment (TIDEGATE_…)")?;
+    // Variables are text, whatever they say.
+    let is_of = |kind, _: &ValueKind| kind != Kind::Tokens;
+    check(overlay.collect().map_err(read_error)?, "the environment (TIDEGATE_…)", is_of)?;
     builder.add_source(source).build().map_err(read_error)?.try_deserialize().map_err(read_error)
 }
 
@@ -245,7 +302,13 @@ fn ours(environment: impl Iterator<Item = (OsString, OsString)>) -> Result<HashM
 }
 
 /// The full names of all settings.
+#[cfg(test)]
 pub fn all_keys() -> Vec<String> {
+    known().into_iter().map(|(key, _)| key).collect()
+}
+
+/// All settings by their full names.
+fn known() -> Vec<(String, Kind)> {
     let mut keys = Vec::new();
     Raw::keys("", &mut keys);
     keys
@@ -258,41 +321,56 @@ pub fn settings(config: &Config) -> Vec<(String, String)> {
     settings
 }
 
-/// Refuses the first unknown key, by its full name, with the closest known one.
-fn check_keys(table: HashMap<String, Value>, origin: &str) -> Result<(), ConfigError> {
-    let known = all_keys();
+/// Refuses the first unknown key, by its full name, with the closest known one; then the first value that is not written
+/// as its setting is. No value is shown: it may be a token.
+fn check(
+    table: HashMap<String, Value>,
+    origin: &str,
+    is_of: impl Fn(Kind, &ValueKind) -> bool,
+) -> Result<(), ConfigError> {
+    let known = known();
     let mut found = Vec::new();
     for (key, value) in table {
         flatten(key, value, &mut found);
     }
-    found.sort();
-    for (key, is_token) in found {
-        let fits = if is_token {
-            key.rsplit('.').next().is_some_and(|last| TOKEN_KEYS.contains(&last))
-        } else {
-            known.contains(&key)
-        };
-        if !fits {
-            let near = known.iter().map(|k| (distance(k, &key), k)).min().filter(|(d, _)| *d <= 3);
-            return Err(ConfigError::Unknown { key, origin: origin.to_owned(), near: near.map(|(_, k)| k.clone()) });
+    found.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let kind_of = |key: &str| match key.strip_prefix("tokens[") {
+        Some(entry) => {
+            TOKEN_KEYS.iter().any(|name| entry.split_once("].").is_some_and(|(_, k)| k == *name)).then_some(Kind::Text)
+        }
+        None => known.iter().find(|(name, _)| name == key).map(|(_, kind)| *kind),
+    };
+    for (key, _) in &found {
+        if kind_of(key).is_none() {
+            let near = known.iter().map(|(name, _)| (distance(name, key), name)).min().filter(|(d, _)| *d <= 3);
+            let near = near.map(|(_, name)| name.clone());
+            return Err(ConfigError::Unknown { key: key.clone(), origin: origin.to_owned(), near });
+        }
+    }
+    for (key, value) in &found {
+        if let Some(kind) = kind_of(key).filter(|kind| !is_of(*kind, value)) {
+            return Err(invalid(key, format!("{} ({origin})", kind.as_str())));
         }
     }
     Ok(())
 }
 
-/// Full names of all leaves; those inside `[[tokens]]` are marked.
-fn flatten(key: String, value: Value, out: &mut Vec<(String, bool)>) {
+/// All leaves by their full names. `tokens` is one, and what stands in its entries.
+fn flatten(key: String, value: Value, out: &mut Vec<(String, ValueKind)>) {
     match value.kind {
-        ValueKind::Table(table) => table.into_iter().for_each(|(k, v)| flatten(format!("{key}.{k}"), v, out)),
-        ValueKind::Array(entries) if key == "tokens" => {
-            out.push((key, false));
-            for (index, entry) in entries.into_iter().enumerate() {
-                if let ValueKind::Table(table) = entry.kind {
-                    out.extend(table.into_keys().map(|k| (format!("tokens[{index}].{k}"), true)));
+        ValueKind::Table(table) if key != "tokens" => {
+            table.into_iter().for_each(|(k, v)| flatten(format!("{key}.{k}"), v, out));
+        }
+        kind => {
+            if let (ValueKind::Array(entries), "tokens") = (&kind, key.as_str()) {
+                for (index, entry) in entries.iter().enumerate() {
+                    if let ValueKind::Table(table) = &entry.kind {
+                        out.extend(table.iter().map(|(k, v)| (format!("tokens[{index}].{k}"), v.kind.clone())));
+                    }
                 }
             }
+            out.push((key, kind));
         }
-        _ => out.push((key, false)),
     }
 }
 
@@ -392,8 +470,14 @@ impl RawServer {
         let plugin_body_bytes =
             bytes("server.plugin_body_bytes", self.plugin_body_bytes, plugin_default, KIB, 64 * MIB)?;
         let body_total_bytes = bytes("server.body_total_bytes", self.body_total_bytes, 128 * MIB, MIB, 16 * GIB)?;
-        if body_total_bytes < body_bytes.max(plugin_body_bytes) {
-            return Err(invalid("server.body_total_bytes", "is smaller than the largest single body allowed"));
+        for (setting, bytes) in [("server.body_bytes", body_bytes), ("server.plugin_body_bytes", plugin_body_bytes)] {
+            if bytes > body_total_bytes {
+                let message = format!(
+                    "is {body_total_bytes}, and {setting}, which is {bytes}, allows one body alone that many: raise the \
+                     one or lower the other"
+                );
+                return Err(invalid("server.body_total_bytes", message));
+            }
         }
         Ok(HttpOptions {
             bind: self.bind.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8433))),

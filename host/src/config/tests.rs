@@ -75,6 +75,30 @@ fn values_are_checked() {
 }
 
 #[test]
+fn values_of_another_kind_are_refused_not_converted() {
+    for (toml, key, due) in [
+        ("[sql]\ndeadline_ms = 1000.7", "`sql.deadline_ms`", "a whole number"),
+        ("[server]\nmax_connections = true", "`server.max_connections`", "a whole number"),
+        ("[server]\nmax_connections = '5'", "`server.max_connections`", "a whole number"),
+        ("[server]\ninsecure_http = 1", "`server.insecure_http`", "true or false"),
+        ("[server]\nbody_bytes = 4096.5", "`server.body_bytes`", "8 MiB"),
+        ("[server]\nbind = 8433", "`server.bind`", "text"),
+        ("data_dir = ['a']", "`data_dir`", "text"),
+        ("admin_token = 12345678901234567", "`admin_token`", "text"),
+    ] {
+        let said = message(toml, &[]);
+        assert!(said.contains(key) && said.contains(due), "{toml}: {said}");
+        assert!(!said.contains("12345678901234567"), "{said}");
+    }
+    // A variable is text; what it says is read.
+    let variables = [("TIDEGATE_SQL__DEADLINE_MS", "1000"), ("TIDEGATE_SERVER__BODY_BYTES", "2 MiB")];
+    let config = load("", &variables, Flags::default()).unwrap();
+    assert_eq!((config.sql.deadline.as_millis(), config.http.body_bytes), (1_000, 2 << 20));
+    let said = message("[server]\nbody_total_bytes = '1 MiB'\nplugin_body_bytes = '1 MiB'\nbody_bytes = '2 MiB'", &[]);
+    assert!(said.contains("server.body_bytes, which is 2097152"), "{said}");
+}
+
+#[test]
 fn tokens_are_checked_and_never_shown() {
     let entry = |token: &str, user: &str| format!("[[tokens]]\ntoken = '{token}'\nuser = '{user}'\nrole = 'user'\n");
     let config = load(
@@ -95,11 +119,17 @@ fn tokens_are_checked_and_never_shown() {
         ("[[tokens]]\nuser = 'a'\nrole = 'user'".to_owned(), "`tokens[0].token`: is missing"),
         (format!("{}{}", entry(TOKEN, "a"), entry(TOKEN, "b")), "used twice"),
         (format!("[[tokens]]\ntoken = '{TOKEN}' oops"), "TOML"),
+        (format!("tokens = ['{TOKEN}']"), "[[tokens]]"),
+        (format!("tokens = '{TOKEN}'"), "[[tokens]]"),
+        (format!("[tokens]\ntoken = '{TOKEN}'"), "[[tokens]]"),
+        (format!("[[tokens]]\ntoken = ['{TOKEN}']"), "`tokens[0].token`: has to be text"),
     ] {
         let said = message(&toml, &[]);
         assert!(said.contains(expect), "{toml}: {said}");
         assert!(!said.contains(TOKEN), "a token was shown: {said}");
     }
+    let said = message("", &[("TIDEGATE_TOKENS", TOKEN)]);
+    assert!(said.contains("[[tokens]]") && !said.contains(TOKEN), "{said}");
 }
 
 #[test]

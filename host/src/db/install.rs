@@ -159,9 +159,13 @@ impl Db {
 fn versions<'c>(catalog: &'c Catalog, namespace: &str, name: &str) -> Result<&'c [Arc<Plugin>], DbError> {
     let found = catalog.namespace(namespace).ok_or_else(|| unknown_namespace(namespace))?;
     found.plugins.get(name).map(Vec::as_slice).ok_or_else(|| {
+        let hint = match name.split_once('/') {
+            Some((_, name)) => format!("say {name} alone: plugins are taken from the namespace of the request"),
+            None if check_name(name).is_err() => "names have a-z, 0-9, _ and - alone".to_owned(),
+            None => format!("upload it with PUT /v1/plugins/{namespace}/{name}"),
+        };
         DbError::NotFound(format!(
-            "namespace \"{namespace}\" has no plugin \"{name}\" (GET /v1/plugins lists those it has); upload it with PUT \
-             /v1/plugins/{namespace}/{name}"
+            "namespace \"{namespace}\" has no plugin \"{name}\" (GET /v1/plugins lists those it has); {hint}"
         ))
     })
 }

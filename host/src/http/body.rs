@@ -43,16 +43,23 @@ impl Budget {
     }
 }
 
-/// Reads the whole body of at most `limit` bytes.
-pub async fn receive(headers: &HeaderMap, body: Body, limit: usize, budget: &Budget) -> Result<Received, Problem> {
+/// The most bytes of one body, and which setting says so.
+#[derive(Clone, Copy)]
+pub struct Limit {
+    pub bytes: usize,
+    pub setting: &'static str,
+}
+
+/// Reads the whole body.
+pub async fn receive(headers: &HeaderMap, body: Body, limit: Limit, budget: &Budget) -> Result<Received, Problem> {
     let mut incoming = Incoming::new(headers, body, budget)?;
-    if announced(headers).is_some_and(|bytes| bytes > limit as u64) {
-        return Err(too_large(limit));
+    if announced(headers).is_some_and(|bytes| bytes > limit.bytes as u64) {
+        return Err(limit.exceeded());
     }
     let mut received: Vec<u8> = Vec::new();
     while let Some(data) = incoming.next().await? {
-        if received.len() + data.len() > limit {
-            return Err(too_large(limit));
+        if received.len() + data.len() > limit.bytes {
+            return Err(limit.exceeded());
         }
         incoming.hold(received.len() + data.len())?;
         received.extend_from_slice(&data);
@@ -178,18 +185,19 @@ impl Unread {
 }
 
 fn refuse_encoded(headers: &HeaderMap) -> Result<(), Problem> {
-    match headers.get(header::CONTENT_ENCODING) {
-        Some(encoding) if encoding != "identity" => Err(Problem::new(
-            415,
-            "unsupported_encoding",
-            "compressed request bodies are not accepted; send it as it is",
-        )),
-        _ => Ok(()),
+    if headers.get_all(header::CONTENT_ENCODING).iter().all(|encoding| encoding == "identity") {
+        return Ok(());
     }
+    let detail = "compressed request bodies are not accepted; send it as it is";
+    Err(Problem::new(415, "unsupported_encoding", detail))
 }
 
-fn too_large(limit: usize) -> Problem {
-    Problem::new(413, "body_too_large", format!("the request body is larger than {limit} bytes; split it"))
+impl Limit {
+    fn exceeded(self) -> Problem {
+        let Limit { bytes, setting } = self;
+        let detail = format!("the request body is larger than {bytes} bytes, the most that {setting} allows");
+        Problem::new(413, "body_too_large", detail)
+    }
 }
 
 fn too_slow() -> Problem {
@@ -204,8 +212,12 @@ fn cut() -> Problem {
 mod tests {
     use super::*;
 
-    async fn status(headers: HeaderMap, body: Body, limit: usize, budget: &Budget) -> u16 {
-        match receive(&headers, body, limit, budget).await {
+    fn limit(bytes: usize) -> Limit {
+        Limit { bytes, setting: "server.body_bytes" }
+    }
+
+    async fn status(headers: HeaderMap, body: Body, bytes: usize, budget: &Budget) -> u16 {
+        match receive(&headers, body, limit(bytes), budget).await {
             Ok(_) => 200,
             Err(problem) => problem.status().as_u16(),
         }
@@ -239,7 +251,7 @@ mod tests {
         assert_eq!(status(none.clone(), Body::from("123456"), 5, &budget).await, 413);
         assert_eq!(status(length("6"), Body::empty(), 5, &budget).await, 413);
         assert_eq!(status(none.clone(), Body::from(vec![0; 5 * KIB]), 10 * KIB, &budget).await, 503);
-        let held = receive(&none, Body::from(vec![0; 4 * KIB]), 10 * KIB, &budget).await.ok();
+        let held = receive(&none, Body::from(vec![0; 4 * KIB]), limit(10 * KIB), &budget).await.ok();
         assert_eq!(status(none.clone(), Body::from("1"), 5, &budget).await, 503);
         drop(held);
         assert_eq!(status(none, Body::from("1"), 5, &budget).await, 200);

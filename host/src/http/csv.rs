@@ -154,6 +154,11 @@ impl<'a> Record<'a> {
         })
     }
 
+    /// Bytes of the cells and of what stands between them.
+    pub fn size(&self) -> usize {
+        self.bytes.len() + self.cells.len()
+    }
+
     pub fn is_blank(&self) -> bool {
         self.bytes.is_empty() && matches!(self.cells, [Cell { quoted: false, .. }])
     }
@@ -241,7 +246,8 @@ impl Reader {
         (self.state, self.quoted) = (State::CellStart, false);
     }
 
-    fn record(&self) -> Record<'_> {
+    /// What there is of the present record.
+    pub fn record(&self) -> Record<'_> {
         Record { bytes: &self.bytes, cells: &self.cells, line: self.started + 1 }
     }
 

@@ -4,20 +4,20 @@ use std::collections::HashMap;
 
 use arrow::record_batch::RecordBatch;
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use wire::abi::ManifestLine;
 
 use super::auth::Caller;
-use super::body::receive;
+use super::body::{Limit, receive};
 use super::error::Problem;
 use super::json::{Json, time};
-use super::request::{no_parameters, once, pairs, parse, unknown_parameter};
+use super::request::{InPath, Members, Object, no_parameters, once, pairs, parse, unknown_parameter};
 use super::routes::{App, media_type, wrong_type};
 use crate::catalog::{DEFAULT_NAMESPACE, Plugin, PluginKind};
-use crate::db::{PluginErrorEntry, PluginLogs, Replay, Trial, TrialRequest, TrialResult};
+use crate::db::{Identity, PluginErrorEntry, PluginLogs, Replay, Trial, TrialRequest, TrialResult};
 use crate::plugins::logs::LogLine;
 
 type Names = HashMap<String, String>;
@@ -32,18 +32,19 @@ fn names(path: &Names) -> (&str, &str) {
 pub async fn put(
     State(app): State<App>,
     Caller(who): Caller,
-    Path(path): Path<Names>,
+    InPath(path): InPath<Names>,
     uri: Uri,
     headers: HeaderMap,
     body: Body,
 ) -> Answer {
     no_parameters(&uri)?;
     // Modules and WAT tell themselves apart, so types that clients set unasked are let through.
-    let given = media_type(&headers);
+    let given = media_type(&headers)?;
     if given.starts_with("multipart/") || given == "application/json" {
         return Err(wrong_type(&given, "the bytes of the .wasm or .wat file as they are, as application/wasm"));
     }
-    let received = receive(&headers, body, app.options.plugin_body_bytes, &app.budget).await?;
+    let limit = Limit { bytes: app.options.plugin_body_bytes, setting: "server.plugin_body_bytes" };
+    let received = receive(&headers, body, limit, &app.budget).await?;
     let (namespace, name) = names(&path);
     let installed = app.db.install(&who, namespace, name, received.bytes.clone()).await?;
     let mut answer = shown(&installed.plugin, true);
@@ -74,7 +75,14 @@ pub async fn list(State(app): State<App>, Caller(who): Caller, uri: Uri) -> Answ
     Ok((StatusCode::OK, Json(json!({"plugins": plugins}))))
 }
 
-pub async fn show(State(app): State<App>, Caller(who): Caller, Path(path): Path<Names>, uri: Uri) -> Answer {
+/// With the short path of [`look`], what to look at stands where a name would. So a plugin with that name is not shown
+/// here, but in the list alone.
+pub async fn show(State(app): State<App>, Caller(who): Caller, InPath(path): InPath<Names>, uri: Uri) -> Answer {
+    if let (Some(name), Some(action @ ("errors" | "logs"))) =
+        (path.get("namespace"), path.get("name").map(String::as_str))
+    {
+        return look_at(&app, who, (DEFAULT_NAMESPACE, name), action, &uri).await;
+    }
     no_parameters(&uri)?;
     let (namespace, name) = names(&path);
     let plugins = app.db.plugins(&who, Some(namespace))?;
@@ -88,7 +96,7 @@ pub async fn show(State(app): State<App>, Caller(who): Caller, Path(path): Path<
     Ok((StatusCode::OK, Json(answer)))
 }
 
-pub async fn delete(State(app): State<App>, Caller(who): Caller, Path(path): Path<Names>, uri: Uri) -> Answer {
+pub async fn delete(State(app): State<App>, Caller(who): Caller, InPath(path): InPath<Names>, uri: Uri) -> Answer {
     no_parameters(&uri)?;
     let (namespace, name) = names(&path);
     let seq = app.db.uninstall(&who, namespace, name).await?;
@@ -97,26 +105,33 @@ pub async fn delete(State(app): State<App>, Caller(who): Caller, Path(path): Pat
 
 /// `GET /v1/plugins/{namespace}/{name}/errors?limit=N`: what it failed on while its live queries went on.
 /// `…/logs?after=…&limit=N`: what it said.
-pub async fn look(State(app): State<App>, Caller(who): Caller, Path(path): Path<Names>, uri: Uri) -> Answer {
-    let logs = match path.get("action").map(String::as_str) {
-        Some("errors") => false,
-        Some("logs") => true,
+pub async fn look(State(app): State<App>, Caller(who): Caller, InPath(path): InPath<Names>, uri: Uri) -> Answer {
+    let action = path.get("action").map_or("", String::as_str);
+    look_at(&app, who, names(&path), action, &uri).await
+}
+
+async fn look_at(app: &App, who: Identity, (namespace, name): (&str, &str), action: &str, uri: &Uri) -> Answer {
+    let logs = match action {
+        "errors" => false,
+        "logs" => true,
         _ => return Err(Problem::new(404, "not_found", "of a plugin there are `errors` and `logs` to look at")),
     };
     let (mut limit, mut after) = (None, None);
-    for (name, value) in pairs(&uri)? {
+    for (name, value) in pairs(uri)? {
         match name.as_str() {
             "limit" => once(&mut limit, "limit", value)?,
             "after" if logs => once(&mut after, "after", value)?,
             _ => return Err(unknown_parameter(&name, if logs { "after, limit" } else { "limit" })),
         }
     }
-    let limit = match limit.as_deref().map(str::parse) {
+    // Whoever wants to hear only what comes next asks for no line.
+    let least = usize::from(!logs);
+    let limit = match limit.as_deref() {
         None => ENTRIES,
-        Some(Ok(limit)) => limit,
-        Some(Err(_)) => return Err(Problem::bad_request("`limit` is a number")),
+        Some(text) => text.parse().ok().filter(|limit| (least..=MOST_ENTRIES).contains(limit)).ok_or_else(|| {
+            Problem::bad_request(format!("`limit` is a number from {least} to {MOST_ENTRIES}, not {text:?}"))
+        })?,
     };
-    let (namespace, name) = names(&path);
     if logs {
         let logs = app.db.plugin_logs(&who, namespace, name, after.as_deref(), limit)?;
         return Ok((StatusCode::OK, Json(log_answer(&logs))));
@@ -130,6 +145,7 @@ pub async fn look(State(app): State<App>, Caller(who): Caller, Path(path): Path<
 
 /// Shown where no limit is named.
 const ENTRIES: usize = 100;
+const MOST_ENTRIES: usize = 1_000;
 
 fn log_answer(logs: &PluginLogs) -> Value {
     let line = |line: &LogLine| {
@@ -182,7 +198,7 @@ fn moment(micros: i64) -> String {
 pub async fn act(
     State(app): State<App>,
     Caller(who): Caller,
-    Path(path): Path<Names>,
+    InPath(path): InPath<Names>,
     uri: Uri,
     headers: HeaderMap,
     body: Body,
@@ -198,10 +214,10 @@ pub async fn act(
         let hint = "upload a plugin with PUT, or POST to its rollback, try or replay";
         return Err(Problem::not_allowed(&Method::POST, uri.path(), allow, Some(hint)));
     }
-    let received = receive(&headers, body, app.options.body_bytes, &app.budget).await?;
+    let received = app.body(&headers, body).await?;
     if action == "rollback" {
-        let RawRollback { version } = match received.bytes.is_empty() {
-            true => RawRollback { version: None },
+        let Object(RawRollback { version }) = match received.bytes.is_empty() {
+            true => Object(RawRollback { version: None }),
             false => parse("the request body", &received.bytes)?,
         };
         let installed = app.db.roll_back(&who, namespace, name, version).await?;
@@ -211,17 +227,18 @@ pub async fn act(
         return Ok((StatusCode::OK, Json(answer)));
     }
     if action == "replay" {
-        let RawReplay { number } = parse("the request body", &received.bytes)?;
+        let Object(RawReplay { number }) = parse("the request body", &received.bytes)?;
         let replay = app.db.replay_plugin_error(&who, namespace, name, number).await?;
         return Ok((StatusCode::OK, Json(replay_answer(&replay)?)));
     }
-    let raw: RawTrial = parse("the request body", &received.bytes)?;
+    let Object(raw): Object<RawTrial> = parse("the request body", &received.bytes)?;
+    let maps = |rows: Vec<Option<Members>>| rows.into_iter().map(|row| row.map(|Members(map)| map)).collect();
     let request = TrialRequest {
         plugin: name.to_owned(),
-        params: raw.params.into(),
+        params: raw.params.0.into(),
         table: raw.table,
-        rows: raw.rows,
-        old: raw.old,
+        rows: maps(raw.rows),
+        old: maps(raw.old),
         measure: raw.measure,
     };
     let trial = app.db.try_plugin(&who, namespace, request).await?;
@@ -244,12 +261,12 @@ struct RawReplay {
 #[serde(deny_unknown_fields)]
 struct RawTrial {
     #[serde(default)]
-    params: serde_json::Map<String, Value>,
+    params: Members,
     table: Option<String>,
     #[serde(default)]
-    rows: Vec<Option<serde_json::Map<String, Value>>>,
+    rows: Vec<Option<Members>>,
     #[serde(default)]
-    old: Vec<Option<serde_json::Map<String, Value>>>,
+    old: Vec<Option<Members>>,
     #[serde(default)]
     measure: bool,
 }

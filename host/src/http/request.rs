@@ -1,12 +1,18 @@
 //! What clients ask for, out of JSON bodies and query strings, into `db`'s requests. Unknown and unbuilt fields are
 //! refused by name.
 
-use axum::extract::Query;
-use axum::http::{HeaderMap, Uri};
+use std::borrow::Cow;
+use std::fmt;
+use std::marker::PhantomData;
+
+use axum::extract::{FromRequestParts, Path, Query};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, Uri};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::error::Problem;
@@ -37,8 +43,77 @@ pub fn parse<'a, T: Deserialize<'a>>(what: &str, text: &'a [u8]) -> Result<T, Pr
     }
     serde_json::from_str(text).map_err(|error| {
         let position = offset(text, error.line(), error.column());
-        bad_json(format!("{what}: {error}")).with("position", json!(position))
+        bad_json(format!("{what}: {}", json_words(&error.to_string()))).with("position", json!(position))
     })
+}
+
+/// What a parser for Rust's types says, in the words of JSON.
+pub fn json_words(said: &str) -> Cow<'_, str> {
+    // The last one is the parser's own: what was found may be a text with anything in it.
+    let Some((found, expected)) = said.rsplit_once(", expected ") else { return said.into() };
+    let (expected, place) = expected.split_at(expected.rfind(" at line ").unwrap_or(expected.len()));
+    let found = match found {
+        "invalid type: sequence" => "invalid type: array",
+        "invalid type: map" => "invalid type: object",
+        other => other,
+    };
+    let expected = match expected {
+        "a sequence" => "an array",
+        "a map" => "an object",
+        "u32" | "u64" => "a whole number from 0 on",
+        other => other,
+    };
+    format!("{found}, expected {expected}{place}").into()
+}
+
+/// A struct that comes as a JSON object. By itself it would be read from an array as well, its fields by their order.
+pub struct Object<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        deserializer.deserialize_map(Fields(PhantomData))
+    }
+}
+
+/// An object of any members, none of them twice: of two values one would be ignored.
+#[derive(Default)]
+pub struct Members(pub Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Collect;
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Members;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members = Map::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if members.contains_key(&name) {
+                        return Err(Error::custom(format_args!("`{name}` is there twice")));
+                    }
+                    members.insert(name, map.next_value()?);
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(Collect)
+    }
 }
 
 fn bad_json(detail: String) -> Problem {
@@ -73,7 +148,7 @@ fn offset(text: &str, line: usize, column: usize) -> usize {
 
 /// `POST /v1/sql` as JSON.
 pub fn sql_from_json(body: &[u8]) -> Result<SqlRequest, Problem> {
-    let raw: RawSql<'_> = parse(sql_body(body), body)?;
+    let Object(raw): Object<RawSql<'_>> = parse(sql_body(body), body)?;
     let params = params(raw.params.as_deref().unwrap_or_default())?;
     Ok(SqlRequest {
         sql: raw.sql,
@@ -110,31 +185,38 @@ pub fn sql_from_text(body: &[u8]) -> Result<SqlRequest, Problem> {
 /// `GET /v1/sql?sql=…`
 pub fn sql_from_query(uri: &Uri) -> Result<SqlRequest, Problem> {
     let mut sql = None;
-    let mut params = Vec::new();
+    let mut params = None;
     let mut namespace = None;
     for (name, value) in pairs(uri)? {
         match name.as_str() {
             "sql" => once(&mut sql, "sql", value)?,
-            "params" => params = params_text(&value)?,
+            "params" => once(&mut params, "params", value)?,
             "namespace" => once(&mut namespace, "namespace", value)?,
             _ => return Err(unknown_parameter(&name, "sql, params, namespace")),
         }
     }
     let sql = sql.ok_or_else(|| Problem::bad_request("the query parameter `sql` is missing"))?;
+    let params = params.as_deref().map(params_text).transpose()?.unwrap_or_default();
     Ok(SqlRequest { sql, params, namespace, read_only: true, one_result: false, idempotency: None })
 }
 
 /// The longest key; a UUID has 36 characters.
 const IDEMPOTENCY_KEY_BYTES: usize = 255;
 
+/// A header that may be there once.
+pub fn one_header<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a HeaderValue>, Problem> {
+    let mut values = headers.get_all(name).iter();
+    let first = values.next();
+    match values.next() {
+        Some(_) => Err(Problem::bad_request(format!("the header {name} is there twice"))),
+        None => Ok(first),
+    }
+}
+
 /// The header `Idempotency-Key`, where there is one.
 pub fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
-    let mut keys = headers.get_all("idempotency-key").iter();
-    let Some(key) = keys.next() else { return Ok(None) };
+    let Some(key) = one_header(headers, "Idempotency-Key")? else { return Ok(None) };
     let bad = |why: &str| Err(Problem::bad_request(format!("the header Idempotency-Key {why}")));
-    if keys.next().is_some() {
-        return bad("is there twice");
-    }
     match key.to_str().ok().filter(|key| key.bytes().all(|byte| byte.is_ascii_graphic())) {
         Some(key) if (1..=IDEMPOTENCY_KEY_BYTES).contains(&key.len()) => Ok(Some(key.to_owned())),
         _ => bad("has 1 to 255 visible ASCII characters; a random UUID is a good one"),
@@ -168,6 +250,20 @@ pub fn pairs(uri: &Uri) -> Result<Vec<(String, String)>, Problem> {
     let replaced = pairs.iter().any(|(name, value)| name.contains('\u{fffd}') || value.contains('\u{fffd}'));
     let meant = || uri.query().is_some_and(|query| query.to_ascii_lowercase().contains("%ef%bf%bd"));
     if replaced && !meant() { Err(bad()) } else { Ok(pairs) }
+}
+
+/// What a path says, as text.
+pub struct InPath<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for InPath<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<InPath<T>, Problem> {
+        let Path(said) = Path::from_request_parts(parts, state)
+            .await
+            .map_err(|_| Problem::bad_request("the path is not percent-encoded UTF-8"))?;
+        Ok(InPath(said))
+    }
 }
 
 /// For calls without query parameters.
@@ -231,7 +327,7 @@ struct RawLive<'a> {
     #[serde(borrow)]
     params: Option<Vec<&'a RawValue>>,
     namespace: Option<String>,
-    pipeline: Option<Vec<RawStage>>,
+    pipeline: Option<Vec<Object<RawStage>>>,
     on_error: Option<String>,
     snapshot: Option<bool>,
     old: Option<String>,
@@ -245,11 +341,11 @@ struct RawStage {
     plugin: String,
     version: Option<RawVersion>,
     #[serde(default)]
-    params: serde_json::Map<String, serde_json::Value>,
+    params: Members,
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a plugin's `version` is its number, or \"sha256:…\"")]
 enum RawVersion {
     Number(u32),
     Text(String),
@@ -262,7 +358,7 @@ impl RawStage {
             Some(RawVersion::Text(version)) => format!("{}@{version}", self.plugin),
             None => self.plugin,
         };
-        StageRequest { plugin, params: self.params.into() }
+        StageRequest { plugin, params: self.params.0.into() }
     }
 }
 
@@ -299,7 +395,7 @@ impl Asked {
 #[serde(deny_unknown_fields)]
 struct RawSeveral<'a> {
     #[serde(borrow)]
-    queries: Vec<RawLive<'a>>,
+    queries: Vec<Object<RawLive<'a>>>,
     last_event_id: Option<String>,
 }
 
@@ -308,23 +404,23 @@ pub fn live_from_json(body: &[u8]) -> Result<Asked, Problem> {
     // Looked for first: "missing field `sql`" would not say what is wrong with a list of queries.
     let fields = serde_json::from_slice::<std::collections::HashMap<String, IgnoredAny>>(body);
     if fields.is_ok_and(|fields| fields.contains_key("queries")) {
-        let raw: RawSeveral<'_> = parse("the request body", body)?;
-        return several(raw.queries, raw.last_event_id);
+        let Object(raw): Object<RawSeveral<'_>> = parse("the request body", body)?;
+        return several(raw.queries, some_position(raw.last_event_id));
     }
-    let mut raw: RawLive<'_> = parse("the request body", body)?;
+    let Object(mut raw): Object<RawLive<'_>> = parse("the request body", body)?;
     if raw.q.is_some() {
         return Err(Problem::bad_request("`q` names one of several `queries`; a single one has no name"));
     }
-    let position = raw.last_event_id.take();
+    let position = some_position(raw.last_event_id.take());
     Ok(Asked { queries: vec![raw.check()?], names: None, position })
 }
 
-fn several(raw: Vec<RawLive<'_>>, position: Option<String>) -> Result<Asked, Problem> {
+fn several(raw: Vec<Object<RawLive<'_>>>, position: Option<String>) -> Result<Asked, Problem> {
     if raw.is_empty() || raw.len() > MAX_QUERIES {
         return Err(Problem::bad_request(format!("`queries` has 1 to {MAX_QUERIES} entries, not {}", raw.len())));
     }
     let (mut queries, mut names) = (Vec::new(), Vec::new());
-    for (at, mut raw) in raw.into_iter().enumerate() {
+    for (at, Object(mut raw)) in raw.into_iter().enumerate() {
         if raw.last_event_id.is_some() {
             return Err(Problem::bad_request("`last_event_id` is one for all `queries`: it stands beside them"));
         }
@@ -338,13 +434,18 @@ fn several(raw: Vec<RawLive<'_>>, position: Option<String>) -> Result<Asked, Pro
     Ok(Asked { queries, names: Some(names), position })
 }
 
+/// An empty one is none, as in the header: what a client sends that has none yet.
+fn some_position(said: Option<String>) -> Option<String> {
+    said.filter(|position| !position.is_empty())
+}
+
 impl RawLive<'_> {
     fn check(self) -> Result<LiveRequest, Problem> {
         Ok(LiveRequest {
             sql: self.sql,
             params: params(self.params.as_deref().unwrap_or_default())?,
             namespace: self.namespace,
-            pipeline: self.pipeline.unwrap_or_default().into_iter().map(RawStage::check).collect(),
+            pipeline: self.pipeline.unwrap_or_default().into_iter().map(|Object(stage)| stage.check()).collect(),
             on_error: on_error(self.on_error.as_deref())?,
             snapshot: self.snapshot,
             last_rows: last_rows(self.last_rows, self.snapshot)?,
@@ -386,6 +487,7 @@ pub fn live_from_query(uri: &Uri) -> Result<LiveQuery, Problem> {
             _ => return Err(unknown_parameter(&name, LIVE_PARAMETERS)),
         }
     }
+    query.last_event_id = some_position(query.last_event_id);
     let on_error = on_error(error.as_deref())?;
     let options = [&list, &namespace, &old, &error, &snapshot, &last].into_iter().any(Option::is_some);
     let options = options || !pipeline.is_empty();
@@ -393,7 +495,7 @@ pub fn live_from_query(uri: &Uri) -> Result<LiveQuery, Problem> {
         if sql.is_some() || options {
             return Err(Problem::bad_request("with `queries` each entry has its own `sql` and options"));
         }
-        let raw: Vec<RawLive<'_>> = parse("`queries` (a JSON array)", list.as_bytes())?;
+        let raw: Vec<Object<RawLive<'_>>> = parse("`queries` (a JSON array)", list.as_bytes())?;
         query.request = Some(several(raw, None)?);
         return Ok(query);
     }
@@ -441,11 +543,11 @@ fn stage(text: &str) -> Result<StageRequest, Problem> {
     let params = match params {
         Some(json) => {
             let like = r#"a JSON object, as in name:{"minutes":30}"#;
-            parse::<serde_json::Map<_, _>>(&format!("the parameters of plugin {plugin} ({like})"), json.as_bytes())?
+            parse::<Members>(&format!("the parameters of plugin {plugin} ({like})"), json.as_bytes())?
         }
-        None => serde_json::Map::new(),
+        None => Members::default(),
     };
-    Ok(StageRequest { plugin: plugin.to_owned(), params: params.into() })
+    Ok(StageRequest { plugin: plugin.to_owned(), params: params.0.into() })
 }
 
 fn on_error(value: Option<&str>) -> Result<OnError, Problem> {

@@ -42,19 +42,16 @@ pub enum Format {
     Arrow,
 }
 
-/// What `Accept` may ask for, and the format it gets.
-const MEDIA_TYPES: &[(&str, Format)] = &[
+/// The formats by their names in `Accept`; of equals the first is taken.
+const MEDIA_TYPES: [(&str, Format); 4] = [
     ("application/json", Format::Json),
     ("application/x-ndjson", Format::Ndjson),
     ("text/csv", Format::Csv),
     ("application/vnd.apache.arrow.stream", Format::Arrow),
-    ("application/*", Format::Json),
-    ("text/*", Format::Csv),
-    ("*/*", Format::Json),
 ];
 
 impl Format {
-    /// The first of the client's wishes, by its weights, that there is.
+    /// The one with the greatest weight, of equals the one that the client names first (RFC 9110, section 12.5.1).
     pub fn accepted(headers: &HeaderMap) -> Result<Format, Problem> {
         let accept: Vec<&str> =
             headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
@@ -62,9 +59,13 @@ impl Format {
             return Ok(Format::Json);
         }
         let accept = accept.join(",");
-        let mut wishes: Vec<(f32, Format)> = accept.split(',').filter_map(wish).collect();
-        wishes.sort_by(|a, b| b.0.total_cmp(&a.0));
-        wishes.first().map(|(_, format)| *format).ok_or_else(|| {
+        let ranges: Vec<Range> = accept.split(',').map(Range::new).collect();
+        let mut wishes: Vec<(f32, usize, Format)> = MEDIA_TYPES
+            .iter()
+            .filter_map(|(name, format)| wish(&ranges, name).map(|(q, at)| (q, at, *format)))
+            .collect();
+        wishes.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        wishes.first().map(|(_, _, format)| *format).ok_or_else(|| {
             let detail = "SQL is answered as application/json, application/x-ndjson, text/csv or \
                           application/vnd.apache.arrow.stream; accept one of them";
             Problem::new(406, "not_acceptable", detail)
@@ -86,12 +87,38 @@ impl Format {
     }
 }
 
-fn wish(range: &str) -> Option<(f32, Format)> {
-    let mut parts = range.split(';').map(str::trim);
-    let name = parts.next()?.to_ascii_lowercase();
-    let (_, format) = MEDIA_TYPES.iter().find(|(known, _)| *known == name)?;
-    let weight = parts.find_map(|part| part.strip_prefix("q=")?.trim().parse().ok()).unwrap_or(1.0);
-    (weight > 0.0).then_some((weight, *format))
+/// One of the ranges of `Accept`, such as `text/*;q=0.5`.
+struct Range {
+    name: String,
+    weight: f32,
+}
+
+impl Range {
+    fn new(text: &str) -> Range {
+        let text = text.to_ascii_lowercase();
+        let mut parts = text.split(';').map(str::trim);
+        let name = parts.next().unwrap_or_default().to_owned();
+        let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse().ok()).unwrap_or(1.0);
+        Range { name, weight }
+    }
+
+    /// How exactly it names a media type; `None` where it does not.
+    fn names(&self, media_type: &str) -> Option<u8> {
+        match self.name.strip_suffix("/*") {
+            Some("*") => Some(0),
+            Some(kind) => media_type.strip_prefix(kind)?.starts_with('/').then_some(1),
+            None => (self.name == media_type).then_some(2),
+        }
+    }
+}
+
+/// The weight that the most exact range gives to a media type, and where that stands; `None`: it is not wanted.
+fn wish(ranges: &[Range], media_type: &str) -> Option<(f32, usize)> {
+    let named = ranges.iter().enumerate().filter_map(|(at, range)| Some((range.names(media_type)?, at)));
+    // Of equals the first.
+    let (_, at) = named.max_by_key(|(exactness, at)| (*exactness, std::cmp::Reverse(*at)))?;
+    let weight = ranges[at].weight;
+    (weight > 0.0).then_some((weight, at))
 }
 
 /// Makes the response, with the first piece of the body already there.
@@ -470,6 +497,17 @@ mod tests {
             ("application/vnd.apache.arrow.stream", Some(Format::Arrow)),
             ("text/plain", None),
             ("application/json;q=0", None),
+            ("application/json;Q=0", None),
+            // The most exact range decides, wherever it stands.
+            ("application/json;q=0, */*", Some(Format::Ndjson)),
+            ("*/*, application/json;q=0", Some(Format::Ndjson)),
+            ("application/*;q=0, text/*;q=0.1", Some(Format::Csv)),
+            ("*/*;q=0.9, text/csv;q=0.1", Some(Format::Json)),
+            ("application/*, application/json;q=0.5", Some(Format::Ndjson)),
+            ("*/*;q=0", None),
+            // Of equals the first that is named.
+            ("text/csv, application/json", Some(Format::Csv)),
+            ("*/*, text/csv", Some(Format::Json)),
         ] {
             let headers = HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_str(accept).unwrap())]);
             assert_eq!(Format::accepted(&headers).ok(), expect, "{accept}");

@@ -14,13 +14,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::auth::{Auth, Caller};
-use super::body::{Budget, Received, lend, receive};
+use super::body::{Budget, Limit, Received, lend, receive};
 use super::denials;
 use super::error::Problem;
 use super::json::Json;
 use super::limits::Limits;
 use super::request::Asked;
 use super::results::{self, Format};
+use super::server::MAX_HEADERS;
 use super::several::Streams;
 use super::stall::paced;
 use super::stream::{self, Handover, Subscriber};
@@ -30,6 +31,8 @@ use crate::config::{Config, HttpOptions};
 use crate::db::{Db, Identity, SqlRequest};
 use crate::sql::Refusal;
 use crate::telemetry::{Exposition, Metrics};
+
+const LIVE: &str = "/v1/live";
 
 /// Longer URLs are refused; what does not fit belongs into a POST.
 const URL_BYTES: usize = 8 * 1024;
@@ -81,8 +84,9 @@ impl App {
         }))
     }
 
-    async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Received, Problem> {
-        receive(headers, body, self.options.body_bytes, &self.budget).await
+    pub(super) async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Received, Problem> {
+        let limit = Limit { bytes: self.options.body_bytes, setting: "server.body_bytes" };
+        receive(headers, body, limit, &self.budget).await
     }
 }
 
@@ -92,7 +96,7 @@ pub fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/v1/sql", get(sql_get).post(sql_post))
-        .route("/v1/live", get(live_get).post(live_post))
+        .route(LIVE, get(live_get).head(not_live).post(live_post).fallback(not_live))
         .route("/v1/auth/ticket", post(ticket))
         .route("/v1/plugins", get(plugins::list))
         .route("/v1/plugins/{name}", get(plugins::show).put(plugins::put).delete(plugins::delete))
@@ -125,7 +129,8 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
     app.metrics.http_requests.inc();
     let address = request.extensions().get::<Peer>().map(|peer| peer.address.ip().to_canonical());
     let token = request.headers().contains_key(header::AUTHORIZATION);
-    let ticket = uri_has_ticket(request.uri());
+    let header_lines = request.headers().len();
+    let ticket = has_ticket(request.uri());
     let who = app.auth.take(request.headers_mut()).map(|who| Identity { address, ..who });
     if let Some(who) = &who {
         request.extensions_mut().insert(who.clone());
@@ -133,7 +138,7 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
     let (method, version) = (request.method().clone(), request.version());
     // Without the query string: it may hold a ticket, or somebody's data.
     let path = request.uri().path().to_owned();
-    let mut response = match refuse_early(app, &request) {
+    let mut response = match refuse_early(app, &request, header_lines) {
         Some(problem) => problem.into_response(),
         None => match tower::ServiceExt::oneshot(router.clone(), request).await {
             Ok(response) => in_words(response, &method, &path),
@@ -154,7 +159,11 @@ pub async fn handle(app: &App, router: &Router, request: Request) -> Response {
     response
 }
 
-fn refuse_early(app: &App, request: &Request) -> Option<Problem> {
+fn refuse_early(app: &App, request: &Request, header_lines: usize) -> Option<Problem> {
+    if header_lines > MAX_HEADERS {
+        let detail = format!("the request has {header_lines} header lines; {MAX_HEADERS} are the most");
+        return Some(Problem::new(431, "too_many_headers", detail));
+    }
     let url = request.uri().path_and_query().map_or(0, |url| url.as_str().len());
     if url > URL_BYTES {
         let detail = format!("the URL is longer than {URL_BYTES} bytes; send the same as a POST with a JSON body");
@@ -166,7 +175,7 @@ fn refuse_early(app: &App, request: &Request) -> Option<Problem> {
         return Some(Problem::bad_request("a request of HTTP/1.1 has the header Host, once"));
     }
     // A reconnect gets its answer from the live call, in the form that browsers retry.
-    let reconnect = request.uri().path() == "/v1/live" && request.method() == Method::GET;
+    let reconnect = request.uri().path() == LIVE && request.method() == Method::GET;
     if app.draining.is_cancelled() && request.uri().path().starts_with("/v1/") && !reconnect {
         return Some(crate::db::DbError::Closed.into());
     }
@@ -247,7 +256,7 @@ async fn sql_post(
     request::no_parameters(&uri)?;
     let format = Format::accepted(&headers)?;
     let key = request::idempotency_key(&headers)?;
-    let media_type = media_type(&headers);
+    let media_type = media_type(&headers)?;
     let parse = match media_type.as_str() {
         "application/json" => request::sql_from_json,
         "application/sql" => request::sql_from_text,
@@ -278,10 +287,25 @@ pub(super) fn mark_replayed(response: &mut Response) {
     response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
 }
 
-/// Type and subtype in lower case, without parameters; empty when there is none.
-pub(super) fn media_type(headers: &HeaderMap) -> String {
-    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+/// Type and subtype in lower case; empty when there is none. What its parameters say is either so or refused.
+pub(super) fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
+    let value = request::one_header(headers, "Content-Type")?.and_then(|value| value.to_str().ok());
+    let value = value.unwrap_or_default().to_ascii_lowercase();
+    let mut parts = value.split(';').map(str::trim);
+    let name = parts.next().unwrap_or_default();
+    let is_text = matches!(name, "application/json" | "application/sql" | "application/x-ndjson");
+    for (parameter, value) in parts.filter_map(|part| part.split_once('=')) {
+        match (parameter, value.trim_matches('"')) {
+            ("charset", charset) if (is_text || name.starts_with("text/")) && charset != "utf-8" => {
+                return Err(wrong_type(&format!("{name} in {charset}"), "text in UTF-8"));
+            }
+            ("header", "absent") if name == "text/csv" => {
+                return Err(wrong_type("text/csv without a header", "a first line that names the columns"));
+            }
+            _ => {}
+        }
+    }
+    Ok(name.to_owned())
 }
 
 pub(super) fn wrong_type(given: &str, wanted: &str) -> Problem {
@@ -290,7 +314,7 @@ pub(super) fn wrong_type(given: &str, wanted: &str) -> Problem {
 }
 
 async fn live_bytes(app: &App, headers: &HeaderMap, body: Body) -> Result<Received, Problem> {
-    match media_type(headers).as_str() {
+    match media_type(headers)?.as_str() {
         "application/json" => app.body(headers, body).await,
         other => Err(wrong_type(other, "application/json")),
     }
@@ -304,7 +328,7 @@ async fn live_get(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     // Who asks comes first: without identity nothing of the request is looked at but the ticket.
-    if caller.is_err() && !uri_has_ticket(&uri) {
+    if caller.is_err() && !has_ticket(&uri) {
         return caller.map(|_| Response::default());
     }
     let query = request::live_from_query(&uri)?;
@@ -320,8 +344,14 @@ async fn live_get(
     subscribe(&app, who, peer, asked, Some(&redeemed)).await
 }
 
-fn uri_has_ticket(uri: &Uri) -> bool {
-    uri.query().is_some_and(|query| query.contains("ticket="))
+fn has_ticket(uri: &Uri) -> bool {
+    let has = || request::pairs(uri).is_ok_and(|pairs| pairs.iter().any(|(name, _)| name == "ticket"));
+    uri.path() == LIVE && has()
+}
+
+/// HEAD is no way to look at a stream: it would open it, and with a ticket end the connection that has it.
+async fn not_live(method: Method) -> Problem {
+    Problem::not_allowed(&method, LIVE, HeaderValue::from_static("GET,POST"), None)
 }
 
 async fn live_post(
@@ -340,7 +370,7 @@ async fn live_post(
 
 /// An empty one is what EventSource sends when it has none.
 fn last_event_id(headers: &HeaderMap) -> Result<Option<String>, Problem> {
-    let Some(value) = headers.get("last-event-id") else { return Ok(None) };
+    let Some(value) = request::one_header(headers, "Last-Event-ID")? else { return Ok(None) };
     let text = value.to_str().map_err(|_| Problem::bad_request("the header Last-Event-ID is not an event id"))?;
     Ok((!text.is_empty()).then(|| text.to_owned()))
 }
@@ -434,9 +464,9 @@ mod tests {
             ("application/sql", "application/sql"),
         ] {
             let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_str(given).unwrap())]);
-            assert_eq!(media_type(&headers), expect);
+            assert_eq!(media_type(&headers).unwrap(), expect);
         }
-        assert_eq!(media_type(&HeaderMap::new()), "");
+        assert_eq!(media_type(&HeaderMap::new()).unwrap(), "");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, Uri};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
@@ -22,7 +22,7 @@ use super::auth::Caller;
 use super::body::{self, Incoming};
 use super::error::Problem;
 use super::json::Json;
-use super::request;
+use super::request::{self, InPath};
 use super::routes::{App, mark_replayed, media_type, wrong_type};
 use crate::db::{BulkFailure, BulkInsert, BulkOptions, BulkReport, BulkRows};
 use crate::sql::{OutputColumn, RowConflict};
@@ -53,14 +53,12 @@ trait Decoder: Send {
     fn finish(&mut self, out: &mut Vec<BulkRows>) -> Result<(), Refused>;
     /// Bytes of what is not a whole row (or batch of rows) yet.
     fn held(&self) -> usize;
-    /// The most that may be.
-    fn most_held(&self) -> usize;
 }
 
 pub async fn post(
     State(app): State<App>,
     Caller(who): Caller,
-    Path((namespace, table)): Path<(String, String)>,
+    InPath((namespace, table)): InPath<(String, String)>,
     uri: Uri,
     headers: HeaderMap,
     body: Body,
@@ -68,7 +66,7 @@ pub async fn post(
     let started = Instant::now();
     let conflict = on_conflict(&uri)?;
     let key = request::idempotency_key(&headers)?;
-    let format = media_type(&headers);
+    let format = media_type(&headers)?;
     let decoder: fn(Arc<[OutputColumn]>, usize) -> Box<dyn Decoder> = match format.as_str() {
         "application/x-ndjson" => |columns, most| Box::new(ndjson::Lines::new(columns, most)),
         "text/csv" => |columns, most| Box::new(csv::Records::new(columns, most)),
@@ -155,12 +153,17 @@ async fn run(
         if last {
             return Ok(insert.finish().await?);
         }
-        if decoder.held() > decoder.most_held() {
-            let detail = format!("a row (or an Arrow message) has more than {} bytes", decoder.most_held());
-            return Err(Problem::new(413, "row_too_large", detail).into());
-        }
         body.hold(share + decoder.held())?;
     }
+}
+
+/// A row of text of more than `most` bytes, whole or not.
+fn check_size(bytes: usize, most: usize) -> Result<(), Problem> {
+    if bytes <= most {
+        return Ok(());
+    }
+    let detail = format!("the row has more than {most} bytes, the most that server.body_bytes allows: raise that");
+    Err(Problem::new(413, "row_too_large", detail))
 }
 
 impl Refused {

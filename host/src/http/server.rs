@@ -34,7 +34,7 @@ const FINISH: Duration = Duration::from_secs(8);
 const DRAIN: Duration = CLOSE_SPREAD.saturating_add(Duration::from_secs(1));
 
 /// 64 header lines in 16 KiB are plenty for any client; more is an attack.
-const MAX_HEADERS: usize = 64;
+pub(super) const MAX_HEADERS: usize = 64;
 const HEADER_BYTES: usize = 16 * 1024;
 /// Streams of one HTTP/2 connection.
 const H2_STREAMS: u32 = 200;

@@ -232,10 +232,20 @@ pub fn output(output: LiveOutput) -> Bytes {
             frame("failed", None, &Problem::new(422, "row_failed", message).body(), &mut out);
         }
         LiveOutput::Closed { code, message } => {
-            frame("closed", None, &Problem::new(503, code, message).body(), &mut out);
+            frame("closed", None, &Problem::new(closed_status(code), code, message).body(), &mut out);
         }
     }
     Bytes::from(out)
+}
+
+/// What whoever comes back is answered with: 503 alone is worth it.
+fn closed_status(code: &str) -> u16 {
+    match code {
+        "killed" => 410,
+        "plugin_dropped" => 404,
+        "table_dropped" | "schema" | "cannot_continue" => 400,
+        _ => 503,
+    }
 }
 
 fn plugin_error(fault: PipelineFault, seq: Seq) -> Problem {

@@ -150,7 +150,10 @@ impl Tickets {
             let closed = entries.iter().filter(|(_, entry)| mine < PER_USER || entry.who.user == who.user);
             let closed = closed.filter(|(_, entry)| entry.is_closed(now + self.ttl));
             let Some(key) = closed.min_by_key(|(_, entry)| entry.until).map(|(key, _)| *key) else {
-                let detail = format!("too many tickets are out (at most {PER_USER} for one user); close some streams");
+                let detail = format!(
+                    "too many tickets are out, at most {PER_USER} for one user and {TOTAL} for all; close streams that were opened \
+                     by one, or wait until unused ones end"
+                );
                 return Err(Problem::new(429, "too_many", detail).retry_after(self.ttl.as_secs().clamp(1, 600) as u32));
             };
             entries.remove(&key);

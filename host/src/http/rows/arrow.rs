@@ -85,9 +85,14 @@ impl Decoder for Messages {
             let decoded = catch_unwind(AssertUnwindSafe(|| self.decoder.decode(&mut buffer)));
             let batch = self.guarded(decoded)?;
             self.check_schema()?;
+            let unread = buffer.len();
+            if self.held - unread > MOST_MESSAGE {
+                let detail = format!("an Arrow message has more than {MOST_MESSAGE} bytes: send smaller batches");
+                return Err(Refused::at(Problem::new(413, "row_too_large", detail), self.rows + 1, None));
+            }
             if let Some(batch) = batch {
                 self.take(&batch, out)?;
-                self.held = buffer.len();
+                self.held = unread;
             }
         }
         Ok(())
@@ -104,9 +109,5 @@ impl Decoder for Messages {
 
     fn held(&self) -> usize {
         self.held
-    }
-
-    fn most_held(&self) -> usize {
-        MOST_MESSAGE
     }
 }

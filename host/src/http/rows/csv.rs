@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::body::Bytes;
 
 use super::gather::{Gather, Said};
-use super::{Decoder, Refused};
+use super::{Decoder, Refused, check_size};
 use crate::db::BulkRows;
 use crate::http::csv::{Broken, Reader, Record};
 use crate::http::error::Problem;
@@ -14,7 +14,6 @@ use crate::sql::OutputColumn;
 pub struct Records {
     reader: Reader,
     body: Body,
-    most_held: usize,
     /// Of the byte order mark that some programs put in front.
     skipped: usize,
 }
@@ -25,6 +24,8 @@ struct Body {
     /// For each cell of a record, the column; `None` until the header has come.
     header: Option<Vec<usize>>,
     row: Vec<Said>,
+    /// The most bytes of a record.
+    most: usize,
 }
 
 enum Stop {
@@ -41,10 +42,10 @@ impl From<Broken> for Stop {
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 impl Records {
-    pub fn new(columns: Arc<[OutputColumn]>, most_held: usize) -> Records {
+    pub fn new(columns: Arc<[OutputColumn]>, most: usize) -> Records {
         let row = vec![Said::Nothing; columns.len()];
-        let body = Body { gather: Gather::new(columns), header: None, row };
-        Records { reader: Reader::default(), body, most_held, skipped: 0 }
+        let body = Body { gather: Gather::new(columns), header: None, row, most };
+        Records { reader: Reader::default(), body, skipped: 0 }
     }
 
     fn refused(&self, stop: Stop) -> Refused {
@@ -71,7 +72,8 @@ impl Decoder for Records {
         let body = &mut self.body;
         let read = self.reader.push(bytes, |record| body.record(record, out).map_err(Stop::Refused));
         self.body.gather.flush(out)?;
-        read.map_err(|stop| self.refused(stop))
+        read.map_err(|stop| self.refused(stop))?;
+        self.body.check_size(&self.reader.record())
     }
 
     fn finish(&mut self, out: &mut Vec<BulkRows>) -> Result<(), Refused> {
@@ -88,14 +90,16 @@ impl Decoder for Records {
     fn held(&self) -> usize {
         self.reader.held()
     }
-
-    fn most_held(&self) -> usize {
-        self.most_held
-    }
 }
 
 impl Body {
+    fn check_size(&self, record: &Record<'_>) -> Result<(), Refused> {
+        let row = self.header.is_some().then(|| self.gather.next_row());
+        check_size(record.size(), self.most).map_err(|problem| Refused { problem, row, line: Some(record.line) })
+    }
+
     fn record(&mut self, record: Record<'_>, out: &mut Vec<BulkRows>) -> Result<(), Refused> {
+        self.check_size(&record)?;
         let Some(header) = &self.header else {
             self.header = Some(self.names(&record)?);
             return Ok(());

@@ -11,10 +11,10 @@ use serde_json::value::RawValue;
 use wire::Type;
 
 use super::gather::{Gather, Said};
-use super::{Decoder, Refused};
+use super::{Decoder, Refused, check_size};
 use crate::db::BulkRows;
 use crate::http::error::Problem;
-use crate::http::request::{JSON_DEPTH, too_deep};
+use crate::http::request::{JSON_DEPTH, json_words, too_deep};
 use crate::sql::OutputColumn;
 
 pub struct Lines {
@@ -23,7 +23,8 @@ pub struct Lines {
     /// The beginning of a line whose end has not come yet.
     partial: Vec<u8>,
     line: u64,
-    most_held: usize,
+    /// The most bytes of a line.
+    most: usize,
 }
 
 /// The members of an object in their order, also those named twice.
@@ -56,9 +57,9 @@ impl<'de> Deserialize<'de> for Members<'de> {
 struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
 impl Lines {
-    pub fn new(columns: Arc<[OutputColumn]>, most_held: usize) -> Lines {
+    pub fn new(columns: Arc<[OutputColumn]>, most: usize) -> Lines {
         let row = vec![Said::Nothing; columns.len()];
-        Lines { gather: Gather::new(columns), row, partial: Vec::new(), line: 0, most_held }
+        Lines { gather: Gather::new(columns), row, partial: Vec::new(), line: 0, most }
     }
 
     fn line(&mut self, text: &[u8], out: &mut Vec<BulkRows>) -> Result<(), Refused> {
@@ -67,7 +68,8 @@ impl Lines {
             return Ok(());
         }
         let (line, number) = (self.line, self.gather.next_row());
-        self.read(text).map_err(|problem| Refused::at(problem, number, Some(line)))?;
+        let read = check_size(text.len(), self.most).and_then(|()| self.read(text));
+        read.map_err(|problem| Refused::at(problem, number, Some(line)))?;
         self.gather.add(&self.row, line, out)
     }
 
@@ -77,8 +79,8 @@ impl Lines {
         if too_deep(text).is_some() {
             return Err(bad(format!("the line is nested deeper than {JSON_DEPTH}")));
         }
-        let Members(members) =
-            serde_json::from_str(text).map_err(|error| bad(format!("a line is one row as JSON: {error}")))?;
+        let Members(members) = serde_json::from_str(text)
+            .map_err(|error| bad(format!("a line is one row as JSON: {}", json_words(&error.to_string()))))?;
         self.row.fill(Said::Nothing);
         for (name, value) in members {
             let Some(at) = self.gather.column(&name) else {
@@ -135,7 +137,9 @@ impl Decoder for Lines {
         }
         self.gather.flush(out)?;
         self.partial.extend_from_slice(rest);
-        outcome
+        outcome?;
+        check_size(self.partial.len(), self.most)
+            .map_err(|problem| Refused::at(problem, self.gather.next_row(), Some(self.line + 1)))
     }
 
     fn finish(&mut self, out: &mut Vec<BulkRows>) -> Result<(), Refused> {
@@ -147,9 +151,5 @@ impl Decoder for Lines {
 
     fn held(&self) -> usize {
         self.partial.len()
-    }
-
-    fn most_held(&self) -> usize {
-        self.most_held
     }
 }
