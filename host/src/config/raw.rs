@@ -77,7 +77,7 @@ impl Kind {
             Kind::Number => "has to be a whole number, without quotes",
             Kind::Bytes => "has to be a whole number of bytes, or text like \"8 MiB\"",
             Kind::Tokens => {
-                "stands in the file alone, where each token begins with a line [[tokens]] in double brackets"
+                "is a list, in the file alone: each token begins with a line [[tokens]], in double brackets"
             }
         }
     }

@@ -58,7 +58,7 @@ fn values_are_checked() {
         ("[plugins]\nring_bytes = 100000", "power of two"),
         ("[plugins]\nworker_bytes = 65537", "multiple of 64 KiB"),
         ("[plugins]\nmodule_bytes = '17 MiB'", "plugins.module_bytes"),
-        ("[live]\nheartbeat_ms = 'often'", "often"),
+        ("[live]\nheartbeat_ms = 'often'", "live.heartbeat_ms"),
         ("[server]\nbind = '0.0.0.0:80'", "--insecure-http"),
         ("[server]\nbind = 'localhost'", "bind"),
         ("[log]\nformat = 'xml'", "xml"),
