@@ -38,5 +38,6 @@ mod sql;
 mod stream;
 mod streams;
 mod tidy;
+mod unfit_versions;
 mod uploads;
 mod versions;

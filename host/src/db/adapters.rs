@@ -10,6 +10,7 @@ use bytes::Bytes;
 use wire::image::ImageAt;
 use wire::{ChangeAt, FrameView, ImageRef, Schema, Scope};
 
+use super::DbError;
 use super::errors::{self, PluginErrors};
 use crate::catalog::{NamespaceId, Table};
 use crate::live::{
@@ -240,6 +241,18 @@ fn fault(error: PluginError, stages: &[Stage]) -> PipelineFault {
     fault_at(None, error, stages)
 }
 
+/// A stage that does not fit its live query, told like one that failed while it ran.
+pub(super) fn unfit(stage: &Stage, error: DbError) -> PipelineFault {
+    let error = match error {
+        DbError::Plugin(PluginError::Fault { plugin, cause, index, message, .. }) => {
+            PluginError::Fault { plugin, stage: Some(0), cause, index, message }
+        }
+        DbError::Plugin(error) => error,
+        error => PluginError::Params(error.to_string()),
+    };
+    fault_at(Some(0), error, std::slice::from_ref(stage))
+}
+
 /// The fault with the plugin that is to blame, where the error says which stage it was, or the caller knows.
 fn fault_at(known: Option<usize>, error: PluginError, stages: &[Stage]) -> PipelineFault {
     let (stage, cause, message, retry_after) = match error {
@@ -248,13 +261,18 @@ fn fault_at(known: Option<usize>, error: PluginError, stages: &[Stage]) -> Pipel
             let message = format!("it failed too often and rests for {} s", rest.as_secs_f32().ceil());
             (Some(stage), "breaker", message, Some(rest))
         }
-        PluginError::Params(message) | PluginError::Refused(message) => (None, "configure", message, None),
+        PluginError::Params(message) => (None, "configure", message, None),
+        // Its module was good when it was uploaded: other modules kept it from being compiled again.
+        PluginError::Refused(message) => (None, "configure", message, Some(HOST_REST)),
         // No plugin's doing, wherever it happened: another version would not help, another time may.
         PluginError::Host(message) => {
             return PipelineFault { plugin: None, cause: "host", message, retry_after: Some(HOST_REST) };
         }
     };
     let plugin = stage.or(known).and_then(|stage| stages.get(stage)).cloned().map(Box::new);
+    // The fault names the plugin itself.
+    let named = plugin.as_ref().and_then(|plugin| message.strip_prefix(&format!("plugin {}", plugin.name)));
+    let message = named.map_or(message.as_str(), |rest| rest.trim_start_matches([':', ' '])).to_owned();
     PipelineFault { plugin, cause, message, retry_after }
 }
 

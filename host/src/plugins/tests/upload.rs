@@ -217,7 +217,7 @@ fn pipelines_are_checked_before_they_are_opened() {
     let picky = once("").replace(CONFIGURE, "(data (i32.const 8) \"not today\") (func (export \"tg_configure\") (param i32) (result i64) (call $fail (i32.const -1) (i32.const 8) (i32.const 9)) (i64.const -1))");
     let stage = fixture.stage("picky", &picky, "");
     match fixture.plugins.check(NS, &[stage], &table(), OnError::Stop) {
-        Err(PluginError::Params(message)) => assert_eq!(message, "plugin picky: not today"),
+        Err(StageError { error: PluginError::Params(message), .. }) => assert_eq!(message, "plugin picky: not today"),
         other => panic!("{other:?}"),
     }
 }
