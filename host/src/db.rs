@@ -294,7 +294,7 @@ impl Db {
         plugins.sweep_cache(known);
         let pipelines = (0..config.live.workers)
             .map(|index| {
-                let errors = errors::PluginErrors(store.clone());
+                let errors = errors::PluginErrors::new(store.clone());
                 Box::new(adapters::WorkerPipelines::new(plugins.worker(index), errors)) as Box<dyn Pipelines>
             })
             .collect();

@@ -123,9 +123,8 @@ impl OpenGroup {
         (batch.pass != Pass::Snapshot && self.scope == Scope::Shared).then_some(batch.seq)
     }
 
-    /// Notes what failed while the pipeline went on: each unit when it is new, and once more if a replay is the first to
-    /// meet it (the server may have been restarted since). A row of a result comes again with every run, and is noted
-    /// when it is new alone.
+    /// Notes what failed while the pipeline went on: in a commit that is new each unit, in present rows, a replay and
+    /// results, where the same units come again and again, those that are not noted yet.
     fn note<At>(
         &self,
         errors: &PluginErrors,
@@ -138,8 +137,7 @@ impl OpenGroup {
             return;
         }
         let schema = self.result.clone().unwrap_or_else(|| self.table.schema());
-        let new = |fault: &&UnitFault| !fault.known || batch.pass == Pass::Live;
-        let entries = faults.iter().filter(new).filter_map(|fault| {
+        let entries = faults.iter().filter_map(|fault| {
             let (before, stage) = (self.stages.get(..fault.stage)?, self.stages.get(fault.stage)?);
             let (old, row) = images(places.get(fault.index)?);
             Some(errors::Entry {
@@ -154,7 +152,7 @@ impl OpenGroup {
                 row,
             })
         });
-        errors.append(batch.seq, batch.base, entries);
+        errors.append(batch.seq, batch.base, batch.pass != Pass::Live, entries);
     }
 }
 
