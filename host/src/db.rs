@@ -36,7 +36,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use tokio::sync::{RwLock, Semaphore, watch};
 
-use crate::catalog::{DEFAULT_NAMESPACE, OnError, Plugin, Semantics};
+use crate::catalog::{DEFAULT_NAMESPACE, OnError, Plugin, Semantics, Stage};
 use crate::config::{Config, Role};
 use crate::live::{Encoder, Live, OldMode, PipelineFault, Pipelines};
 use crate::plugins::registry::Plugins;
@@ -79,6 +79,9 @@ pub enum DbError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Plugin(#[from] PluginError),
+    /// This stage does not fit the live query: it may in another version.
+    #[error("{error}")]
+    Stage { stage: Box<Stage>, error: Box<DbError> },
     /// The plugin or version is in use or stands in the way: nothing was changed.
     #[error("{0}")]
     InUse(String),
@@ -294,7 +297,7 @@ impl Db {
         plugins.sweep_cache(known);
         let pipelines = (0..config.live.workers)
             .map(|index| {
-                let errors = errors::PluginErrors(store.clone());
+                let errors = errors::PluginErrors::new(store.clone());
                 Box::new(adapters::WorkerPipelines::new(plugins.worker(index), errors)) as Box<dyn Pipelines>
             })
             .collect();

@@ -106,7 +106,7 @@ pub struct Question<'a> {
 pub struct ProgramError(pub String);
 
 /// A pipeline failed: which plugin, why. Shown to the subscriber in a `plugin-error` event.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PipelineFault {
     /// `None`: no plugin is to blame, or none is known to be.
     pub plugin: Option<Box<Stage>>,

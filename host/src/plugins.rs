@@ -174,8 +174,6 @@ pub struct UnitFault {
     pub message: String,
     /// A filter let it through unjudged; else it was left out.
     pub passed: bool,
-    /// It had failed before, and was not tried again.
-    pub known: bool,
 }
 
 /// What came out of a pipeline, one entry per row that went in.

@@ -39,5 +39,6 @@ mod stream;
 mod streams;
 mod strict;
 mod tidy;
+mod unfit_versions;
 mod uploads;
 mod versions;

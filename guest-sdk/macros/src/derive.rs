@@ -64,10 +64,13 @@ pub fn row(input: DeriveInput) -> Result<TokenStream> {
         return Err(Error::new_spanned(&input.ident, hint));
     };
     let ident = &input.ident;
-    let (mut manifest, mut specs, mut reads) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut manifest, mut specs, mut reads, mut names) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (i, (field, field_ident)) in fields(&input, "rows")?.into_iter().enumerate() {
         let (ty, span) = (&field.ty, field.ty.span());
         let ColumnOptions { name, optional } = ColumnOptions::of(field, field_ident, true)?;
+        if names.contains(&name) {
+            return Err(Error::new_spanned(field_ident, format!("another field reads column `{name}` already")));
+        }
         let head = format!("{{\"column\":{{\"name\":{},\"type\":\"", text::json_string(&name));
         let tail = if optional { "\",\"optional\":true}}\n" } else { "\"}}\n" };
         let column_type = quote_spanned!(span=> <#ty as ::guest_sdk::row::RowField<#lifetime>>::TYPE);
@@ -76,6 +79,7 @@ pub fn row(input: DeriveInput) -> Result<TokenStream> {
         reads.push(quote_spanned! {span=>
             #field_ident: <#ty as ::guest_sdk::row::RowField<#lifetime>>::field(row, #i, #name)
         });
+        names.push(name);
     }
     Ok(quote! {
         impl<#lifetime> ::guest_sdk::row::FromRow<#lifetime> for #ident<#lifetime> {

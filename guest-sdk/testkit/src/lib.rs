@@ -53,7 +53,9 @@ impl Plugin {
         Plugin { module: path.as_ref().to_owned(), columns: None, params: json!({}) }
     }
 
-    /// Names and SQL types of the columns that rows have; without them the rows have those that the plugin reads.
+    /// Names and SQL types of the columns that rows have; without them the rows have those that the plugin reads. Those
+    /// know no more than the manifest does: a DATE, TIME or TIMESTAMP is a BIGINT there, so rows with such text need this.
+    /// In rows, values are as in the server's JSON: a BYTEA is a string of base64.
     pub fn columns(mut self, columns: &[(&str, &str)]) -> Plugin {
         let columns = columns.iter().map(|(name, ty)| json!({"name": name, "type": ty}));
         self.columns = Some(columns.collect());

@@ -328,6 +328,11 @@ pub fn decode_schema(bytes: &[u8]) -> Result<Schema, postcard::Error> {
     postcard::from_bytes(bytes)
 }
 
+/// A schema at the start of these bytes, and what is left behind it.
+pub fn take_schema(bytes: &[u8]) -> Result<(Schema, &[u8]), postcard::Error> {
+    postcard::take_from_bytes(bytes)
+}
+
 pub fn encode_schema(schema: &Schema) -> Result<Vec<u8>, postcard::Error> {
     postcard::to_allocvec(schema)
 }

@@ -17,10 +17,10 @@ use wire::{ColumnDecl, Schema, Type};
 use super::Outcome;
 use crate::catalog::{NamespaceId, Stage};
 use crate::config::Config;
-use crate::db::trial::{self, TrialRequest};
+use crate::db::trial::{self, Input, TrialRequest};
 use crate::http::error::Problem;
 use crate::http::plugins::trial_answer;
-use crate::plugins::{ModuleSource, Plugins, params};
+use crate::plugins::{ModuleSource, Plugins};
 use crate::telemetry::Metrics;
 
 #[derive(Deserialize)]
@@ -88,9 +88,9 @@ fn answer(plugins: &Plugins, seen: &Seen, line: &str) -> Result<Value, Problem> 
     if let Ok(mut known) = seen.0.lock() {
         known.insert(inspected.sha256.clone(), inspected.wasm.clone());
     }
-    let schema = match &request.columns {
-        None => params::declared_schema(&inspected.manifest),
-        Some(columns) => schema(columns)?,
+    let input = match &request.columns {
+        None => Input::Declared("say `columns` (in a test: `.columns(&[(\"name\", \"TYPE\")])`)"),
+        Some(columns) => Input::Columns(schema(columns)?),
     };
     let name = Path::new(&request.module).file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let stage = Stage {
@@ -107,7 +107,8 @@ fn answer(plugins: &Plugins, seen: &Seen, line: &str) -> Result<Value, Problem> 
         old: request.old,
         measure: request.measure,
     };
-    let trial = trial::run(plugins, NamespaceId(1), &stage, inspected.kind, &schema, &trial_request)?;
+    let trial =
+        trial::run(plugins, NamespaceId(1), &stage, &inspected.manifest, inspected.kind, input, &trial_request)?;
     trial_answer(&trial)
 }
 

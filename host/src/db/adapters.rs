@@ -10,6 +10,7 @@ use bytes::Bytes;
 use wire::image::ImageAt;
 use wire::{ChangeAt, FrameView, ImageRef, Schema, Scope};
 
+use super::DbError;
 use super::errors::{self, PluginErrors};
 use crate::catalog::{NamespaceId, Table};
 use crate::live::{
@@ -122,9 +123,8 @@ impl OpenGroup {
         (batch.pass != Pass::Snapshot && self.scope == Scope::Shared).then_some(batch.seq)
     }
 
-    /// Notes what failed while the pipeline went on: each unit when it is new, and once more if a replay is the first to
-    /// meet it (the server may have been restarted since). A row of a result comes again with every run, and is noted
-    /// when it is new alone.
+    /// Notes what failed while the pipeline went on: in a commit that is new each unit, in present rows, a replay and
+    /// results, where the same units come again and again, those that are not noted yet.
     fn note<At>(
         &self,
         errors: &PluginErrors,
@@ -137,8 +137,7 @@ impl OpenGroup {
             return;
         }
         let schema = self.result.clone().unwrap_or_else(|| self.table.schema());
-        let new = |fault: &&UnitFault| !fault.known || batch.pass == Pass::Live;
-        let entries = faults.iter().filter(new).filter_map(|fault| {
+        let entries = faults.iter().filter_map(|fault| {
             let (before, stage) = (self.stages.get(..fault.stage)?, self.stages.get(fault.stage)?);
             let (old, row) = images(places.get(fault.index)?);
             Some(errors::Entry {
@@ -153,7 +152,7 @@ impl OpenGroup {
                 row,
             })
         });
-        errors.append(batch.seq, batch.base, entries);
+        errors.append(batch.seq, batch.base, batch.pass != Pass::Live, entries);
     }
 }
 
@@ -240,6 +239,18 @@ fn fault(error: PluginError, stages: &[Stage]) -> PipelineFault {
     fault_at(None, error, stages)
 }
 
+/// A stage that does not fit its live query, told like one that failed while it ran.
+pub(super) fn unfit(stage: &Stage, error: DbError) -> PipelineFault {
+    let error = match error {
+        DbError::Plugin(PluginError::Fault { plugin, cause, index, message, .. }) => {
+            PluginError::Fault { plugin, stage: Some(0), cause, index, message }
+        }
+        DbError::Plugin(error) => error,
+        error => PluginError::Params(error.to_string()),
+    };
+    fault_at(Some(0), error, std::slice::from_ref(stage))
+}
+
 /// The fault with the plugin that is to blame, where the error says which stage it was, or the caller knows.
 fn fault_at(known: Option<usize>, error: PluginError, stages: &[Stage]) -> PipelineFault {
     let (stage, cause, message, retry_after) = match error {
@@ -248,13 +259,18 @@ fn fault_at(known: Option<usize>, error: PluginError, stages: &[Stage]) -> Pipel
             let message = format!("it failed too often and rests for {} s", rest.as_secs_f32().ceil());
             (Some(stage), "breaker", message, Some(rest))
         }
-        PluginError::Params(message) | PluginError::Refused(message) => (None, "configure", message, None),
+        PluginError::Params(message) => (None, "configure", message, None),
+        // Its module was good when it was uploaded: other modules kept it from being compiled again.
+        PluginError::Refused(message) => (None, "configure", message, Some(HOST_REST)),
         // No plugin's doing, wherever it happened: another version would not help, another time may.
         PluginError::Host(message) => {
             return PipelineFault { plugin: None, cause: "host", message, retry_after: Some(HOST_REST) };
         }
     };
     let plugin = stage.or(known).and_then(|stage| stages.get(stage)).cloned().map(Box::new);
+    // The fault names the plugin itself.
+    let named = plugin.as_ref().and_then(|plugin| message.strip_prefix(&format!("plugin {}", plugin.name)));
+    let message = named.map_or(message.as_str(), |rest| rest.trim_start_matches([':', ' '])).to_owned();
     PipelineFault { plugin, cause, message, retry_after }
 }
 

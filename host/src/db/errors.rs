@@ -3,11 +3,13 @@
 
 mod replay;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use ::arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use wire::image::ImageAt;
 use wire::{ColumnDecl, ImageRef, Schema, Scope, Type, Value};
 
@@ -34,9 +36,41 @@ pub const LIST: usize = 1_000;
 /// and what is beyond is shown without its row.
 const TABLE_ROW_BYTES: usize = 8 * 1024 * 1024;
 
+/// What was noted is remembered for the newest so many: as many as the list has.
+const REMEMBERED: usize = 10_000;
+
 /// Where workers note failures.
 #[derive(Clone)]
-pub(super) struct PluginErrors(pub(super) Store);
+pub(super) struct PluginErrors {
+    store: Store,
+    noted: Arc<Mutex<Noted>>,
+}
+
+/// What was noted lately, by a hash. That a row is known to fail does not say that it is noted: the stream may have
+/// stopped at it, or it was one of another table.
+#[derive(Default)]
+struct Noted {
+    known: HashSet<NoteKey>,
+    order: VecDeque<NoteKey>,
+}
+
+type NoteKey = [u8; 32];
+
+impl Noted {
+    /// Whether it is new.
+    fn add(&mut self, note: NoteKey) -> bool {
+        if !self.known.insert(note) {
+            return false;
+        }
+        self.order.push_back(note);
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+        true
+    }
+}
 
 /// One failure, as a worker knows it.
 pub(super) struct Entry<'a> {
@@ -89,12 +123,22 @@ const RECORD_VERSION: u8 = 2;
 const ALONE: u8 = 1;
 
 impl PluginErrors {
-    pub(super) fn append<'a>(&self, seq: Seq, base: &[u8], entries: impl Iterator<Item = Entry<'a>>) {
+    pub(super) fn new(store: Store) -> PluginErrors {
+        PluginErrors { store, noted: Arc::default() }
+    }
+
+    /// Notes these; where they `come_again`, as in a replay, those that are not noted already.
+    pub(super) fn append<'a>(&self, seq: Seq, base: &[u8], come_again: bool, entries: impl Iterator<Item = Entry<'a>>) {
         let started = Instant::now();
+        let due = |entry: &Entry<'_>| {
+            let new = self.noted.lock().unwrap_or_else(PoisonError::into_inner).add(note_key(base, entry));
+            new || !come_again
+        };
+        let entries = entries.filter(due).take(BATCH_ENTRIES);
         let records: Result<Vec<_>, _> =
-            entries.take(BATCH_ENTRIES).map(|entry| encode(&record(seq, base, &entry), &run(&entry))).collect();
+            entries.map(|entry| encode(&record(seq, base, &entry), &run(&entry))).collect();
         let noted = records.and_then(|records| {
-            self.0.append_faults(&records)?;
+            self.store.append_faults(&records)?;
             Ok(records.len())
         });
         match noted {
@@ -104,6 +148,25 @@ impl PluginErrors {
             Err(error) => tracing::error!(%error, "what a plugin failed on could not be noted"),
         }
     }
+}
+
+/// What makes a note the same as another: whose row of what it is, what failed on it, and what became of it.
+fn note_key(base: &[u8], entry: &Entry<'_>) -> NoteKey {
+    let Entry { table, schema, scope, stage, fault, .. } = entry;
+    let mut hash = Sha256::new();
+    let mut part = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    part(&table.id.0.to_le_bytes());
+    part(format!("{scope:?} {}", fault.passed).as_bytes());
+    [&stage.name, &stage.sha256, &stage.params].into_iter().for_each(|text| part(text.as_bytes()));
+    // Results of several queries may begin with one table.
+    schema.columns.iter().for_each(|column| part(column.name.as_bytes()));
+    for at in [entry.old, entry.row] {
+        part(&at.and_then(|at| whole_image(base, at)).unwrap_or_default());
+    }
+    hash.finalize().into()
 }
 
 fn record(seq: Seq, base: &[u8], entry: &Entry<'_>) -> Record {

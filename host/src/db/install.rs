@@ -214,6 +214,14 @@ pub(super) fn stored_version(catalog: &Catalog, namespace: &str, asked: &str) ->
             }
         },
     };
+    if let (None, Some(hash)) = (wanted, pin.and_then(|pin| pin.strip_prefix("sha256:")))
+        && hash.len() != 64
+    {
+        return Err(DbError::BadRequest(format!(
+            "\"{asked}\": a hash has all of its 64 hexadecimal digits here (GET /v1/plugins shows it), not {}",
+            hash.len()
+        )));
+    }
     wanted
         .cloned()
         .ok_or_else(|| DbError::NotFound(format!("plugin \"{asked}\": no such version; {}", there_are(versions))))

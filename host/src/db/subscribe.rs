@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use wire::{Schema, Scope};
 
-use super::adapters::PlanProgram;
+use super::adapters::{PlanProgram, unfit};
 use super::compiled::{Compiled, Whose};
 use super::fingerprint::{Fingerprint, Same};
 use super::install::stored_version;
@@ -28,8 +28,10 @@ use super::{
 };
 use crate::catalog::{Anchors, Catalog, OnError, Semantics, Table};
 use crate::live::position::Position;
-use crate::live::{AnyOutlet, Delivery, EndReason, From, GroupSpec, Rerun, SubscribeError, Subscription};
-use crate::plugins::Stage;
+use crate::live::{
+    AnyOutlet, Delivery, EndReason, From, GroupSpec, PipelineFault, Rerun, SubscribeError, Subscription,
+};
+use crate::plugins::{Opened, Stage};
 use crate::sql::live::requery::RequeryPlan;
 use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
 use crate::sql::{OutputColumn, RequestEnv, RowStream, SqlError};
@@ -75,6 +77,8 @@ enum State {
         rested: Option<Instant>,
         /// The catalog has changed, and nobody has looked yet whether that is the version waited for.
         changed: bool,
+        /// The version that is active does not fit the query, as was told: whatever fits is waited for.
+        unfit: Option<Box<PipelineFault>>,
     },
     Done,
 }
@@ -105,8 +109,26 @@ enum Opening {
 
 impl Db {
     /// Opens a live query. Everything that can be wrong with the request is said here, before the stream starts.
-    pub async fn subscribe(&self, who: &Identity, mut request: LiveRequest) -> Result<LiveStream, DbError> {
+    ///
+    /// Who comes back with a position ran through a version that fit: it is the active one that does not, and the next
+    /// may. So that client is to try again; an open stream waits in its place.
+    pub async fn subscribe(&self, who: &Identity, request: LiveRequest) -> Result<LiveStream, DbError> {
         self.check_open()?;
+        let follows: Vec<String> = match &request.position {
+            Some(_) => request.pipeline.iter().map(|stage| stage.plugin.clone()).collect(),
+            None => Vec::new(),
+        };
+        self.open_live(who, request).await.map_err(|error| match error {
+            // One that is pinned has its name and more.
+            DbError::Stage { stage, error } if follows.contains(&stage.name) => DbError::Busy(format!(
+                "{error}; version {} of plugin \"{}\" is active, and the stream goes on with one that fits",
+                stage.version, stage.name
+            )),
+            error => error,
+        })
+    }
+
+    async fn open_live(&self, who: &Identity, mut request: LiveRequest) -> Result<LiveStream, DbError> {
         let Compiled { spec, shown, catalog_version, .. } = self.compile(who, &request).await?;
         if spec.semantics == Semantics::Feed && (request.snapshot == Some(true) || request.last_rows.is_some()) {
             return Err(DbError::BadRequest(
@@ -136,7 +158,7 @@ impl Db {
             seating: None,
             queue: VecDeque::new(),
         };
-        stream.join(from, opening).await?;
+        stream.join(from, opening).await.map_err(subscribe_error)?;
         stream.check_activation().await?;
         Ok(stream)
     }
@@ -172,7 +194,7 @@ impl Db {
             true if request.on_error != OnError::Stop => return Err(no_plugin()),
             true => (None, Semantics::Map),
             false => {
-                let checked = self.inner.plugins.check(table.namespace, &stages, &table.schema(), request.on_error)?;
+                let checked = self.check_pipeline(&table, &stages, &table.schema(), request.on_error)?;
                 (checked.output, checked.semantics)
             }
         };
@@ -286,18 +308,31 @@ impl Db {
         request: &LiveRequest,
         env: &RequestEnv,
     ) -> Result<(Schema, Option<Schema>), DbError> {
-        for stage in &request.pipeline {
-            if stored_version(&env.catalog, &env.namespace, &stage.plugin)?.kind.sees_changes() {
+        for (asked, stage) in request.pipeline.iter().zip(stages) {
+            if stored_version(&env.catalog, &env.namespace, &asked.plugin)?.kind.sees_changes() {
                 let what =
-                    format!("plugin {}, which sees changes, on a query that is run again as a whole", stage.plugin);
+                    format!("plugin {}, which sees changes, on a query that is run again as a whole", asked.plugin);
                 let hint = "its results have rows and no changes of their own: take a plugin for rows, or filter and \
                             project one table";
-                return Err(unsupported(&what, hint));
+                return Err(unfit_stage(stage, unsupported(&what, hint)));
             }
         }
         let input = plan.schema()?;
-        let checked = self.inner.plugins.check(table.namespace, stages, &input, request.on_error)?;
+        let checked = self.check_pipeline(table, stages, &input, request.on_error)?;
         Ok((input, checked.output))
+    }
+
+    fn check_pipeline(
+        &self,
+        table: &Table,
+        stages: &[Stage],
+        input: &Schema,
+        on_error: OnError,
+    ) -> Result<Opened, DbError> {
+        self.inner
+            .plugins
+            .check(table.namespace, stages, input, on_error)
+            .map_err(|error| unfit_stage(&stages[error.stage], error.error.into()))
     }
 
     /// Where to start, and what to say first.
@@ -420,9 +455,16 @@ impl LiveStream {
                 }
                 return Some(output);
             }
-            if self.unchecked.is_some() {
-                if let Err(error) = self.check_activation().await {
-                    self.end(closed_by(&error));
+            if let Some(from) = self.unchecked {
+                let catalog = self.db.inner.catalog_version.subscribe();
+                match self.check_activation().await {
+                    Ok(()) => {}
+                    Err(DbError::Stage { stage, error }) => {
+                        // Nothing was told since it was joined.
+                        let seq = if let From::After(seq) = from { seq } else { Seq(0) };
+                        self.wait(unfit(&stage, *error), seq, catalog);
+                    }
+                    Err(error) => self.end(closed_by(&error)),
                 }
                 continue;
             }
@@ -460,11 +502,11 @@ impl LiveStream {
                         });
                     }
                 }
-                State::AwaitPlugin { seq, changed: true, .. } => {
-                    let seq = *seq;
-                    self.retry_plugin(seq).await;
+                State::AwaitPlugin { catalog, seq, changed: true, .. } => {
+                    let (catalog, seq) = (catalog.clone(), *seq);
+                    self.retry_plugin(seq, catalog).await;
                 }
-                State::AwaitPlugin { catalog, seq, rested, changed } => {
+                State::AwaitPlugin { catalog, seq, rested, changed, .. } => {
                     let seq = *seq;
                     let rested = rested.map_or_else(|| Instant::now() + FAR, |rested| rested);
                     tokio::select! {
@@ -530,7 +572,7 @@ impl LiveStream {
     }
 
     /// Start, where necessary a resync, and then the group's events.
-    async fn join(&mut self, from: From, opening: Opening) -> Result<(), DbError> {
+    async fn join(&mut self, from: From, opening: Opening) -> Result<(), SubscribeError> {
         let spec = self.spec.clone();
         let (seat, opening) = match self.seat(&spec, from).await {
             // The log was trimmed between our look at it and the group's.
@@ -540,7 +582,7 @@ impl LiveStream {
             }
             seat => (seat, opening),
         };
-        let (subscription, from) = seat.map_err(subscribe_error)?;
+        let (subscription, from) = seat?;
         self.say_start(from);
         match opening {
             Opening::Plain => {}
@@ -613,7 +655,20 @@ impl LiveStream {
     /// client has to be told. Were there an `await` between the two, a stream dropped there would compare the new one
     /// with itself when it is asked again, and tell nobody of the version.
     async fn rejoin(&mut self, rejoin: Rejoin) -> Result<(), DbError> {
-        let compiled = self.compile().await?;
+        // From before anything is looked at, so that no version slips between that and the waiting for it.
+        let catalog = self.db.inner.catalog_version.subscribe();
+        let compiled = match (self.compile().await, rejoin) {
+            (Err(DbError::Stage { stage, error }), Rejoin::Plugin(seq)) => {
+                self.wait(unfit(&stage, *error), seq, catalog);
+                return Ok(());
+            }
+            // The client holds nothing any more that could go on.
+            (Err(DbError::Stage { stage, error }), Rejoin::Resync(reason)) if reason != ResyncReason::Schema => {
+                self.wait(unfit(&stage, *error), Seq(0), catalog);
+                return Ok(());
+            }
+            (compiled, _) => compiled?,
+        };
         let reason = match rejoin {
             Rejoin::Plugin(seq) if self.goes_on(&compiled, seq) => {
                 match self.seat(&compiled.spec, From::After(seq)).await {
@@ -622,9 +677,8 @@ impl LiveStream {
                         return Ok(());
                     }
                     Err(SubscribeError::Expired) => ResyncReason::Expired,
-                    // Nothing has changed: it waits on.
-                    Err(SubscribeError::Pipeline(fault)) if fault.retry_after.is_some() => {
-                        self.ended(EndReason::Pipeline { fault, seq });
+                    Err(SubscribeError::Pipeline(fault)) => {
+                        self.wait(fault, seq, catalog);
                         return Ok(());
                     }
                     Err(error) => return Err(subscribe_error(error)),
@@ -637,7 +691,13 @@ impl LiveStream {
             return Ok(());
         }
         self.state = State::Rejoin(Rejoin::Resync(reason));
-        self.join(present(&self.listed.common.request), Opening::Resync(reason)).await
+        match self.join(present(&self.listed.common.request), Opening::Resync(reason)).await {
+            Err(SubscribeError::Pipeline(fault)) => {
+                self.wait(fault, Seq(0), catalog);
+                Ok(())
+            }
+            joined => joined.map_err(subscribe_error),
+        }
     }
 
     /// From a position on with other versions, which a feed is told of. A map goes on only with the same bytes: whatever
@@ -688,19 +748,36 @@ impl LiveStream {
         }
     }
 
-    /// After a failure: goes on once the pipeline would be another one.
-    async fn retry_plugin(&mut self, seq: Seq) {
-        match self.compile().await {
-            Ok(compiled) if compiled.spec.fingerprint != self.spec.fingerprint => {
+    /// After a failure: goes on once the pipeline would be another one, or fits again.
+    async fn retry_plugin(&mut self, seq: Seq, seen: watch::Receiver<u64>) {
+        let compiled = self.compile().await;
+        let State::AwaitPlugin { changed, unfit: told, .. } = &mut self.state else { return };
+        match compiled {
+            Ok(compiled) if told.is_some() || compiled.spec.fingerprint != self.spec.fingerprint => {
                 self.state = State::Rejoin(Rejoin::Plugin(seq));
             }
-            Ok(_) => {
-                if let State::AwaitPlugin { changed, .. } = &mut self.state {
-                    *changed = false;
-                }
-            }
+            Ok(_) => *changed = false,
+            Err(DbError::Stage { stage, error }) => self.wait(unfit(&stage, *error), seq, seen),
             Err(error) => self.end(closed_by(&error)),
         }
+    }
+
+    /// The active version does not fit: waits behind this position until another one does. `seen` is the catalog that
+    /// was looked at; what is known to the client already is not told again.
+    fn wait(&mut self, fault: PipelineFault, seq: Seq, seen: watch::Receiver<u64>) {
+        let told = matches!(&self.state, State::AwaitPlugin { unfit: Some(told), .. } if **told == fault);
+        if !told {
+            tracing::warn!(cause = fault.cause, seq = seq.0, "{fault}; its live stream waits");
+            self.queue.push_back(LiveOutput::PluginError { fault: fault.clone(), seq });
+        }
+        self.unchecked = None;
+        self.state = State::AwaitPlugin {
+            catalog: seen,
+            seq,
+            rested: fault.retry_after.map(|rest| Instant::now() + rest),
+            changed: false,
+            unfit: Some(Box::new(fault)),
+        };
     }
 
     fn expired(&mut self) {
@@ -723,6 +800,7 @@ impl LiveStream {
                     rested: fault.retry_after.map(|rest| Instant::now() + rest),
                     // Looked at once: another version may be active already when a slow reader hears of this.
                     changed: true,
+                    unfit: None,
                 };
                 self.queue.push_back(LiveOutput::PluginError { fault, seq });
             }
@@ -772,6 +850,10 @@ fn compiled(spec: GroupSpec, shown: Shown, env: &RequestEnv, plan: u64, whose: W
 /// Where a stream without a position starts, and one whose position is void.
 fn present(request: &LiveRequest) -> From {
     request.last_rows.map_or(From::Snapshot, From::Last)
+}
+
+fn unfit_stage(stage: &Stage, error: DbError) -> DbError {
+    DbError::Stage { stage: Box::new(stage.clone()), error: Box::new(error) }
 }
 
 fn no_plugin() -> DbError {

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 use ::arrow::record_batch::RecordBatch;
 use bytes::Bytes;
 use serde_json::{Map, Value as Json};
-use wire::abi::PluginKind;
+use wire::abi::{ManifestLine, PluginKind};
 use wire::frame::ChangeMeta;
 use wire::{FrameBuilder, FrameView, ImageRef, Kind, Schema, Scope};
 
 use super::install::{may_install, stored_version};
 use super::{Db, DbError, Identity, blocking, sample, unknown_namespace};
 use crate::catalog::{NamespaceId, OnError, Semantics, Stage};
+use crate::plugins::params::declared_schema;
 use crate::plugins::registry::{Owner, Plugins};
 use crate::plugins::{Changes, FaultCause, Origin, PluginError, Rows, UnitFault};
 
@@ -68,9 +69,9 @@ impl Db {
         let found = catalog.namespace(namespace).ok_or_else(|| unknown_namespace(namespace))?.id;
         let plugin = stored_version(&catalog, namespace, &request.plugin)?;
         let schema = match &request.table {
-            None => crate::plugins::params::declared_schema(&plugin.manifest),
+            None => Input::Declared("name a table that has them (`table`; --table)"),
             Some(name) => match catalog.table(namespace, name) {
-                Some(table) => table.schema(),
+                Some(table) => Input::Columns(table.schema()),
                 None => {
                     return Err(DbError::NotFound(format!("namespace \"{namespace}\" has no table \"{name}\"")));
                 }
@@ -83,8 +84,16 @@ impl Db {
             params: request.params.to_string(),
         };
         let plugins = self.inner.plugins.clone();
-        blocking(move || run(&plugins, found, &stage, plugin.kind, &schema, &request)).await?
+        blocking(move || run(&plugins, found, &stage, &plugin.manifest, plugin.kind, schema, &request)).await?
     }
+}
+
+/// What the rows of a trial have.
+pub enum Input {
+    Columns(Schema),
+    /// The columns that the plugin's manifest declares. It knows kinds of types alone, a TIMESTAMP is an integer to it;
+    /// and how to say more.
+    Declared(&'static str),
 }
 
 /// Runs the given rows through one plugin.
@@ -92,10 +101,16 @@ pub fn run(
     plugins: &Plugins,
     namespace: NamespaceId,
     stage: &Stage,
+    manifest: &[ManifestLine],
     kind: PluginKind,
-    schema: &Schema,
+    input: Input,
     request: &TrialRequest,
 ) -> Result<Trial, DbError> {
+    let (schema, more) = match input {
+        Input::Columns(schema) => (schema, None),
+        Input::Declared(more) => (declared_schema(manifest), Some(more)),
+    };
+    let schema = &schema;
     let made_up = request.measure && request.rows.is_empty() && request.old.is_empty();
     let stages = std::slice::from_ref(stage);
     let tried = |images| {
@@ -103,7 +118,14 @@ pub fn run(
         Job { owner, stages, kind, schema, images, measure: request.measure }.run(plugins)
     };
     if !made_up {
-        return tried(images(request, kind, schema)?);
+        let images = images(request, kind, schema).map_err(|error| match (error, more) {
+            (DbError::Sql(error), Some(more)) => DbError::BadRequest(format!(
+                "{error}; the rows have the columns that the plugin declares, a DATE, TIME or TIMESTAMP as BIGINT: for \
+                 others {more}"
+            )),
+            (error, _) => error,
+        })?;
+        return tried(images);
     }
     let trial = tried(sample::images(kind, schema, true))?;
     // A plugin that requires its columns fails on NULLs, rightly; it has a time nevertheless.

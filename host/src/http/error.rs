@@ -144,6 +144,7 @@ impl From<DbError> for Problem {
             DbError::Commit(error) => error.into(),
             DbError::Store(error) => error.into(),
             DbError::Plugin(error) => error.into(),
+            DbError::Stage { error, .. } => (*error).into(),
             DbError::NotFound(detail) => Problem::new(404, "not_found", detail),
             DbError::SeveralResults(_) => Problem::new(406, "several_results", error.to_string()),
             DbError::BadRequest(detail) => Problem::bad_request(detail),

@@ -23,8 +23,11 @@ const MICROS_PER_DAY: i64 = 86_400_000_000;
 
 /// A transform's output schema. Ids are positions.
 pub fn output_schema(message: &[u8]) -> Result<Schema, String> {
-    let schema =
-        wire::abi::decode_schema(message).map_err(|error| format!("the output schema is no schema: {error}"))?;
+    let (schema, rest) =
+        wire::abi::take_schema(message).map_err(|error| format!("the output schema is no schema: {error}"))?;
+    if !rest.is_empty() {
+        return Err(format!("{} bytes are left behind the output schema: is its length right?", rest.len()));
+    }
     if schema.columns.is_empty() || schema.columns.len() > usize::from(MAX_COLUMNS) {
         return Err(format!("the output schema has {} columns; 1 to {MAX_COLUMNS} are allowed", schema.columns.len()));
     }
@@ -43,6 +46,9 @@ fn check_column(i: usize, column: &ColumnDecl) -> Result<(), String> {
     }
     if column.name.is_empty() || column.name.len() > MAX_NAME_BYTES || column.name.contains(char::is_control) {
         return Err(format!("the name of output column {i} is not 1 to {MAX_NAME_BYTES} bytes of text"));
+    }
+    if column.key {
+        return Err(format!("output column `{}` is said to be a key: `key` is 0 in an output schema", column.name));
     }
     match column.ty {
         Type::Decimal { precision, scale }
@@ -183,7 +189,12 @@ fn copy_row(
         fixed.copy_from_slice(slot);
         let slot = u64::from_le_bytes(fixed);
         if let Kind::Text | Kind::Bytes | Kind::Decimal | Kind::Uuid = column.ty.kind() {
-            left = left.and_then(|left| left.checked_sub((slot >> 32) as usize));
+            let len = (slot >> 32) as usize;
+            // Before it is counted: of what is not there no amount is too much.
+            if part(heap, slot as u32, len).is_none() {
+                return Err(format!("column `{}` points outside the output", column.name));
+            }
+            left = left.and_then(|left| left.checked_sub(len));
         }
         if left.is_none() {
             return Ok(false);
@@ -343,6 +354,14 @@ mod tests {
         let of = |most| output_images(&bytes, 4, &schema(), most);
         assert_eq!(of(4 * 149).unwrap().count(), 4);
         assert!(of(4 * 149 - 1).unwrap_err().contains("its rows have over 595 bytes together"));
+        // A length that is out of all bounds is not counted first. The text's slot is the second of the four.
+        let mut wild = one.clone();
+        let at = DESCRIPTOR_BYTES + 3 + SLOT_BYTES + 4;
+        wild[at..at + 4].fill(0xff);
+        assert_eq!(
+            output_images(&wild, 1, &schema(), 10_000).unwrap_err(),
+            "output row 0: column `name` points outside the output"
+        );
     }
 
     #[test]
@@ -352,6 +371,11 @@ mod tests {
         let mut twice = schema();
         twice.columns[1].name = "id".to_owned();
         assert!(output_schema(&encode(&twice)).unwrap_err().contains("two columns `id`"));
+        let mut key = schema();
+        key.columns[0].key = true;
+        assert!(output_schema(&encode(&key)).unwrap_err().contains("column `id` is said to be a key"));
+        let longer = [encode(&schema()), vec![0; 3]].concat();
+        assert!(output_schema(&longer).unwrap_err().contains("3 bytes are left behind the output schema"));
         let mut far = schema();
         far.columns[3].id = u16::MAX;
         assert!(output_schema(&encode(&far)).unwrap_err().contains("ids are positions"));

@@ -28,9 +28,29 @@ const METRICS_PER_CALL: usize = 32;
 
 /// The guest ran out of the time of its call.
 #[derive(Debug, thiserror::Error)]
-#[error("it ran for more than {} ms of CPU time (or {} ms in all)", cpu.as_millis(), (*cpu * WALL_FACTOR).as_millis())]
-pub struct OutOfTime {
+#[error(
+    "it ran for more than {} ms of CPU time (or {} ms in all; {} sets the limit)",
+    .0.cpu.as_millis(), (.0.cpu * WALL_FACTOR).as_millis(), .0.setting
+)]
+pub struct OutOfTime(Budget);
+
+/// CPU time that a call may take, and the setting that says so.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
     cpu: Duration,
+    setting: &'static str,
+}
+
+impl Budget {
+    /// Of a call that judges rows.
+    pub fn batch(options: &PluginOptions) -> Budget {
+        Budget { cpu: options.batch_time, setting: "plugins.batch_ms" }
+    }
+
+    /// Of one that prepares for that.
+    pub fn init(options: &PluginOptions) -> Budget {
+        Budget { cpu: options.init_time, setting: "plugins.init_ms" }
+    }
 }
 
 /// The guest used an import wrongly.
@@ -48,7 +68,7 @@ pub struct Guest {
     plugin: Arc<str>,
     memory_limit: usize,
     table_limit: usize,
-    budget: Duration,
+    budget: Budget,
     /// Set at the first tick that finds the call running: a call that is over before never asks for the CPU's time.
     cpu_end: Option<Duration>,
     wall_end: Instant,
@@ -71,7 +91,7 @@ impl Guest {
             plugin,
             memory_limit,
             table_limit: options.table_elements,
-            budget: Duration::ZERO,
+            budget: Budget::init(options),
             cpu_end: None,
             wall_end: Instant::now(),
             log_limit: options.log_bytes,
@@ -85,13 +105,13 @@ impl Guest {
     }
 
     /// Starts the clock of one call.
-    pub fn begin(&mut self, plugin: &Arc<str>, budget: Duration, rows: usize, now: Instant) {
+    pub fn begin(&mut self, plugin: &Arc<str>, budget: Budget, rows: usize, now: Instant) {
         if !Arc::ptr_eq(&self.plugin, plugin) {
             self.plugin = plugin.clone();
         }
         self.budget = budget;
         self.cpu_end = None;
-        self.wall_end = now + budget * WALL_FACTOR;
+        self.wall_end = now + budget.cpu * WALL_FACTOR;
         self.log_left = self.log_limit;
         self.rows = rows;
         self.memory_refused = false;
@@ -164,8 +184,8 @@ pub fn watch_deadline(store: &mut Store<Guest>, ticker: Arc<TickerState>) {
         ticker.keep_awake();
         let guest = context.data_mut();
         let (cpu, budget) = (thread_cpu(), guest.budget);
-        if cpu >= *guest.cpu_end.get_or_insert(cpu + budget) || Instant::now() >= guest.wall_end {
-            return Err(wasmtime::Error::new(OutOfTime { cpu: budget }));
+        if cpu >= *guest.cpu_end.get_or_insert(cpu + budget.cpu) || Instant::now() >= guest.wall_end {
+            return Err(wasmtime::Error::new(OutOfTime(budget)));
         }
         Ok(UpdateDeadline::Continue(1))
     });

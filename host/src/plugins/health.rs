@@ -7,10 +7,11 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::FaultCause;
+use crate::catalog::NamespaceId;
 
 /// So many lost instances within the span, and the parameter set rests.
 const FAILURES: usize = 5;
@@ -26,8 +27,17 @@ const REMEMBERED: usize = 4096;
 /// Parameter sets of which failures are kept per module.
 const SETS: usize = 1024;
 
-/// Of a parameter set: the key of its setup.
-pub type SetKey = [u8; 32];
+/// What rests together: parameters for one input, over the rows of one owner. Nobody can put to rest what runs over rows
+/// that are not theirs.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Set {
+    /// The key of the setup.
+    pub setup: [u8; 32],
+    pub namespace: NamespaceId,
+    /// Of a user table.
+    pub user: Option<Arc<str>>,
+}
+
 /// Of a row or change under a parameter set: a hash of both.
 pub type UnitKey = [u8; 32];
 
@@ -50,7 +60,7 @@ pub struct Health {
 struct Inner {
     known: HashMap<UnitKey, Known>,
     order: VecDeque<UnitKey>,
-    breakers: HashMap<SetKey, Breaker>,
+    breakers: HashMap<Set, Breaker>,
 }
 
 #[derive(Debug, Default)]
@@ -84,7 +94,7 @@ impl Health {
     }
 
     /// An instance was lost over the parameter set.
-    pub fn lost_instance(&self, set: SetKey, now: Instant) {
+    pub fn lost_instance(&self, set: Set, now: Instant) {
         let mut inner = self.inner();
         if inner.breakers.len() >= SETS && !inner.breakers.contains_key(&set) {
             inner.breakers.retain(|_, breaker| breaker.failures.back().is_some_and(|last| now - *last < SPAN));
@@ -101,7 +111,7 @@ impl Health {
     }
 
     /// How much longer the parameter set is not to be called.
-    pub fn rests(&self, set: &SetKey, now: Instant) -> Option<Duration> {
+    pub fn rests(&self, set: &Set, now: Instant) -> Option<Duration> {
         self.inner().breakers.get(set)?.rests(now)
     }
 
@@ -137,7 +147,9 @@ impl Breaker {
 mod tests {
     use super::*;
 
-    const SET: SetKey = [1; 32];
+    fn set(setup: u8, user: Option<&str>) -> Set {
+        Set { setup: [setup; 32], namespace: NamespaceId(1), user: user.map(Arc::from) }
+    }
 
     fn secs(secs: f32) -> Duration {
         Duration::from_secs_f32(secs)
@@ -146,26 +158,27 @@ mod tests {
     #[test]
     fn five_lost_instances_in_a_minute_rest_longer_and_longer() {
         let (health, start) = (Health::default(), Instant::now());
-        let rests = |at: f32| health.rests(&SET, start + secs(at));
+        let rests = |at: f32| health.rests(&set(1, None), start + secs(at));
         for at in [0.0, 20.0, 40.0, 59.0] {
-            health.lost_instance(SET, start + secs(at));
+            health.lost_instance(set(1, None), start + secs(at));
             assert_eq!(rests(at), None);
         }
         // The first one has left the span.
-        health.lost_instance(SET, start + secs(60.5));
+        health.lost_instance(set(1, None), start + secs(60.5));
         assert_eq!(rests(60.5), None);
-        health.lost_instance(SET, start + secs(61.0));
+        health.lost_instance(set(1, None), start + secs(61.0));
         assert_eq!(rests(61.5), Some(secs(0.5)));
-        assert_eq!(health.rests(&[2; 32], start + secs(61.5)), None, "other parameters do not rest");
+        assert_eq!(health.rests(&set(2, None), start + secs(61.5)), None, "other parameters do not rest");
+        assert_eq!(health.rests(&set(1, Some("alice")), start + secs(61.5)), None, "nor does it over others' rows");
         assert_eq!(rests(62.0), None);
         for (at, rest) in
             [(62.0, 2.0), (64.0, 4.0), (68.0, 8.0), (76.0, 16.0), (92.0, 32.0), (124.0, 60.0), (184.0, 60.0)]
         {
-            health.lost_instance(SET, start + secs(at));
+            health.lost_instance(set(1, None), start + secs(at));
             assert_eq!(rests(at), Some(secs(rest)), "at {at}");
         }
         // Two quiet minutes, and it starts afresh.
-        health.lost_instance(SET, start + secs(320.0));
+        health.lost_instance(set(1, None), start + secs(320.0));
         assert_eq!(rests(320.0), None);
     }
 

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use foldhash::fast::RandomState;
 
@@ -15,7 +15,7 @@ use wire::image::ImageAt;
 
 use super::abi::Made;
 use super::engine::Compiled;
-use super::guest::{self, Guest, Misuse, OutOfTime};
+use super::guest::{self, Budget, Guest, Misuse, OutOfTime};
 use super::logs::Speaker;
 use super::meters::Meter;
 use super::registry::Shared;
@@ -142,6 +142,11 @@ impl Space {
         }
     }
 
+    /// The user whose rows it is entered for; none where they are everybody's.
+    pub fn owner(&self) -> Option<&Arc<str>> {
+        self.owner.as_ref()
+    }
+
     fn ring(&self) -> Result<&Ring, u32> {
         self.ring.as_deref().map_err(|len| *len)
     }
@@ -205,7 +210,7 @@ impl Instance {
         store.limiter(|guest| guest);
         guest::watch_deadline(&mut store, shared.engine.ticker.state().clone());
 
-        let call = Call { shared, plugin, budget: shared.options.init_time, rows: 0, seconds: None };
+        let call = Call { shared, plugin, budget: Budget::init(&shared.options), rows: 0, seconds: None };
         let instance = start(&call, &mut store, module)?;
         let open: TypedFunc<u32, u32> = func(&instance, &mut store, export::WINDOW)?;
         let addr = call.run(&mut store, |store| open.call(store, window_bytes))?;
@@ -246,6 +251,10 @@ impl Instance {
                 "tg_configure failed without saying why (it should call `fail`)",
             ));
         };
+        if setup.module.kind.is_filter() && schema != 0 {
+            let message = format!("tg_configure answered {schema:#x} in its high 32 bits, which are 0 for a filter");
+            return Err(CallFault::new(FaultCause::Abi, message));
+        }
         let output = (!setup.module.kind.is_filter()).then(|| self.read_schema(schema)).transpose()?;
         self.handles.insert(setup.key, Handle { number, output });
         Ok(number)
@@ -405,8 +414,8 @@ impl Body {
         }
         let options = &self.shared.options;
         let (budget, rows, seconds) = match batch {
-            Some(batch) => (options.batch_time, batch.rows, Some(setup.meter.seconds(batch.origin))),
-            None => (options.init_time, 0, None),
+            Some(batch) => (Budget::batch(options), batch.rows, Some(setup.meter.seconds(batch.origin))),
+            None => (Budget::init(options), 0, None),
         };
         let answer =
             Call { shared: &self.shared, plugin: &setup.plugin, budget, rows, seconds }.run(&mut self.store, call);
@@ -490,7 +499,7 @@ fn func<P: WasmParams, R: WasmResults>(
 struct Call<'a> {
     shared: &'a Shared,
     plugin: &'a Arc<str>,
-    budget: Duration,
+    budget: Budget,
     rows: usize,
     /// Where its time is told, beside the sum over all plugins.
     seconds: Option<&'a Histogram>,

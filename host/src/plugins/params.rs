@@ -131,7 +131,9 @@ pub fn reads(plugin: &str, manifest: &[ManifestLine], input: &Schema) -> Result<
             None => {
                 let names: Vec<_> = input.columns.iter().map(|column| column.name.as_str()).collect();
                 return Err(PluginError::Params(format!(
-                    "plugin {plugin} reads column `{name}` ({}), which its input does not have; there are {}",
+                    "plugin {plugin} reads column `{name}` ({}), which its input does not have; there are {} (a plugin \
+                     sees the table's columns, whatever the SELECT list; behind a transform, what that makes; of a query \
+                     that is run again as a whole, the result's)",
                     column_type_name(expected),
                     names.join(", ")
                 )));

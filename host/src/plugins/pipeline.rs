@@ -18,7 +18,7 @@ use wire::image::ImageAt;
 use wire::{ChangeAt, ImageError, ImageRef, Kind, Op};
 
 use super::abi::{Made, RUN_OUTPUTS};
-use super::health::UnitKey;
+use super::health::{Set, UnitKey};
 use super::instance::{Batch, CallFault, Instances, Setup, Space};
 use super::registry::Shared;
 use super::window::{Lease, PART_ROWS_AT, WorkerPart};
@@ -330,12 +330,17 @@ impl Runner<'_> {
         Ok(out)
     }
 
+    /// What rests together.
+    fn set(&self, setup: &Setup) -> Set {
+        Set { setup: setup.key, namespace: self.space.namespace, user: self.space.owner().cloned() }
+    }
+
     /// An error while the plugin rests with these parameters.
     fn rests(&self, setup: &Setup) -> Result<(), PluginError> {
         let health = &setup.module.health;
         if self.counts
             && health.has_lost_instances()
-            && let Some(rest) = health.rests(&setup.key, Instant::now())
+            && let Some(rest) = health.rests(&self.set(setup), Instant::now())
         {
             return Err(PluginError::Resting { plugin: setup.plugin.to_string(), stage: self.stage, rest });
         }
@@ -433,7 +438,7 @@ impl Runner<'_> {
                 setup.module.health.remember(key, fault.cause, &fault.message);
             }
             if fault.costs_instance() {
-                setup.module.health.lost_instance(setup.key, Instant::now());
+                setup.module.health.lost_instance(self.set(setup), Instant::now());
             }
         }
         let filter = setup.module.kind.is_filter();
@@ -451,15 +456,7 @@ impl Runner<'_> {
                 self.instances.forget(setup, self.space);
             }
         }
-        self.faults.push(UnitFault {
-            index,
-            stage: self.stage,
-            cause: fault.cause,
-            message: fault.message,
-            passed,
-            // A row that does not fit is no news where the same rows come again.
-            known: known || fault.unplaced,
-        });
+        self.faults.push(UnitFault { index, stage: self.stage, cause: fault.cause, message: fault.message, passed });
         if passed {
             out.push(unit);
         }

@@ -227,8 +227,8 @@ impl Plugins {
         stages: &[Stage],
         input: &Schema,
         on_error: OnError,
-    ) -> Result<Opened, PluginError> {
-        Ok(self.throw_away().open(Owner::shared(namespace), stages, input, on_error)?)
+    ) -> Result<Opened, StageError> {
+        self.throw_away().open(Owner::shared(namespace), stages, input, on_error)
     }
 
     /// The plugin side of one worker thread.

@@ -19,6 +19,8 @@ use ::arrow::datatypes::{
 };
 use ::arrow::record_batch::{RecordBatch, RecordBatchOptions};
 use ::arrow::util::display::{ArrayFormatter, FormatOptions};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use uuid::Uuid;
 use wire::image::ImageAt;
 use wire::{ColumnDecl, ImageBuilder, ImageRef, Schema, Type, Value};
@@ -584,6 +586,14 @@ fn cast_bytes(target: &CastTarget<'_>, array: &ArrayRef) -> Result<ArrayRef, Sql
         }));
     }
     Ok(Arc::new(BinaryArray::from_iter(cells)))
+}
+
+/// The bytes that a text means where JSON or CSV say a BYTEA: base64, or \x and hexadecimal.
+pub fn bytes_of(text: &str) -> Option<Vec<u8>> {
+    match text.strip_prefix("\\x") {
+        Some(hex) => unhex(hex),
+        None => BASE64_STANDARD.decode(text).ok(),
+    }
 }
 
 pub fn unhex(hex: &str) -> Option<Vec<u8>> {

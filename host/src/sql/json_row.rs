@@ -3,12 +3,12 @@
 
 use std::sync::Arc;
 
-use ::arrow::array::{ArrayRef, BooleanArray, Float64Array, Int64Array, StringArray};
+use ::arrow::array::{ArrayRef, BinaryArray, BooleanArray, Float64Array, Int64Array, StringArray};
 use serde_json::{Map, Value as Json};
 use wire::{ImageBuilder, ImageRef, Schema, Type, Value};
 
 use super::SqlError;
-use super::arrow::{CastTarget, cast_for, value_at};
+use super::arrow::{CastTarget, bytes_of, cast_for, value_at};
 use super::dml::show_value;
 
 /// The image of the object's values in the schema's columns; columns that it does not name are NULL, and names that no
@@ -21,11 +21,27 @@ pub fn image(schema: &Schema, object: &Map<String, Json>) -> Result<Vec<u8>, Sql
     }
     let mut image = ImageBuilder::new(schema.slots());
     for column in &schema.columns {
-        let Some(array) = object.get(&column.name).and_then(|value| array(value, column.ty)) else { continue };
+        let Some(value) = object.get(&column.name) else { continue };
+        let array = match (column.ty, value) {
+            (Type::Bytea, Json::Null) => continue,
+            (Type::Bytea, value) => bytes(&column.name, value)?,
+            _ => match array(value, column.ty) {
+                Some(array) => array,
+                None => continue,
+            },
+        };
         let cast = cast_for(&CastTarget { name: &column.name, ty: column.ty }, &array)?;
         image.set(column.id, &value_at(&cast, 0, column.ty));
     }
     Ok(image.finish())
+}
+
+fn bytes(column: &str, value: &Json) -> Result<ArrayRef, SqlError> {
+    let bytes = value.as_str().and_then(bytes_of).ok_or_else(|| {
+        let message = format!("column {column:?} is BYTEA: it is a string of base64, or of \\x and hexadecimal");
+        SqlError::invalid("invalid_value", message)
+    })?;
+    Ok(Arc::new(BinaryArray::from_vec(vec![&bytes])))
 }
 
 /// `None` for null.
@@ -97,6 +113,7 @@ mod tests {
             ("doc", Type::Json),
             ("name", Type::Text),
             ("ok", Type::Boolean),
+            ("raw", Type::Bytea),
         ];
         let column = |(id, (name, ty)): (usize, (&str, Type))| ColumnDecl {
             id: id as u16,
@@ -119,7 +136,7 @@ mod tests {
     fn json_becomes_what_an_insert_would_store() {
         let found = values(json!({
             "id": "9007199254740993", "small": 7, "price": "12.50", "ratio": 3, "at": "1970-01-01T00:00:01Z",
-            "doc": {"a": [1]}, "name": "x", "ok": true,
+            "doc": {"a": [1]}, "name": "x", "ok": true, "raw": "AA==",
         }));
         let expected = [
             Value::Int(9_007_199_254_740_993),
@@ -130,14 +147,15 @@ mod tests {
             Value::Text(r#"{"a":[1]}"#.to_owned()),
             Value::Text("x".to_owned()),
             Value::Bool(true),
+            Value::Bytes(vec![0]),
         ];
         assert_eq!(found.unwrap(), expected);
-        assert_eq!(values(json!({"name": null})).unwrap(), vec![Value::Null; 8]);
+        assert_eq!(values(json!({"name": null})).unwrap(), vec![Value::Null; 9]);
         // And back: what is shown gives the same row.
         let schema = schema();
         let given = json!({
             "id": "9007199254740993", "small": 7, "price": "12.50", "ratio": 3.0, "at": "1970-01-01T00:00:01Z",
-            "doc": {"a": [1]}, "name": "x", "ok": true,
+            "doc": {"a": [1]}, "name": "x", "ok": true, "raw": "AP8=",
         });
         let bytes = image(&schema, given.as_object().unwrap()).unwrap();
         let shown = text(&schema, ImageRef::parse(&bytes).unwrap().0).unwrap();
@@ -149,6 +167,8 @@ mod tests {
             (json!({"small": 70_000}), "small"),
             (json!({"ok": 1}), "ok"),
             (json!({"at": "soon"}), "at"),
+            (json!({"raw": "no base64"}), "column \"raw\" is BYTEA"),
+            (json!({"raw": [1, 2]}), "column \"raw\" is BYTEA"),
         ] {
             let error = values(object).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

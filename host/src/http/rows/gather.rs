@@ -5,15 +5,13 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, BinaryBuilder, StringBuilder};
 use arrow::datatypes::{DataType, Field, Schema};
 use arrow::record_batch::{RecordBatch, RecordBatchOptions};
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
 use wire::Type;
 
 use super::Refused;
 use crate::db::BulkRows;
 use crate::http::error::Problem;
 use crate::sql::OutputColumn;
-use crate::sql::arrow::unhex;
+use crate::sql::arrow::bytes_of;
 
 /// Rows and bytes of a batch: enough to be cheap by the row, little enough to wait for the rest of a commit.
 const BATCH_ROWS: usize = 1_024;
@@ -133,12 +131,5 @@ impl Gather {
         out.push(BulkRows { batch, lines: std::mem::take(&mut self.lines), bytes: std::mem::take(&mut self.bytes) });
         self.rows += rows as u64;
         Ok(())
-    }
-}
-
-fn bytes_of(text: &str) -> Option<Vec<u8>> {
-    match text.strip_prefix("\\x") {
-        Some(hex) => unhex(hex),
-        None => BASE64_STANDARD.decode(text).ok(),
     }
 }

@@ -200,14 +200,7 @@ fn kinds_follow_each_other() {
 fn what_fails_is_skipped_passed_or_stops_and_is_remembered() {
     let fixture = Fixture::new(options());
     let changes = commit(&[(Some(1), Some(9)), (None, Some(13)), (Some(1), Some(8)), (Some(2), Some(13))]);
-    let fault = |index, passed, known| UnitFault {
-        index,
-        stage: 0,
-        cause: FaultCause::Trap,
-        message: String::new(),
-        passed,
-        known,
-    };
+    let fault = |index, passed| UnitFault { index, stage: 0, cause: FaultCause::Trap, message: String::new(), passed };
     for (on_error, min, kept) in [(OnError::Skip, 1, vec![0, 2]), (OnError::Pass, 2, vec![0, 1, 2, 3])] {
         let mut worker = fixture.plugins.worker(0);
         let stage = fixture.stage("rose", &rose(), &format!("{{\"min\":{min}}}"));
@@ -218,7 +211,7 @@ fn what_fails_is_skipped_passed_or_stops_and_is_remembered() {
             assert_eq!(piped.outputs.iter().map(|output| output.index).collect::<Vec<_>>(), kept, "{on_error:?}");
             piped.faults.iter_mut().for_each(|fault| fault.message.clear());
             let passed = on_error == OnError::Pass;
-            assert_eq!(piped.faults, [fault(1, passed, known), fault(3, passed, known)]);
+            assert_eq!(piped.faults, [fault(1, passed), fault(3, passed)]);
             let calls = fixture.metrics.plugin_calls.get() - calls;
             assert_eq!(calls, if known { 1 } else { 2 }, "what is known to fail costs no call");
         }
@@ -289,11 +282,11 @@ fn what_failed_before_a_rest_is_told_as_well() {
     let (base, places) = &values(&rows);
     let cut = worker.run(id, Rows { origin: Origin::Live, commit: None, base, places }).unwrap_err();
     assert!(matches!(cut.error, PluginError::Resting { .. }));
-    let told = |faults: Vec<UnitFault>| faults.iter().map(|fault| (fault.index, fault.known)).collect::<Vec<_>>();
-    assert_eq!(told(cut.faults), (0..6).map(|row| (row, false)).collect::<Vec<_>>());
-    // Judged to its end it is told of them again, and that they were known.
+    let told = |faults: Vec<UnitFault>| faults.iter().map(|fault| fault.index).collect::<Vec<_>>();
+    assert_eq!(told(cut.faults), [0, 1, 2, 3, 4, 5]);
+    // Judged to its end it is told of them again, though none is called again while it rests.
     let piped = run(&mut worker, id, None, &values(&rows[..6])).unwrap();
-    assert_eq!(told(piped.faults), (0..6).map(|row| (row, true)).collect::<Vec<_>>());
+    assert_eq!(told(piped.faults), [0, 1, 2, 3, 4, 5]);
 }
 
 /// A row that is too large for the worker part stopped pipelines that skip what fails, and cost an innocent instance.
@@ -308,7 +301,7 @@ fn a_row_that_does_not_fit_is_a_failure_of_that_row() {
         for _ in 0..6 {
             let piped = run(&mut worker, id, None, &rows).unwrap();
             assert_eq!((piped.keep, piped.faults.len()), (kept.to_vec(), 1), "{on_error:?}");
-            assert_eq!((piped.faults[0].cause, piped.faults[0].known), (FaultCause::Memory, true));
+            assert_eq!(piped.faults[0].cause, FaultCause::Memory);
         }
     }
     assert_eq!(fixture.metrics.plugin_instances.get(), 1);

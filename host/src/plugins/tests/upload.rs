@@ -214,10 +214,16 @@ fn pipelines_are_checked_before_they_are_opened() {
         "{message}"
     );
 
+    // Only a transform has an output schema.
+    let schema = "(func (export \"tg_configure\") (param i32) (result i64) (i64.const 0x4000000001))";
+    let error = fixture.plugins.inspect(once("").replace(CONFIGURE, schema).as_bytes()).unwrap_err();
+    let expected = "(abi): tg_configure answered 0x40 in its high 32 bits, which are 0 for a filter";
+    assert!(matches!(&error, PluginError::Refused(message) if message.ends_with(expected)), "{error}");
+
     let picky = once("").replace(CONFIGURE, "(data (i32.const 8) \"not today\") (func (export \"tg_configure\") (param i32) (result i64) (call $fail (i32.const -1) (i32.const 8) (i32.const 9)) (i64.const -1))");
     let stage = fixture.stage("picky", &picky, "");
     match fixture.plugins.check(NS, &[stage], &table(), OnError::Stop) {
-        Err(PluginError::Params(message)) => assert_eq!(message, "plugin picky: not today"),
+        Err(StageError { error: PluginError::Params(message), .. }) => assert_eq!(message, "plugin picky: not today"),
         other => panic!("{other:?}"),
     }
 }
