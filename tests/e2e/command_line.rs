@@ -123,13 +123,14 @@ async fn a_manifest_is_attached_and_a_module_runs_without_a_server() {
         json!({"module": "renamed.wasm", "params": {"hours": 1}}),
         json!({"module": "nowhere.wasm"}),
         json!({"modul": "x"}),
+        json!({"module": "renamed.wasm", "rows": [{"dep_delay": "2013-01-01"}]}),
     ];
     let requests: String = requests.iter().map(|request| format!("{request}\n")).collect();
     let answers = said(tidegate_fed(&server, folder.path(), &["plugin", "exec", "--stdio"], &requests));
     let answers: Vec<Value> = answers.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(answers[0]["results"], json!([{"keep": true}, {"keep": false}, {"keep": false}]), "{:?}", answers[0]);
     assert_eq!(answers[1]["results"], json!([{"keep": true}]));
-    for (answer, named) in answers[2..].iter().zip(["hours", "nowhere.wasm", "modul"]) {
+    for (answer, named) in answers[2..].iter().zip(["hours", "nowhere.wasm", "modul", ".columns("]) {
         assert!(answer["problem"]["detail"].as_str().unwrap().contains(named), "{answer}");
     }
     // Text stays as it is: the module goes beside it.

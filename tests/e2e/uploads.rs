@@ -126,11 +126,11 @@ async fn a_plugin_is_tried_on_rows_and_nothing_is_stored() {
     for name in ["late", "local_units", "worse", "crossings"] {
         db.put_plugin(name, plugin(&format!("{name}.wasm"))).await;
     }
-    db.sql("CREATE TABLE flights (id BIGINT PRIMARY KEY, dep_delay SMALLINT)").await;
+    db.sql("CREATE TABLE flights (id BIGINT PRIMARY KEY, dep_delay SMALLINT, raw BYTEA, at TIMESTAMP)").await;
     let (status, answer) = act(
         &db,
         "late/try",
-        json!({"params": {"minutes": 30}, "table": "flights", "rows": [{"id": 1, "dep_delay": 30}, {"dep_delay": null}]}),
+        json!({"params": {"minutes": 30}, "table": "flights", "rows": [{"id": 1, "dep_delay": 30, "raw": "AP8=", "at": "2013-01-01T05:00:00Z"}, {"dep_delay": null}]}),
     )
     .await;
     assert_eq!((status, &answer["results"]), (200, &json!([{"keep": true}, {"keep": false}])), "{answer}");
@@ -150,6 +150,9 @@ async fn a_plugin_is_tried_on_rows_and_nothing_is_stored() {
     for (path, body, status, named) in [
         ("late/try", json!({"rows": [{"delay": 1}]}), 400, "delay"),
         ("late/try", json!({"rows": [{"dep_delay": "soon"}]}), 400, "dep_delay"),
+        ("late/try", json!({"rows": [{"dep_delay": "soon"}]}), 400, "--table"),
+        ("late/try", json!({"table": "flights", "rows": [{"raw": "no base64"}]}), 400, "\"raw\" is BYTEA"),
+        ("late/try", json!({"table": "flights", "rows": [{"raw": [1, 2]}]}), 400, "\"raw\" is BYTEA"),
         ("late/try", json!({"rows": [], "params": {"hours": 1}}), 400, "hours"),
         ("late/try", json!({"rows": [], "old": [{"dep_delay": 1}]}), 400, "row_filter"),
         ("late/try", json!({"rows": [null]}), 400, "change 0"),

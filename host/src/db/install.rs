@@ -214,17 +214,14 @@ pub(super) fn stored_version(catalog: &Catalog, namespace: &str, asked: &str) ->
             }
         },
     };
-    if let (None, Some(hash)) = (wanted, pin.and_then(|pin| pin.strip_prefix("sha256:")))
-        && hash.len() != 64
-    {
-        return Err(DbError::BadRequest(format!(
-            "\"{asked}\": a hash has all of its 64 hexadecimal digits here (GET /v1/plugins shows it), not {}",
-            hash.len()
-        )));
-    }
-    wanted
-        .cloned()
-        .ok_or_else(|| DbError::NotFound(format!("plugin \"{asked}\": no such version; {}", there_are(versions))))
+    wanted.cloned().ok_or_else(|| {
+        let hash = pin.and_then(|pin| pin.strip_prefix("sha256:"));
+        let part = match hash {
+            Some(hash) if hash.len() != 64 => " (the whole hash is needed, 64 hexadecimal digits)",
+            _ => "",
+        };
+        DbError::NotFound(format!("plugin \"{asked}\": no such version{part}; {}", there_are(versions)))
+    })
 }
 
 fn there_are(versions: &[Arc<Plugin>]) -> String {

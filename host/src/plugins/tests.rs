@@ -195,7 +195,7 @@ fn schema_data(schema: &Schema) -> String {
 }
 
 pub fn column(id: u16, name: &str, ty: Type) -> ColumnDecl {
-    ColumnDecl { id, name: name.to_owned(), ty, nullable: true, key: id == 0 }
+    ColumnDecl { id, name: name.to_owned(), ty, nullable: true, key: name == "id" }
 }
 
 /// A transform to the one column `v` = the input's `v` + the parameter `min`, written at 32 KiB. `answer` replaces what
