@@ -151,7 +151,7 @@ impl Metrics {
             ("audit_dropped", "Events that could not be written to the audit log", &self.audit_dropped),
             ("http_requests", "HTTP requests", &self.http_requests),
             ("http_refused", "Connections turned away at the connection limit", &self.http_refused),
-            ("http_stalled", "Connections cut because the client stopped reading", &self.http_stalled),
+            ("http_stalled", "Connections cut because the client stopped reading or is gone", &self.http_stalled),
         ]
     }
 

@@ -46,22 +46,21 @@ impl Socket {
         }
     }
 
-    /// Resolves when the client has closed the connection, or it broke. What the client still sends is thrown away.
-    pub async fn closed(&self) {
+    /// Resolves when the client has closed the connection, or it broke (`Err`). What the client still sends is thrown away.
+    pub async fn closed(&self) -> io::Result<()> {
         poll_fn(|cx| {
             let mut unread = [0; 256];
             loop {
-                if ready!(self.0.stream.poll_read_ready(cx)).is_err() {
-                    return Poll::Ready(());
-                }
+                ready!(self.0.stream.poll_read_ready(cx))?;
                 match self.0.stream.try_read(&mut unread) {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Ok(0) | Err(_) => return Poll::Ready(()),
+                    Err(error) => return Poll::Ready(Err(error)),
+                    Ok(0) => return Poll::Ready(Ok(())),
                     Ok(_) => {}
                 }
             }
         })
-        .await;
+        .await
     }
 
     fn write(

@@ -54,7 +54,13 @@ impl<S> Stalling<S> {
                 self.waiting = None;
                 return result;
             }
-            Poll::Ready(Err(_)) => return result,
+            Poll::Ready(Err(error)) => {
+                // The kernel's clock (`Socket::give_up_after`) may have been the first to run out.
+                if error.kind() == io::ErrorKind::TimedOut {
+                    self.cut.inc();
+                }
+                return result;
+            }
             Poll::Ready(Ok(taken)) => *taken as u64,
             Poll::Pending => 0,
         };

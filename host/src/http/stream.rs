@@ -107,14 +107,19 @@ pub async fn run(mut sender: Box<Sender>, socket: Socket, stall_limit: Duration)
         tracing::debug!(%error, "TCP_USER_TIMEOUT");
     }
     let cut = sender.subscriber.metrics.http_stalled.clone();
-    let mut to = Stalling::new(socket.clone(), stall_limit, cut);
+    let mut to = Stalling::new(socket.clone(), stall_limit, cut.clone());
     let mut before = head(&event_stream(Body::empty()));
     let lent = Lent::new(socket.clone(), sender.subscriber.metrics.clone());
     loop {
         let step = tokio::select! {
             biased;
             step = sender.step(Some(&lent)) => step,
-            () = socket.closed() => return,
+            closed = socket.closed() => {
+                if closed.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+                    cut.inc();
+                }
+                return;
+            }
         };
         // From here on nobody else sends.
         let left = lent.chunks.sink.take_left();
