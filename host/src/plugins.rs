@@ -185,8 +185,7 @@ pub struct Piped {
     pub faults: Vec<UnitFault>,
 }
 
-/// A run that came to no end. What had failed before and was passed over is told nowhere else: no other run meets it as
-/// new.
+/// A run that came to no end, and what had failed in it before and was passed over: that is noted as well.
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
 pub struct Cut {

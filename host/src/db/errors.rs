@@ -57,10 +57,9 @@ struct Noted {
 type NoteKey = [u8; 32];
 
 impl Noted {
-    /// Whether it is new.
-    fn add(&mut self, note: NoteKey) -> bool {
+    fn add(&mut self, note: NoteKey) {
         if !self.known.insert(note) {
-            return false;
+            return;
         }
         self.order.push_back(note);
         if self.order.len() > REMEMBERED
@@ -68,7 +67,6 @@ impl Noted {
         {
             self.known.remove(&oldest);
         }
-        true
     }
 }
 
@@ -130,15 +128,22 @@ impl PluginErrors {
     /// Notes these; where they `come_again`, as in a replay, those that are not noted already.
     pub(super) fn append<'a>(&self, seq: Seq, base: &[u8], come_again: bool, entries: impl Iterator<Item = Entry<'a>>) {
         let started = Instant::now();
+        let noted = || self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut keys = Vec::new();
         let due = |entry: &Entry<'_>| {
-            let new = self.noted.lock().unwrap_or_else(PoisonError::into_inner).add(note_key(base, entry));
-            new || !come_again
+            let key = note_key(base, entry);
+            let due = !come_again || !noted().known.contains(&key);
+            keys.extend(due.then_some(key));
+            due
         };
         let entries = entries.filter(due).take(BATCH_ENTRIES);
         let records: Result<Vec<_>, _> =
             entries.map(|entry| encode(&record(seq, base, &entry), &run(&entry))).collect();
         let noted = records.and_then(|records| {
             self.store.append_faults(&records)?;
+            // What could not be noted is to be noted the next time.
+            let mut noted = noted();
+            keys.drain(..).for_each(|key| noted.add(key));
             Ok(records.len())
         });
         match noted {

@@ -740,7 +740,10 @@ impl LiveStream {
         match (before.semantics, now.semantics) {
             // A feed holds nothing: it goes on with the other version, each change through one of the two. What was
             // logged before the table was altered the new plan cannot read.
-            (Semantics::Feed, Semantics::Feed) => before.table.schema_version == now.table.schema_version,
+            // (Seq 0: it was to begin anew, and has not.)
+            (Semantics::Feed, Semantics::Feed) => {
+                before.table.schema_version == now.table.schema_version && seq > Seq(0)
+            }
             // Pinned to a version that is still there, or tried again: the change was none of ours (seq 0: the snapshot
             // was not complete, so nothing is held that could go on).
             (Semantics::Map, Semantics::Map) => before.fingerprint == now.fingerprint && seq > Seq(0),

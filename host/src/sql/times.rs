@@ -8,7 +8,7 @@ use datafusion::common::{DFSchema, Result};
 use datafusion::logical_expr::expr::InList;
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::planner::TypePlanner;
-use datafusion::logical_expr::{Between, BinaryExpr, Expr, ExprSchemable, LogicalPlan, cast};
+use datafusion::logical_expr::{Between, BinaryExpr, Cast, Expr, ExprSchemable, LogicalPlan, cast};
 use datafusion::sql::sqlparser::ast::{self, TimezoneInfo};
 
 use super::arrow::UTC;
@@ -37,7 +37,8 @@ impl TypePlanner for Microseconds {
     }
 }
 
-/// The plan before its types are coerced: a text that is compared with a timestamp is one of the same kind.
+/// The plan before its types are coerced: a text that is compared with a timestamp is one of the same kind, and an integer
+/// that is cast to one is seconds since 1970.
 pub(crate) fn agreed(plan: LogicalPlan) -> Result<LogicalPlan> {
     let plan = plan.transform_up_with_subqueries(|plan| {
         if !any_expression(&plan, is_candidate)? {
@@ -57,7 +58,7 @@ pub(crate) fn agreed(plan: LogicalPlan) -> Result<LogicalPlan> {
 fn is_candidate(expr: &Expr) -> bool {
     match expr {
         Expr::BinaryExpr(BinaryExpr { op, .. }) => is_comparison(*op),
-        expr => matches!(expr, Expr::Between(_) | Expr::InList(_)),
+        expr => matches!(expr, Expr::Between(_) | Expr::InList(_) | Expr::Cast(_)),
     }
 }
 
@@ -68,6 +69,16 @@ fn compared(mut expr: Expr, schema: &DFSchema) -> Transformed<Expr> {
         Expr::InList(InList { expr, list, .. }) => {
             agree(std::iter::once(expr.as_mut()).chain(list.iter_mut()).collect(), schema)
         }
+        Expr::Cast(Cast { expr, field }) => match field.data_type() {
+            DataType::Timestamp(TimeUnit::Microsecond, zone)
+                if expr.get_type(schema).is_ok_and(|ty| ty.is_integer()) =>
+            {
+                let seconds = DataType::Timestamp(TimeUnit::Second, zone.clone());
+                **expr = cast(std::mem::take(expr.as_mut()), seconds);
+                true
+            }
+            _ => false,
+        },
         _ => false,
     };
     if changed { Transformed::yes(expr) } else { Transformed::no(expr) }
