@@ -31,6 +31,8 @@ const MAX_BATCH: usize = 16 * 1024 * 1024;
 /// The most pairs of characters that one call may compare, for all rows of a batch: about half a second of work, which
 /// nothing interrupts.
 const MAX_PAIRS: usize = 256 * 1024 * 1024;
+/// The deepest type that may be named in a text: what is read and handled with one call a level overflows a stack.
+const MAX_TYPE_LEVELS: usize = 16;
 /// The most a constant made while planning: a larger one is left to the execution.
 pub(crate) const MAX_FOLDED: usize = 4 * 1024;
 
@@ -74,10 +76,9 @@ pub(crate) fn install(builder: SessionStateBuilder) -> SessionStateBuilder {
 }
 
 fn capped(inner: Arc<ScalarUDF>) -> Arc<ScalarUDF> {
-    match (inner.name(), growth(inner.name())) {
-        ("arrow_cast" | "arrow_try_cast", _) => Arc::new(ScalarUDF::new_from_impl(NamedType { inner })),
-        (_, Some(growth)) => Arc::new(ScalarUDF::new_from_impl(Capped { inner, growth })),
-        (_, None) => inner,
+    match growth(inner.name()) {
+        Some(growth) => Arc::new(ScalarUDF::new_from_impl(Capped { inner, growth })),
+        None => inner,
     }
 }
 
@@ -93,6 +94,7 @@ fn growth(function: &str) -> Option<Growth> {
         "encode" => Growth::Encode,
         "concat" | "concat_ws" => Growth::Sum,
         "levenshtein" => Growth::Pairs,
+        "arrow_cast" | "arrow_try_cast" => Growth::Levels,
         _ => return None,
     })
 }
@@ -119,7 +121,7 @@ fn is_capped(function: &ScalarUDF) -> bool {
     inner.is::<Capped>()
 }
 
-/// How a function's result can outgrow its arguments.
+/// How what a function makes, or what that takes, can outgrow its arguments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Growth {
     /// length × count
@@ -138,6 +140,8 @@ enum Growth {
     Elements,
     /// not the result but the work: every character compared with every other
     Pairs,
+    /// not the result but its type, which is told by name: every level a list or record in another
+    Levels,
 }
 
 impl Growth {
@@ -168,6 +172,9 @@ struct Capped {
 
 impl Capped {
     fn check(&self, args: &ScalarFunctionArgs) -> Result<()> {
+        if self.growth == Growth::Levels {
+            return Ok(());
+        }
         let rows = args.number_rows;
         let arrays: Vec<ArrayRef> = args
             .args
@@ -319,65 +326,27 @@ impl ScalarUDFImpl for Capped {
     }
 
     fn return_field_from_args(&self, args: ReturnFieldArgs) -> Result<FieldRef> {
-        self.inner.return_field_from_args(args)
-    }
-
-    fn simplify(&self, args: Vec<Expr>, _info: &SimplifyContext) -> Result<ExprSimplifyResult> {
-        // The inner function's own simplification could put itself, without a cap, in our place.
-        Ok(ExprSimplifyResult::Original(args))
-    }
-
-    fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
-        self.check(&args)?;
-        self.inner.invoke_with_args(args)
-    }
-}
-
-/// The deepest type that may be named in a text: what is read and handled with one call a level overflows a stack.
-const MAX_TYPE_DEPTH: usize = 16;
-
-/// A function that is told a type by its name.
-#[derive(Debug, PartialEq, Eq, Hash)]
-struct NamedType {
-    inner: Arc<ScalarUDF>,
-}
-
-impl ScalarUDFImpl for NamedType {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn aliases(&self) -> &[String] {
-        self.inner.aliases()
-    }
-
-    fn signature(&self) -> &Signature {
-        self.inner.signature()
-    }
-
-    fn coerce_types(&self, arg_types: &[DataType]) -> Result<Vec<DataType>> {
-        self.inner.coerce_types(arg_types)
-    }
-
-    fn return_type(&self, arg_types: &[DataType]) -> Result<DataType> {
-        self.inner.return_type(arg_types)
-    }
-
-    fn return_field_from_args(&self, args: ReturnFieldArgs) -> Result<FieldRef> {
-        let name = args.scalar_arguments.get(1).copied().flatten();
-        let depth = name.and_then(|name| name.try_as_str().flatten()).map_or(0, |name| name.matches('(').count());
-        if depth > MAX_TYPE_DEPTH {
-            let message = format!("a type of {depth} levels in {}(), more than {MAX_TYPE_DEPTH}", self.name());
-            return Err(SqlError::Limit(message).into_datafusion());
+        if self.growth == Growth::Levels {
+            let name = args.scalar_arguments.get(1).copied().flatten();
+            let levels = name.and_then(|name| name.try_as_str().flatten()).map_or(0, |name| name.matches('(').count());
+            if levels > MAX_TYPE_LEVELS {
+                let message = format!("a type of {levels} levels in {}(), more than {MAX_TYPE_LEVELS}", self.name());
+                return Err(SqlError::Limit(message).into_datafusion());
+            }
         }
         self.inner.return_field_from_args(args)
     }
 
     fn simplify(&self, args: Vec<Expr>, info: &SimplifyContext) -> Result<ExprSimplifyResult> {
-        self.inner.simplify(args, info)
+        match self.growth {
+            Growth::Levels => self.inner.simplify(args, info),
+            // The inner function's own simplification could put itself, without a cap, in our place.
+            _ => Ok(ExprSimplifyResult::Original(args)),
+        }
     }
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
+        self.check(&args)?;
         self.inner.invoke_with_args(args)
     }
 }
