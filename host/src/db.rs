@@ -81,7 +81,7 @@ pub enum DbError {
     Plugin(#[from] PluginError),
     /// This stage does not fit the live query: it may in another version.
     #[error("{error}")]
-    Stage { stage: Box<Stage>, error: Box<DbError> },
+    Stage { stage: Box<Stage>, error: Box<PluginError> },
     /// The plugin or version is in use or stands in the way: nothing was changed.
     #[error("{0}")]
     InUse(String),
@@ -235,6 +235,8 @@ pub enum LiveOutput {
         code: &'static str,
         message: String,
     },
+    /// The stream ends: what it asks for is refused by now.
+    Refused(Box<DbError>),
 }
 
 /// What a plugin upload answers.

@@ -35,7 +35,7 @@ pub use crate::catalog::Stage;
 use crate::catalog::{PluginKind, Semantics, Seq};
 pub use crate::config::PluginOptions;
 
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum PluginError {
     /// The module is refused at upload: why, and what to do. 422.
     #[error("{0}")]
@@ -43,6 +43,9 @@ pub enum PluginError {
     /// Parameters or columns do not fit. 400.
     #[error("{0}")]
     Params(String),
+    /// What plugins of its kind cannot do. 400.
+    #[error("{0}")]
+    Unsupported(String),
     /// The guest failed while running: `index` is the row (or change) of the run, `stage` the place in the pipeline,
     /// where known.
     #[error("plugin {plugin}: {message}")]

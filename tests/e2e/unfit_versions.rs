@@ -2,30 +2,17 @@
 //! refuses, or fails when it is configured. Their streams say so and wait, and go on with one that fits.
 
 use serde_json::{Value, json};
+use tests::guest::{Guest, KEEP_ALL, filtering};
 use tests::live::seq;
 use tests::{Client, Live, LiveQuery, TestServer};
 
 /// Keeps everything. `lines` are more lines of its manifest, `configure` is done before a handle is answered, and `n`
 /// tells versions apart.
 fn keeps_all(kind: &str, lines: &str, configure: &str, n: u32) -> Vec<u8> {
-    let lines = lines.replace('"', "\\\"").replace('\n', "\\n");
-    format!(
-        r#"(module
-  (import "tidegate" "fail" (func $fail (param i32 i32 i32)))
-  (memory (export "memory") 1)
-  (data (i32.const 0) "not this table")
-  (global $window (mut i32) (i32.const 0))
-  (global (export "n") i32 (i32.const {n}))
-  (@custom "tidegate" "{{\"plugin\":{{\"abi\":1,\"kind\":\"{kind}\"}}}}\n{lines}")
-  (func (export "tg_abi") (result i32) (i32.const 1))
-  (func (export "tg_window") (param $len i32) (result i32)
-    (global.set $window (i32.shl (memory.grow (i32.shr_u (i32.add (local.get $len) (i32.const 65535)) (i32.const 16))) (i32.const 16)))
-    (global.get $window))
-  (func (export "tg_configure") (param $at i32) (result i64) {configure} (i64.const 1))
-  (func (export "tg_filter") (param $handle i32) (param $descriptors i32) (param $n i32) (result i64)
-    (i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))))"#
-    )
-    .into_bytes()
+    let plugin = format!(",\"kind\":\"{kind}\"");
+    let number = format!("(data (i32.const 0) \"not this table\") (global (export \"n\") i32 (i32.const {n}))");
+    let fields = filtering(KEEP_ALL) + &number;
+    Guest { plugin: &plugin, lines, configure, fields: &fields, ..Guest::default() }.bytes()
 }
 
 const REQUIRED: &str = "{\"param\":{\"name\":\"minutes\",\"type\":\"int\"}}\n";
@@ -181,4 +168,37 @@ async fn a_column_that_is_added_mends_a_version() {
     db.sql("ALTER TABLE t DROP COLUMN nowhere").await;
     let closed = live.next_change().await;
     assert_eq!((closed.name.as_str(), &closed.data["code"]), ("closed", &json!("schema")), "{closed:?}");
+}
+
+/// All streams of a plugin come at once when a version does not fit, and at each change of the catalog from then on: each
+/// of them compiled the query and configured the plugin for itself.
+#[tokio::test]
+async fn what_does_not_fit_is_looked_at_once_for_all() {
+    const STREAMS: usize = 40;
+    const COMPILED: &str = "tidegate_live_compiles_total";
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY)").await;
+    db.put_plugin("p", keeps_all("row_filter", "", "", 0)).await;
+    let mut streams = Vec::new();
+    for _ in 0..STREAMS {
+        let mut live = db.live(LiveQuery::new("SELECT id FROM t").plugin("p")).await;
+        live.until_uptodate().await;
+        streams.push(live);
+    }
+    let before = db.metric(COMPILED).await;
+    let bad = db.put_plugin("p", keeps_all("row_filter", "", TRAPS, 1)).await;
+    for live in &mut streams {
+        waits(live, &bad["version"], "trap", "unreachable").await;
+    }
+    db.sql("CREATE TABLE other (id BIGINT PRIMARY KEY)").await;
+    db.put_plugin("p", keeps_all("row_filter", "", "", 2)).await;
+    for live in &mut streams {
+        let events = live.until_uptodate().await;
+        assert!(events.iter().any(|event| event.name == "resync"), "{events:?}");
+        assert!(events.iter().all(|event| event.name != "plugin-error"), "{events:?}");
+    }
+    // Once for each of the three catalogs, and again where that took more than a few seconds.
+    let compiled = db.metric(COMPILED).await - before;
+    assert!(compiled < STREAMS as f64 / 2.0, "{compiled} times for {STREAMS} streams");
 }

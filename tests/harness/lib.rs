@@ -5,7 +5,7 @@
 //! - [`live`]: a subscription: reads events with a bound, reconnects with the last id.
 //! - [`fold`]: what the events say the result is now; refuses events that cannot be.
 //! - [`alive`]: somebody who goes on working while others do their worst.
-//! - [`raw`]: bytes on a socket. [`process`]: what the server uses.
+//! - [`guest`]: small plugins in text. [`raw`]: bytes on a socket. [`process`]: what the server uses.
 //!
 //! Everything here panics when the server does not do its part: these are tests. What the server printed is shown when
 //! a test fails.
@@ -13,6 +13,7 @@
 pub mod alive;
 pub mod client;
 pub mod fold;
+pub mod guest;
 pub mod live;
 pub mod process;
 pub mod raw;
@@ -31,6 +32,10 @@ use futures::FutureExt;
 
 /// Longer than anything here takes on a busy machine with two cores; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Configuration where no plugin is to fail. One that the machine forgets in the middle of a call, for ten times as long as
+/// the call may take, fails as well: with the limits of every day that is a fifth of a second.
+pub const PATIENT_WITH_PLUGINS: &str = "[plugins]\nbatch_ms = 1000\ninit_ms = 1000\n";
 
 /// The bytes of a built plugin, `late.wasm` or `long_haul.wat`. `tests/run.sh` builds them and says where they are.
 pub fn plugin(file: &str) -> Vec<u8> {

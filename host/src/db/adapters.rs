@@ -10,7 +10,6 @@ use bytes::Bytes;
 use wire::image::ImageAt;
 use wire::{ChangeAt, FrameView, ImageRef, Schema, Scope};
 
-use super::DbError;
 use super::errors::{self, PluginErrors};
 use crate::catalog::{NamespaceId, Table};
 use crate::live::{
@@ -22,7 +21,7 @@ use crate::sql::live::LivePlan;
 use crate::store::{Commit, Seq, Store, StoreError};
 
 /// After a fault of ours (no memory, no mappings left) a pipeline is tried again.
-const HOST_REST: Duration = Duration::from_secs(5);
+pub(super) const HOST_REST: Duration = Duration::from_secs(5);
 
 /// The store's setting with the key of the compiled modules' MACs.
 const CACHE_KEY: &str = "plugin_cache_key";
@@ -240,13 +239,13 @@ fn fault(error: PluginError, stages: &[Stage]) -> PipelineFault {
 }
 
 /// A stage that does not fit its live query, told like one that failed while it ran.
-pub(super) fn unfit(stage: &Stage, error: DbError) -> PipelineFault {
+pub(super) fn unfit(stage: &Stage, error: PluginError) -> PipelineFault {
     let error = match error {
-        DbError::Plugin(PluginError::Fault { plugin, cause, index, message, .. }) => {
+        PluginError::Fault { plugin, cause, index, message, .. } => {
             PluginError::Fault { plugin, stage: Some(0), cause, index, message }
         }
-        DbError::Plugin(error) => error,
-        error => PluginError::Params(error.to_string()),
+        PluginError::Resting { plugin, rest, .. } => PluginError::Resting { plugin, stage: 0, rest },
+        error => error,
     };
     fault_at(Some(0), error, std::slice::from_ref(stage))
 }
@@ -259,7 +258,7 @@ fn fault_at(known: Option<usize>, error: PluginError, stages: &[Stage]) -> Pipel
             let message = format!("it failed too often and rests for {} s", rest.as_secs_f32().ceil());
             (Some(stage), "breaker", message, Some(rest))
         }
-        PluginError::Params(message) => (None, "configure", message, None),
+        PluginError::Params(message) | PluginError::Unsupported(message) => (None, "configure", message, None),
         // Its module was good when it was uploaded: other modules kept it from being compiled again.
         PluginError::Refused(message) => (None, "configure", message, Some(HOST_REST)),
         // No plugin's doing, wherever it happened: another version would not help, another time may.

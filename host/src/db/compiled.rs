@@ -5,19 +5,25 @@
 //! the catalog's version among it, so an ALTER or the activation of a plugin is another question. Who asks is a part of
 //! it only where the query says `current_user` or runs again as a whole over rows of a user's own; a filter of a user's
 //! own rows is compiled once for all users, and each gets it over theirs.
+//!
+//! A plugin that does not fit is kept for a while, too: when a bad version is activated, all streams that run through it
+//! come at once, and again at each change of the catalog until another one is.
 
 use std::sync::Arc;
+use std::time::Instant;
 
-use quick_cache::Weighter;
-use quick_cache::sync::Cache;
+use quick_cache::sync::{Cache, DefaultLifecycle, PlaceholderGuard};
+use quick_cache::{DefaultHashBuilder, Weighter};
 use sha2::{Digest, Sha256};
 use wire::Scope;
 
+use super::adapters::HOST_REST;
 use super::fingerprint::Fingerprint;
 use super::streams::Shown;
 use super::{DbError, Identity, LiveRequest};
 use crate::catalog::DEFAULT_NAMESPACE;
 use crate::live::GroupSpec;
+use crate::plugins::{PluginError, Stage};
 
 /// What is kept altogether, roughly. The groups of open streams hold the larger part of their entries anyway.
 const KEPT_BYTES: u64 = 16 << 20;
@@ -52,7 +58,7 @@ pub(super) enum Whose {
     User,
 }
 
-/// The cache; its entries are for good, because what they were made from never changes. The least used go first.
+/// The cache. What was compiled is good for ever, because what it was made from never changes; the least used go first.
 pub(super) struct CompiledQueries {
     kept: Cache<[u8; 32], Kept, ByWeight>,
 }
@@ -65,7 +71,15 @@ enum Kept {
     },
     /// Another one for each user, under a key with the user in it.
     ByUser,
+    /// A stage did not fit. That may have been a bad moment of ours, so it is looked at again after this.
+    Unfit {
+        stage: Box<Stage>,
+        error: Box<PluginError>,
+        until: Instant,
+    },
 }
+
+type Guard<'a> = PlaceholderGuard<'a, [u8; 32], Kept, ByWeight, DefaultHashBuilder, DefaultLifecycle<[u8; 32], Kept>>;
 
 #[derive(Clone)]
 struct ByWeight;
@@ -75,6 +89,7 @@ impl Weighter<[u8; 32], Kept> for ByWeight {
         match kept {
             Kept::Compiled { weight, .. } => *weight,
             Kept::ByUser => 256,
+            Kept::Unfit { .. } => 1_024,
         }
     }
 }
@@ -85,7 +100,7 @@ impl CompiledQueries {
     }
 
     /// What was compiled for the same request, or what `compile` gives now. Of many who ask at once one compiles. Where
-    /// that fails, or its client goes, the next one tries by itself.
+    /// that fails for anything but a plugin that does not fit, or its client goes, the next one tries by itself.
     ///
     /// `catalog` is the version that is visible to the caller before this is called: the answer may have been compiled
     /// against a newer one, never against an older one.
@@ -98,32 +113,38 @@ impl CompiledQueries {
     ) -> Result<Compiled, DbError> {
         let asked = asked(catalog, who, request);
         let of_user = || digest(&format!("{asked} of {:?}", who.user));
-        match self.kept.get_value_or_guard_async(&digest(&asked)).await {
+        let mut found = self.find(&digest(&asked)).await;
+        let by_user = matches!(found, Ok(Kept::ByUser));
+        if by_user {
+            found = self.find(&of_user()).await;
+        }
+        let guard = match found {
             Ok(Kept::Compiled { compiled, .. }) => return Ok(compiled.over_rows_of(who, request)),
-            Ok(Kept::ByUser) => {}
-            Err(guard) => {
-                let compiled = compile.await?;
-                let kept = kept(&compiled, &asked);
-                // What could not be put there is answered all the same.
-                let _ = match compiled.whose {
-                    Whose::Everybody | Whose::OwnRows => guard.insert(kept),
-                    Whose::User => {
-                        self.kept.insert(of_user(), kept);
-                        guard.insert(Kept::ByUser)
-                    }
-                };
-                return Ok(compiled);
+            Ok(Kept::Unfit { stage, error, .. }) => return Err(DbError::Stage { stage, error }),
+            Ok(Kept::ByUser) => return Err(DbError::Internal("a user's live query is kept as everybody's".into())),
+            Err(guard) => guard,
+        };
+        let compiled = compile.await;
+        // What could not be put there is answered all the same.
+        let _ = match &compiled {
+            Ok(compiled) if compiled.whose == Whose::User && !by_user => {
+                self.kept.insert(of_user(), kept(compiled, &asked));
+                guard.insert(Kept::ByUser)
             }
-        }
-        match self.kept.get_value_or_guard_async(&of_user()).await {
-            Ok(Kept::Compiled { compiled, .. }) => Ok(compiled),
-            Ok(Kept::ByUser) => Err(DbError::Internal("a user's live query is kept as everybody's".into())),
-            Err(guard) => {
-                let compiled = compile.await?;
-                let _ = guard.insert(kept(&compiled, &asked));
-                Ok(compiled)
+            Ok(compiled) => guard.insert(kept(compiled, &asked)),
+            Err(DbError::Stage { stage, error }) => {
+                let until = Instant::now() + HOST_REST;
+                guard.insert(Kept::Unfit { stage: stage.clone(), error: error.clone(), until })
             }
-        }
+            Err(_) => return compiled,
+        };
+        compiled
+    }
+
+    /// What is there and still good, or the right to put it there.
+    async fn find(&self, key: &[u8; 32]) -> Result<Kept, Guard<'_>> {
+        self.kept.remove_if(key, |kept| matches!(kept, Kept::Unfit { until, .. } if *until <= Instant::now()));
+        self.kept.get_value_or_guard_async(key).await
     }
 }
 

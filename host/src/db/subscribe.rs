@@ -31,7 +31,7 @@ use crate::live::position::Position;
 use crate::live::{
     AnyOutlet, Delivery, EndReason, From, GroupSpec, PipelineFault, Rerun, SubscribeError, Subscription,
 };
-use crate::plugins::{Opened, Stage};
+use crate::plugins::{Opened, PluginError, Stage};
 use crate::sql::live::requery::RequeryPlan;
 use crate::sql::live::{Live, LiveCommand, LivePlan, describe};
 use crate::sql::{OutputColumn, RequestEnv, RowStream, SqlError};
@@ -55,10 +55,12 @@ pub struct LiveStream {
     state: State,
     /// Where it was joined, until it is known that no plugin was activated meanwhile.
     unchecked: Option<From>,
-    /// The request being compiled again.
-    compiling: Option<JoinHandle<Result<Compiled, DbError>>>,
+    /// The request being compiled again, against a catalog of this version or a newer one.
+    compiling: Option<(u64, JoinHandle<Result<Compiled, DbError>>)>,
     /// A seat being taken.
     seating: Option<Box<Seating>>,
+    /// Why it waits, until it runs again: what the client knows is not told twice.
+    told: Option<Box<PipelineFault>>,
     /// What is to be said before the state is asked again.
     queue: VecDeque<LiveOutput>,
     _uses: Option<Box<InUse>>,
@@ -69,16 +71,16 @@ enum State {
     Running(Subscription),
     /// To be compiled and joined again; the next event says why.
     Rejoin(Rejoin),
-    /// The pipeline failed behind this position: until another version of one of its plugins is active, or the plugin
-    /// has rested.
+    /// The pipeline failed: until another version of one of its plugins is active, or the plugin has rested.
     AwaitPlugin {
         catalog: watch::Receiver<u64>,
-        seq: Seq,
+        /// How it goes on.
+        then: Rejoin,
         rested: Option<Instant>,
         /// The catalog has changed, and nobody has looked yet whether that is the version waited for.
         changed: bool,
-        /// The version that is active does not fit the query, as was told: whatever fits is waited for.
-        unfit: Option<Box<PipelineFault>>,
+        /// On a row, which the same bytes would again. What did not fit may come to.
+        failed: bool,
     },
     Done,
 }
@@ -156,6 +158,7 @@ impl Db {
             unchecked: None,
             compiling: None,
             seating: None,
+            told: None,
             queue: VecDeque::new(),
         };
         stream.join(from, opening).await.map_err(subscribe_error)?;
@@ -314,7 +317,8 @@ impl Db {
                     format!("plugin {}, which sees changes, on a query that is run again as a whole", asked.plugin);
                 let hint = "its results have rows and no changes of their own: take a plugin for rows, or filter and \
                             project one table";
-                return Err(unfit_stage(stage, unsupported(&what, hint)));
+                let error = SqlError::unsupported(what, Some(hint));
+                return Err(unfit_stage(stage, PluginError::Unsupported(error.to_string())));
             }
         }
         let input = plan.schema()?;
@@ -332,7 +336,7 @@ impl Db {
         self.inner
             .plugins
             .check(table.namespace, stages, input, on_error)
-            .map_err(|error| unfit_stage(&stages[error.stage], error.error.into()))
+            .map_err(|error| unfit_stage(&stages[error.stage], error.error))
     }
 
     /// Where to start, and what to say first.
@@ -457,14 +461,14 @@ impl LiveStream {
             }
             if let Some(from) = self.unchecked {
                 let catalog = self.db.inner.catalog_version.subscribe();
-                match self.check_activation().await {
-                    Ok(()) => {}
-                    Err(DbError::Stage { stage, error }) => {
-                        // Nothing was told since it was joined.
-                        let seq = if let From::After(seq) = from { seq } else { Seq(0) };
-                        self.wait(unfit(&stage, *error), seq, catalog);
-                    }
-                    Err(error) => self.end(closed_by(&error)),
+                let checked = self.check_activation().await;
+                // Nothing was told since it was joined.
+                let then = match from {
+                    From::After(seq) => Rejoin::Plugin(seq),
+                    _ => Rejoin::Resync(ResyncReason::Plugin),
+                };
+                if let Err(error) = self.or_wait(checked, then, catalog) {
+                    self.end(closed_by(error));
                 }
                 continue;
             }
@@ -495,28 +499,28 @@ impl LiveStream {
                     // In a box: it is seldom, and its locals would be a part of every stream that waits.
                     if let Err(error) = Box::pin(self.rejoin(rejoin)).await {
                         self.end(match rejoin {
-                            Rejoin::Resync(ResyncReason::Schema) if !matches!(error, DbError::Closed) => {
+                            Rejoin::Resync(ResyncReason::Schema) if no_longer_fits(&error) => {
                                 self.closed_by_schema(&error)
                             }
-                            _ => closed_by(&error),
+                            _ => closed_by(error),
                         });
                     }
                 }
-                State::AwaitPlugin { catalog, seq, changed: true, .. } => {
-                    let (catalog, seq) = (catalog.clone(), *seq);
-                    self.retry_plugin(seq, catalog).await;
+                State::AwaitPlugin { catalog, then, changed: true, .. } => {
+                    let (catalog, then) = (catalog.clone(), *then);
+                    self.retry_plugin(then, catalog).await;
                 }
-                State::AwaitPlugin { catalog, seq, rested, changed, .. } => {
-                    let seq = *seq;
+                State::AwaitPlugin { catalog, then, rested, changed, .. } => {
+                    let then = *then;
                     let rested = rested.map_or_else(|| Instant::now() + FAR, |rested| rested);
                     tokio::select! {
                         biased;
                         () = self.listed.killed() => self.end(killed()),
                         seen = catalog.changed() => match seen {
-                            Err(_closed) => self.end(closed_by(&DbError::Closed)),
+                            Err(_closed) => self.end(closed_by(DbError::Closed)),
                             Ok(()) => *changed = true,
                         },
-                        () = tokio::time::sleep_until(rested) => self.state = State::Rejoin(Rejoin::Plugin(seq)),
+                        () = tokio::time::sleep_until(rested) => self.state = State::Rejoin(then),
                     }
                 }
             }
@@ -539,15 +543,17 @@ impl LiveStream {
     async fn compile(&mut self) -> Result<Compiled, DbError> {
         loop {
             let begun_before = self.compiling.is_some();
-            let task = self.compiling.get_or_insert_with(|| {
+            let (against, task) = self.compiling.get_or_insert_with(|| {
                 let (db, who, common) = (self.db.clone(), self.who.clone(), self.listed.common.clone());
-                tokio::spawn(async move { db.compile(&who, &common.request).await })
+                let against = db.inner.store.catalog().version;
+                (against, tokio::spawn(async move { db.compile(&who, &common.request).await }))
             });
+            let against = *against;
             let joined = task.await;
             self.compiling = None;
             let compiled = joined.map_err(|error| DbError::Internal(format!("compiling a live query: {error}")))?;
-            let now = self.db.inner.store.catalog().version;
-            if !begun_before || compiled.as_ref().is_ok_and(|compiled| compiled.catalog_version == now) {
+            let against = compiled.as_ref().map_or(against, |compiled| compiled.catalog_version);
+            if !begun_before || against == self.db.inner.store.catalog().version {
                 return compiled;
             }
         }
@@ -601,6 +607,7 @@ impl LiveStream {
             self.spec = subscription.spec().clone();
         }
         self.state = State::Running(subscription);
+        self.told = None;
         self.unchecked = Some(from);
     }
 
@@ -657,18 +664,14 @@ impl LiveStream {
     async fn rejoin(&mut self, rejoin: Rejoin) -> Result<(), DbError> {
         // From before anything is looked at, so that no version slips between that and the waiting for it.
         let catalog = self.db.inner.catalog_version.subscribe();
-        let compiled = match (self.compile().await, rejoin) {
-            (Err(DbError::Stage { stage, error }), Rejoin::Plugin(seq)) => {
-                self.wait(unfit(&stage, *error), seq, catalog);
-                return Ok(());
-            }
-            // The client holds nothing any more that could go on.
-            (Err(DbError::Stage { stage, error }), Rejoin::Resync(reason)) if reason != ResyncReason::Schema => {
-                self.wait(unfit(&stage, *error), Seq(0), catalog);
-                return Ok(());
-            }
-            (compiled, _) => compiled?,
+        let compiled = self.compile().await;
+        // An altered table that no longer fits ends a stream, but one that was told that it waits.
+        let ends = matches!(rejoin, Rejoin::Resync(ResyncReason::Schema)) && self.told.is_none();
+        let compiled = match ends {
+            true => Some(compiled?),
+            false => self.or_wait(compiled, rejoin, catalog.clone())?,
         };
+        let Some(compiled) = compiled else { return Ok(()) };
         let reason = match rejoin {
             Rejoin::Plugin(seq) if self.goes_on(&compiled, seq) => {
                 match self.seat(&compiled.spec, From::After(seq)).await {
@@ -678,7 +681,7 @@ impl LiveStream {
                     }
                     Err(SubscribeError::Expired) => ResyncReason::Expired,
                     Err(SubscribeError::Pipeline(fault)) => {
-                        self.wait(fault, seq, catalog);
+                        self.wait(fault, rejoin, catalog, false);
                         return Ok(());
                     }
                     Err(error) => return Err(subscribe_error(error)),
@@ -690,10 +693,11 @@ impl LiveStream {
         if !self.replace(compiled) {
             return Ok(());
         }
-        self.state = State::Rejoin(Rejoin::Resync(reason));
+        let rejoin = Rejoin::Resync(reason);
+        self.state = State::Rejoin(rejoin);
         match self.join(present(&self.listed.common.request), Opening::Resync(reason)).await {
             Err(SubscribeError::Pipeline(fault)) => {
-                self.wait(fault, Seq(0), catalog);
+                self.wait(fault, rejoin, catalog, false);
                 Ok(())
             }
             joined => joined.map_err(subscribe_error),
@@ -752,35 +756,58 @@ impl LiveStream {
     }
 
     /// After a failure: goes on once the pipeline would be another one, or fits again.
-    async fn retry_plugin(&mut self, seq: Seq, seen: watch::Receiver<u64>) {
+    async fn retry_plugin(&mut self, then: Rejoin, seen: watch::Receiver<u64>) {
         let compiled = self.compile().await;
-        let State::AwaitPlugin { changed, unfit: told, .. } = &mut self.state else { return };
-        match compiled {
-            Ok(compiled) if told.is_some() || compiled.spec.fingerprint != self.spec.fingerprint => {
-                self.state = State::Rejoin(Rejoin::Plugin(seq));
-            }
-            Ok(_) => *changed = false,
-            Err(DbError::Stage { stage, error }) => self.wait(unfit(&stage, *error), seq, seen),
-            Err(error) => self.end(closed_by(&error)),
+        let compiled = match self.or_wait(compiled, then, seen) {
+            Ok(compiled) => compiled,
+            Err(error) => return self.end(closed_by(error)),
+        };
+        let (Some(compiled), State::AwaitPlugin { changed, failed, .. }) = (compiled, &mut self.state) else {
+            return;
+        };
+        match *failed && compiled.spec.fingerprint == self.spec.fingerprint {
+            true => *changed = false,
+            false => self.state = State::Rejoin(then),
         }
     }
 
-    /// The active version does not fit: waits behind this position until another one does. `seen` is the catalog that
-    /// was looked at; what is known to the client already is not told again.
-    fn wait(&mut self, fault: PipelineFault, seq: Seq, seen: watch::Receiver<u64>) {
-        let told = matches!(&self.state, State::AwaitPlugin { unfit: Some(told), .. } if **told == fault);
-        if !told {
-            tracing::warn!(cause = fault.cause, seq = seq.0, "{fault}; its live stream waits");
-            self.queue.push_back(LiveOutput::PluginError { fault: fault.clone(), seq });
+    /// What was made against the catalog, or, where the active version of a plugin does not fit, none: then the stream
+    /// waits. `seen` is the catalog that was looked at.
+    fn or_wait<T>(
+        &mut self,
+        made: Result<T, DbError>,
+        then: Rejoin,
+        seen: watch::Receiver<u64>,
+    ) -> Result<Option<T>, DbError> {
+        match made {
+            Ok(made) => Ok(Some(made)),
+            Err(DbError::Stage { stage, error }) => {
+                self.wait(unfit(&stage, *error), then, seen, false);
+                Ok(None)
+            }
+            Err(error) => Err(error),
         }
+    }
+
+    /// Until another version is active, which has to be of other bytes where these `failed` on a row.
+    fn wait(&mut self, fault: PipelineFault, then: Rejoin, catalog: watch::Receiver<u64>, failed: bool) {
         self.unchecked = None;
         self.state = State::AwaitPlugin {
-            catalog: seen,
-            seq,
+            catalog,
+            then,
             rested: fault.retry_after.map(|rest| Instant::now() + rest),
-            changed: false,
-            unfit: Some(Box::new(fault)),
+            // Looked at once: another version may be active already when a slow reader hears of this.
+            changed: failed,
+            failed,
         };
+        if self.told.as_deref() == Some(&fault) {
+            return;
+        }
+        // Of a resync that has not begun, nothing.
+        let seq = if let Rejoin::Plugin(seq) = then { seq } else { Seq(0) };
+        tracing::warn!(cause = fault.cause, seq = seq.0, "{fault}; its live stream waits");
+        self.told = Some(Box::new(fault.clone()));
+        self.queue.push_back(LiveOutput::PluginError { fault, seq });
     }
 
     fn expired(&mut self) {
@@ -795,17 +822,9 @@ impl LiveStream {
         match reason {
             EndReason::PluginChanged { seq, .. } => self.state = State::Rejoin(Rejoin::Plugin(seq)),
             EndReason::Pipeline { fault, seq } => {
-                tracing::warn!(cause = fault.cause, seq = seq.0, "{fault}; its live stream waits");
                 // Subscribed before the event is told, so that an upload right after it is not missed.
-                self.state = State::AwaitPlugin {
-                    catalog: self.db.inner.catalog_version.subscribe(),
-                    seq,
-                    rested: fault.retry_after.map(|rest| Instant::now() + rest),
-                    // Looked at once: another version may be active already when a slow reader hears of this.
-                    changed: true,
-                    unfit: None,
-                };
-                self.queue.push_back(LiveOutput::PluginError { fault, seq });
+                let catalog = self.db.inner.catalog_version.subscribe();
+                self.wait(fault, Rejoin::Plugin(seq), catalog, true);
             }
             EndReason::Program { message, .. } => self.end(LiveOutput::Failed { message }),
             EndReason::TableDropped => self.end(LiveOutput::Closed {
@@ -855,7 +874,7 @@ fn present(request: &LiveRequest) -> From {
     request.last_rows.map_or(From::Snapshot, From::Last)
 }
 
-fn unfit_stage(stage: &Stage, error: DbError) -> DbError {
+fn unfit_stage(stage: &Stage, error: PluginError) -> DbError {
     DbError::Stage { stage: Box::new(stage.clone()), error: Box::new(error) }
 }
 
@@ -871,9 +890,17 @@ fn killed() -> LiveOutput {
     LiveOutput::Closed { code: "killed", message: "this live query was ended by KILL LIVE QUERY".into() }
 }
 
-fn closed_by(error: &DbError) -> LiveOutput {
-    let code = if matches!(error, DbError::Closed) { "shutdown" } else { "cannot_continue" };
-    LiveOutput::Closed { code, message: error.to_string() }
+fn closed_by(error: DbError) -> LiveOutput {
+    match error {
+        DbError::Closed => LiveOutput::Closed { code: "shutdown", message: error.to_string() },
+        error => LiveOutput::Refused(Box::new(error)),
+    }
+}
+
+/// Whether it is the query that is refused, or its plugin; not a server that is full or fails.
+fn no_longer_fits(error: &DbError) -> bool {
+    use SqlError::{Invalid, Unsupported};
+    matches!(error, DbError::Sql(Invalid { .. } | Unsupported { .. }) | DbError::BadRequest(_) | DbError::Stage { .. })
 }
 
 fn subscribe_error(error: SubscribeError) -> DbError {

@@ -216,6 +216,7 @@ impl From<PluginError> for Problem {
         match error {
             PluginError::Refused(_) => Problem::new(422, "plugin_refused", detail),
             PluginError::Params(_) => Problem::new(400, "plugin_params", detail),
+            PluginError::Unsupported(_) => Problem::new(400, "unsupported", detail),
             PluginError::Fault { plugin, cause, .. } => Problem::new(422, "plugin_failed", detail)
                 .with("plugin", json!(plugin))
                 .with("cause", json!(cause.as_str())),

@@ -234,6 +234,7 @@ pub fn output(output: LiveOutput) -> Bytes {
         LiveOutput::Closed { code, message } => {
             frame("closed", None, &Problem::new(closed_status(code), code, message).body(), &mut out);
         }
+        LiveOutput::Refused(error) => frame("closed", None, &Problem::from(*error).body(), &mut out),
     }
     Bytes::from(out)
 }
@@ -243,7 +244,7 @@ fn closed_status(code: &str) -> u16 {
     match code {
         "killed" => 410,
         "plugin_dropped" => 404,
-        "table_dropped" | "schema" | "cannot_continue" => 400,
+        "table_dropped" | "schema" => 400,
         _ => 503,
     }
 }
@@ -280,6 +281,7 @@ mod tests {
 
     use super::*;
     use crate::catalog::{Semantics, Stage};
+    use crate::db::DbError;
     use crate::sql::OutputColumn;
 
     fn keys(ids: &[i64]) -> RecordBatch {
@@ -355,6 +357,23 @@ mod tests {
         let events = commit(true, vec![event(EventOp::Insert, 1, Some(1), None)]);
         let expect = "event: insert\ndata: {\"key\":{\"id\":2},\"row\":{\"id\":2,\"name\":null},\"snapshot\":true}\n\n";
         assert_eq!(encoded(OldMode::Changed, &events), expect);
+    }
+
+    /// All of them were `cannot_continue` with 400, whatever a reconnect got, and in words for the log.
+    #[test]
+    fn who_is_refused_is_told_what_a_reconnect_would_be() {
+        for (error, status, code) in [
+            (DbError::TooMany("a group more than there may be".into()), 429, "too_many"),
+            (DbError::Busy("not now".into()), 503, "busy"),
+            (DbError::NotFound("no such table".into()), 404, "not_found"),
+            (DbError::Internal("secrets".into()), 500, "internal"),
+        ] {
+            let said = output(LiveOutput::Refused(Box::new(error)));
+            let said = std::str::from_utf8(&said).unwrap();
+            assert!(said.starts_with("event: closed\ndata: {"), "{said}");
+            assert!(said.contains(&format!("\"status\":{status}")) && said.contains(&format!("\"code\":\"{code}\"")));
+            assert!(!said.contains("secrets"), "{said}");
+        }
     }
 
     #[test]
