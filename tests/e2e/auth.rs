@@ -3,6 +3,7 @@
 use reqwest::{Method, header};
 use serde_json::{Value, json};
 use tests::client::expect_problem;
+use tests::live::seq;
 use tests::{LiveQuery, TestServer, plugin};
 
 #[tokio::test]
@@ -72,9 +73,9 @@ async fn a_ticket_opens_one_stream_and_its_reconnects() {
     live.until_uptodate().await;
     assert_eq!(live.fold.rows.len(), 1);
     live.disconnect();
-    alice.sql("INSERT INTO notes VALUES (2, 'mine too')").await;
+    let second = seq(&alice.sql("INSERT INTO notes VALUES (2, 'mine too')").await);
     live.reconnect().await;
-    live.until_uptodate().await;
+    live.until_seq(second).await;
     assert_eq!(live.fold.rows.len(), 2);
 
     // For that stream only, and for nothing else.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
-use tests::{TestServer, plugin, server};
+use tests::{PATIENCE, TestServer, plugin, server};
 
 /// `tidegate` with these arguments, in a folder, as the administrator.
 pub fn tidegate(server: &TestServer, folder: &Path, arguments: &[&str]) -> Output {
@@ -97,6 +97,10 @@ async fn sql_live_and_plugins_from_a_shell() {
     assert!(complained(run(&["plugin", "rollback", "late"])).contains("say which (--version)"));
     std::fs::write(folder.path().join("late.c"), "int late;").unwrap();
     assert!(complained(run(&["plugin", "push", "late.c"])).contains("build it first"));
+    // The one that read its stream has gone; the server sees that in its own time.
+    let db = server.admin();
+    let gone = async { while db.metric("tidegate_subscriptions").await > 0.0 {} };
+    tokio::time::timeout(PATIENCE, gone).await.expect("who has gone is forgotten");
     said(run(&["plugin", "rm", "late"]));
     assert!(complained(run(&["plugin", "show", "late"])).contains("not_found"));
     let nobody = complained(run(&["plugin", "list", "--token", "not-a-token-of-this-server"]));

@@ -2,7 +2,7 @@
 
 use tests::raw::{address, exchange};
 use tests::server::ADMIN_TOKEN;
-use tests::{Client, PATIENCE, TestServer};
+use tests::{Client, Options, PATIENCE, TestServer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -79,7 +79,9 @@ async fn a_stream_comes_behind_the_answer_before_it() {
 async fn a_stream_comes_behind_answers_that_are_not_sent() {
     /// Their answers are more than the sockets of both sides have room for.
     const REQUESTS: usize = 60_000;
-    let server = TestServer::start().await;
+    // Its client reads nothing for as long as the answers take.
+    let options = Options { live: "stall_limit_ms = 600000".into(), ..Options::default() };
+    let server = TestServer::with(options).await;
     let db = server.admin();
     db.sql("CREATE TABLE t (id INT PRIMARY KEY, text TEXT)").await;
     let socket = TcpSocket::new_v4().expect("a socket");

@@ -8,7 +8,7 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 use tests::live::seq;
-use tests::{Client, Failure, TestServer};
+use tests::{Client, Failure, Options, TestServer};
 use tokio::sync::watch;
 
 async fn with_table(server: &TestServer, columns: &str) -> Client {
@@ -310,7 +310,9 @@ async fn a_unique_value_of_another_user_is_nobodys_business() {
 async fn a_hundred_clients_add_one() {
     const CLIENTS: i64 = 100;
     const EACH: i64 = 2;
-    let server = TestServer::start().await;
+    // All plan at once.
+    let options = Options { config: "[sql]\ndeadline_ms = 30000\n".into(), ..Options::default() };
+    let server = TestServer::with(options).await;
     let db = with_table(&server, "id INT PRIMARY KEY, x INT").await;
     db.sql("INSERT INTO t VALUES (1, 0)").await;
     let clients = (0..CLIENTS).map(|_| {

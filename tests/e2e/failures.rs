@@ -3,6 +3,7 @@
 use reqwest::Method;
 use serde_json::{Value, json};
 use tests::client::expect_problem;
+use tests::guest::{Guest, KEEP_ALL, filtering};
 use tests::live::seq;
 use tests::{Client, LiveQuery, TestServer, plugin};
 
@@ -16,28 +17,23 @@ async fn table(server: &TestServer) -> Client {
 
 /// A row filter in WebAssembly text that keeps every row but fails by `fault` on those whose `v` is below 0.
 pub fn sour(fault: &str, pass: bool) -> Vec<u8> {
-    format!(
-        r#"(module
-  (import "tidegate" "fail" (func $fail (param i32 i32 i32)))
-  (memory (export "memory") 1)
-  (data (i32.const 0) "below zero")
-  (global $window (mut i32) (i32.const 0))
-  (@custom "tidegate" "{{\"plugin\":{{\"abi\":1,\"pass\":{pass}}}}}\n{{\"column\":{{\"name\":\"v\",\"type\":\"int\"}}}}\n")
-  (func (export "tg_abi") (result i32) (i32.const 1))
-  (func (export "tg_window") (param $len i32) (result i32)
-    (global.set $window (i32.shl (memory.grow (i32.shr_u (i32.add (local.get $len) (i32.const 65535)) (i32.const 16))) (i32.const 16)))
-    (global.get $window))
-  (func (export "tg_configure") (param i32) (result i64) (i64.const 1))
-  (func (export "tg_filter") (param $handle i32) (param $d i32) (param $n i32) (result i64) (local $i i32)
+    let filter = filtering(&format!(
+        r#"(local $i i32)
     (loop $row
       (if (i64.lt_s (i64.load offset=8 (i32.add (global.get $window)
             (i32.load offset=4 (i32.add (i32.add (global.get $window) (local.get $d)) (i32.shl (local.get $i) (i32.const 4))))))
           (i64.const 0))
         (then {fault}))
       (br_if $row (i32.lt_u (local.tee $i (i32.add (local.get $i) (i32.const 1))) (local.get $n))))
-    (i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))))"#
-    )
-    .into_bytes()
+    {KEEP_ALL}"#
+    ));
+    Guest {
+        plugin: &format!(",\"pass\":{pass}"),
+        lines: "{\"column\":{\"name\":\"v\",\"type\":\"int\"}}\n",
+        fields: &format!("(data (i32.const 0) \"below zero\") {filter}"),
+        ..Guest::default()
+    }
+    .bytes()
 }
 
 pub const TELL: &str = "(call $fail (local.get $i) (i32.const 0) (i32.const 10))";

@@ -1,6 +1,7 @@
 //! Pipelines that see changes: every output once, in order, over reconnects, failures and versions.
 
 use serde_json::{Value, json};
+use tests::guest::{Guest, KEEP_ALL, filtering};
 use tests::live::seq;
 use tests::{Client, Live, LiveQuery, Options, TestServer, plugin};
 
@@ -23,27 +24,17 @@ async fn changes(live: &mut Live, until: u64) -> Vec<Value> {
 /// A change filter in WebAssembly text that keeps every change, unless the new row's id, its first column, is `bad`: then
 /// `fault`.
 fn feed(bad: i64, fault: &str) -> Vec<u8> {
-    format!(
-        r#"(module
-  (import "tidegate" "fail" (func $fail (param i32 i32 i32)))
-  (memory (export "memory") 1)
-  (global $window (mut i32) (i32.const 0))
-  (@custom "tidegate" "{{\"plugin\":{{\"abi\":1,\"kind\":\"change_filter\"}}}}\n")
-  (func (export "tg_abi") (result i32) (i32.const 1))
-  (func (export "tg_window") (param $len i32) (result i32)
-    (global.set $window (i32.shl (memory.grow (i32.shr_u (i32.add (local.get $len) (i32.const 65535)) (i32.const 16))) (i32.const 16)))
-    (global.get $window))
-  (func (export "tg_configure") (param i32) (result i64) (i64.const 1))
-  (func (export "tg_filter") (param $handle i32) (param $d i32) (param $n i32) (result i64) (local $i i32) (local $c i32)
+    let filter = filtering(&format!(
+        r#"(local $i i32) (local $c i32)
     (loop $change
       (local.set $c (i32.add (i32.add (global.get $window) (local.get $d)) (i32.mul (local.get $i) (i32.const 48))))
       (if (i32.load offset=44 (local.get $c)) (then
         (if (i64.eq (i64.load (i32.add (global.get $window) (i32.load offset=36 (local.get $c)))) (i64.const {bad}))
           (then {fault}))))
       (br_if $change (i32.lt_u (local.tee $i (i32.add (local.get $i) (i32.const 1))) (local.get $n))))
-    (i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))))"#
-    )
-    .into_bytes()
+    {KEEP_ALL}"#
+    ));
+    Guest { plugin: ",\"kind\":\"change_filter\"", fields: &filter, ..Guest::default() }.bytes()
 }
 
 #[tokio::test]

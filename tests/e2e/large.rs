@@ -123,7 +123,7 @@ async fn a_table_leaves_in_pieces_and_never_as_a_whole() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_result_that_waits_for_its_reader_is_read_to_its_end() {
     const ROWS: usize = 60_000;
-    let config = "[sql]\ndeadline_ms = 3000\n".to_owned();
+    let config = "[sql]\ndeadline_ms = 6000\n".to_owned();
     let server = TestServer::with(Options { config, ..Options::default() }).await;
     let db = server.admin();
     db.sql("CREATE TABLE t (id INT PRIMARY KEY, text TEXT)").await;

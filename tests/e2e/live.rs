@@ -109,7 +109,7 @@ async fn a_stream_resumes_after_a_disconnect_and_after_a_restart() {
         live.disconnect();
         db.sql("INSERT INTO f VALUES (100, 'X', 50, NULL)").await;
         db.sql("UPDATE f SET delay = 60 WHERE id = 100").await;
-        db.sql("UPDATE f SET delay = 0 WHERE id = 1").await;
+        let last = seq(&db.sql("UPDATE f SET delay = 0 WHERE id = 1").await);
         match way {
             "stop" => assert!(server.sigterm().await.success()),
             "kill" => server.kill9(),
@@ -119,7 +119,7 @@ async fn a_stream_resumes_after_a_disconnect_and_after_a_restart() {
             server.restart().await;
         }
         live.reconnect().await;
-        let events = live.until_uptodate().await;
+        let events = live.until_seq(last).await;
         assert_eq!(events[0].name, "start");
         assert_ne!(events[0].data["from"], "snapshot", "{way}: a position the log still has is resumed");
         let names: Vec<&str> = events[1..].iter().map(|event| event.name.as_str()).collect();
@@ -169,12 +169,13 @@ async fn a_position_that_cannot_be_resumed_is_said() {
     // Too old: the log keeps 64 commits; it is trimmed in the background, so look until it has been.
     let mut rounds = 0;
     loop {
+        let mut last = 0;
         for _ in 0..100 {
-            db.sql("UPDATE f SET note = note || '.' WHERE id = 1").await;
+            last = seq(&db.sql("UPDATE f SET note = note || '.' WHERE id = 1").await);
         }
         live.fold = first.clone();
         live.reconnect().await;
-        live.until_uptodate().await;
+        live.until_seq(last).await;
         assert_eq!(live.fold.rows, due(&db, sql).await);
         if live.fold.resyncs > 0 {
             break;

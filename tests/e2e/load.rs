@@ -25,7 +25,7 @@ fn start(client: Client, sql: &'static str) -> JoinHandle<Result<serde_json::Val
     tokio::spawn(async move { client.try_sql(sql, json!([])).await })
 }
 
-/// Waits until a metric is in a range, with a bound.
+/// Waits until a metric is in a range, for less than [`ENDLESS`] takes until its deadline where nobody stops it.
 async fn until(client: &Client, metric: &str, range: RangeInclusive<f64>) {
     let there = async {
         while !range.contains(&client.metric(metric).await) {
@@ -64,7 +64,7 @@ async fn heavy_queries_take_turns_and_end_with_their_clients() {
 /// the last one waited for those before it, until its deadline.
 #[tokio::test]
 async fn a_request_does_not_wait_for_itself() {
-    let server = server("heavy_queries = 1\ndeadline_ms = 5000").await;
+    let server = server("heavy_queries = 1\ndeadline_ms = 15000").await;
     let db = server.admin();
     // More than one batch each.
     let sorted = "SELECT l.id FROM t l JOIN t r ON l.name = r.name ORDER BY l.id DESC LIMIT 20000";
@@ -142,7 +142,7 @@ const LARGE_SORT: &str = "SELECT n FROM (SELECT l.id * 100 + r.id AS n, lpad(CAS
 
 #[tokio::test]
 async fn what_does_not_fit_into_memory_goes_to_disk() {
-    let server = server("memory_bytes = \"64 MiB\"\nspill_bytes = \"1 GiB\"").await;
+    let server = server("memory_bytes = \"64 MiB\"\nspill_bytes = \"1 GiB\"\ndeadline_ms = 30000").await;
     let db = server.admin();
     let rows = db.rows(LARGE_SORT).await;
     let numbers: Vec<i64> = rows.as_array().unwrap().iter().map(|row| row[0].as_i64().unwrap()).collect();
@@ -152,7 +152,7 @@ async fn what_does_not_fit_into_memory_goes_to_disk() {
 
 #[tokio::test]
 async fn what_does_not_fit_onto_disk_either_is_refused_by_name() {
-    let server = server("memory_bytes = \"32 MiB\"\nspill_bytes = \"1 MiB\"").await;
+    let server = server("memory_bytes = \"32 MiB\"\nspill_bytes = \"1 MiB\"\ndeadline_ms = 30000").await;
     let db = server.admin();
     // The sort fails, and so does what holds the failure of one part in several places.
     for sql in [

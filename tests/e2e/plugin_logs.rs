@@ -7,23 +7,18 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tests::client::expect_problem;
+use tests::guest::{Guest, KEEP_ALL, filtering};
 use tests::live::seq;
 use tests::{Client, LiveQuery, PATIENCE, TestServer, server};
 
 use crate::command_line::{said, tidegate};
 
 /// Keeps every row and says so, once a call.
-const CHATTY: &str = r#"(module
-  (import "tidegate" "log" (func $log (param i32 i32 i32)))
-  (memory (export "memory") 1)
-  (data (i32.const 0) "looked at rows")
-  (func (export "tg_abi") (result i32) (i32.const 1))
-  (func (export "tg_window") (param $len i32) (result i32)
-    (i32.shl (memory.grow (i32.shr_u (i32.add (local.get $len) (i32.const 65535)) (i32.const 16))) (i32.const 16)))
-  (func (export "tg_configure") (param i32) (result i64) (i64.const 1))
-  (func (export "tg_filter") (param i32 i32) (param $n i32) (result i64)
-    (call $log (i32.const 1) (i32.const 0) (i32.const 14))
-    (i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))))"#;
+fn chatty(words: &str) -> Vec<u8> {
+    let log = "(call $log (i32.const 1) (i32.const 0) (i32.const 14))";
+    let fields = format!("(data (i32.const 0) \"{words}\") {}", filtering(&format!("{log} {KEEP_ALL}")));
+    Guest { fields: &fields, ..Guest::default() }.bytes()
+}
 
 async fn logs(db: &Client, query: &str) -> Value {
     let response = db.get(&format!("/v1/plugins/main/chatty/logs{query}")).send().await.unwrap();
@@ -82,7 +77,7 @@ async fn what_a_plugin_says_is_kept_and_followed() {
     let server = TestServer::start().await;
     let db = server.admin();
     db.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
-    db.put_plugin("chatty", CHATTY.into()).await;
+    db.put_plugin("chatty", chatty("looked at rows")).await;
     let silent = logs(&db, "").await;
     assert_eq!((lines(&silent), &silent["missed"]), (vec![], &json!(false)), "a trial is not told");
     let mut live = db.live(LiveQuery::new("SELECT id FROM t").plugin("chatty")).await;
@@ -143,7 +138,7 @@ async fn what_a_plugin_says_is_kept_and_followed() {
     tokio::time::timeout(PATIENCE, gone).await.expect("nobody uses it any more");
     assert_eq!(follower.lines.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected), "it ends");
     assert!(!follower.child.wait().unwrap().success());
-    db.put_plugin("chatty", CHATTY.into()).await;
+    db.put_plugin("chatty", chatty("looked at rows")).await;
     assert!(lines(&logs(&db, "").await).is_empty(), "one that is made again begins with nothing");
 }
 
@@ -153,8 +148,7 @@ async fn a_guest_cannot_forge_lines_or_steer_a_terminal() {
     let server = TestServer::start().await;
     let db = server.admin();
     db.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
-    let wat = CHATTY.replace("looked at rows", "ok\\0a\\1b[31mforged");
-    db.put_plugin("chatty", wat.into()).await;
+    db.put_plugin("chatty", chatty("ok\\0a\\1b[31mforged")).await;
     let mut live = db.live(LiveQuery::new("SELECT id FROM t").plugin("chatty")).await;
     live.until_seq(seq(&db.sql("INSERT INTO t VALUES (1)").await)).await;
     assert_eq!(lines(&logs(&db, "").await)[0]["message"], "ok\n\u{1b}[31mforged", "as it was said");
@@ -177,7 +171,7 @@ async fn lines_over_a_users_rows_are_for_that_user_and_a_restart_is_told() {
     let mut server = TestServer::start().await;
     let db = server.admin();
     db.sql("CREATE TABLE t (id INT PRIMARY KEY) WITH (type = 'user')").await;
-    db.put_plugin("chatty", CHATTY.into()).await;
+    db.put_plugin("chatty", chatty("looked at rows")).await;
     let alice = server.client("alice");
     let mut live = alice.live(LiveQuery::new("SELECT id FROM t").plugin("chatty")).await;
     live.until_uptodate().await;

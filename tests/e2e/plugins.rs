@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 use tests::client::expect_problem;
+use tests::guest::{Guest, KEEP_ALL, filter, filtering};
 use tests::live::seq;
 use tests::{Client, LiveQuery, TestServer, plugin};
 
@@ -19,30 +20,9 @@ async fn flights(server: &TestServer) -> Client {
     db
 }
 
-/// A filter in WebAssembly text with this body of `tg_filter`; `$n` is the number of rows, `$window` a global.
-pub fn guest(body: &str) -> Vec<u8> {
-    guest_with(1, body, "(i64.const 1)", "")
-}
-
-pub const KEEP_ALL: &str = "(i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))";
-
-fn guest_with(abi: u32, filter: &str, configure: &str, more: &str) -> Vec<u8> {
-    format!(
-        r#"(module
-  (import "tidegate" "fail" (func $fail (param i32 i32 i32)))
-  (memory (export "memory") 1)
-  (global $window (mut i32) (i32.const 0))
-  (@custom "tidegate" "{{\"plugin\":{{\"abi\":{abi}}}}}\n")
-  (func (export "tg_abi") (result i32) (i32.const {abi}))
-  (func (export "tg_window") (param $len i32) (result i32)
-    (global.set $window (i32.shl (memory.grow (i32.shr_u (i32.add (local.get $len) (i32.const 65535)) (i32.const 16))) (i32.const 16)))
-    (global.get $window))
-  (func (export "tg_configure") (param i32) (result i64) {configure})
-  (func (export "tg_release") (param i32))
-  (func (export "tg_filter") (param $handle i32) (param $descriptors i32) (param $n i32) (result i64) {filter})
-  {more})"#
-    )
-    .into_bytes()
+/// Keeps everything, and has this beside its filter.
+fn keeping(more: &str) -> Vec<u8> {
+    Guest { fields: &(filtering(KEEP_ALL) + more), ..Guest::default() }.bytes()
 }
 
 #[tokio::test]
@@ -207,18 +187,18 @@ async fn modules_that_cannot_be_plugins_are_refused_at_upload() {
         ("nothing", Vec::new()),
         ("a truncated module", whole[..whole.len() / 2].to_vec()),
         ("broken text", b"(module (func".to_vec()),
-        ("another ABI version", guest_with(2, KEEP_ALL, "(i64.const 1)", "")),
+        ("another ABI version", Guest { abi: 2, fields: &filtering(KEEP_ALL), ..Guest::default() }.bytes()),
         ("WASI", wasi.to_vec()),
         ("an empty module", b"(module)".to_vec()),
-        ("a start that never ends", guest_with(1, KEEP_ALL, "(i64.const 1)", "(func $s (loop $l (br $l))) (start $s)")),
-        ("a start that traps", guest_with(1, KEEP_ALL, "(i64.const 1)", "(func $s unreachable) (start $s)")),
-        ("a memory that is too large", guest_with(1, KEEP_ALL, "(i64.const 1)", "(memory $big 60000)")),
+        ("a start that never ends", keeping("(func $s (loop $l (br $l))) (start $s)")),
+        ("a start that traps", keeping("(func $s unreachable) (start $s)")),
+        ("a memory that is too large", keeping("(memory $big 60000)")),
     ] {
         let problem = expect_problem(db.put_plugin_request("bad", module), 422, "plugin_refused|plugin_failed").await;
         eprintln!("{what}: {}", problem["detail"]);
     }
     let problem = expect_problem(
-        db.put_plugin_request("bad", guest_with(2, KEEP_ALL, "(i64.const 1)", "")),
+        db.put_plugin_request("bad", Guest { abi: 2, fields: &filtering(KEEP_ALL), ..Guest::default() }.bytes()),
         422,
         "plugin_refused",
     )
@@ -237,7 +217,7 @@ async fn hostile(what: &str, body: &str, causes: &[&str]) {
     let db = flights(&server).await;
     db.sql("DELETE FROM flights").await;
     db.put_plugin("late", plugin("late.wasm")).await;
-    db.put_plugin("bad", guest(body)).await;
+    db.put_plugin("bad", filter(body)).await;
     let sql = "SELECT id, dep_delay FROM flights";
     let mut plain = db.live(sql).await;
     let mut good = db.live(LiveQuery::new(sql).plugin("late")).await;
@@ -268,7 +248,7 @@ async fn hostile(what: &str, body: &str, causes: &[&str]) {
     assert!(db.metric("tidegate_plugin_failures_total").await >= 1.0);
 
     // Another version, and the stream goes on with nothing lost.
-    db.put_plugin("bad", guest(KEEP_ALL)).await;
+    db.put_plugin("bad", filter(KEEP_ALL)).await;
     loop {
         let event = bad.next_event().await;
         if event.name == "uptodate" && bad.fold.rows.len() == 2 {
@@ -333,7 +313,7 @@ async fn a_guest_that_wants_all_memory() {
     let server = TestServer::start().await;
     let db = flights(&server).await;
     let body = format!("(loop $l (br_if $l (i32.ne (memory.grow (i32.const 16)) (i32.const -1)))) {KEEP_ALL}");
-    db.put_plugin("greedy", guest(&body)).await;
+    db.put_plugin("greedy", filter(&body)).await;
     let mut live = db.live(LiveQuery::new("SELECT id FROM flights").plugin("greedy")).await;
     live.until_uptodate().await;
     let answer = db.sql("INSERT INTO flights VALUES (10, 'UA', 1, 'A', 'B', 1, 1)").await;
@@ -346,21 +326,15 @@ async fn a_guest_that_wants_all_memory() {
 async fn a_transform_with_a_lying_pointer() {
     let server = TestServer::start().await;
     let db = flights(&server).await;
-    let liar = r#"(module
-  (memory (export "memory") 1)
-  (global $window (mut i32) (i32.const 0))
-  (@custom "tidegate" "{\"plugin\":{\"abi\":1}}\n")
-  ;; The output schema: one column "x", id 0, BIGINT.
-  (data (i32.const 16) "\00\00\00\00")
-  (func (export "tg_abi") (result i32) (i32.const 1))
-  (func (export "tg_window") (param $len i32) (result i32)
-    (global.set $window (i32.shl (memory.grow (i32.shr_u (i32.add (local.get $len) (i32.const 65535)) (i32.const 16))) (i32.const 16)))
-    (global.get $window))
-  (func (export "tg_configure") (param i32) (result i64) (i64.const 0xfffffff000000001))
-  (func (export "tg_release") (param i32))
-  (func (export "tg_transform") (param i32 i32 i32) (result i64) (i64.const 0x00001000fffffff0)))"#;
+    let liar = Guest {
+        configure: "(return (i64.const 0xfffffff000000001))",
+        // The output schema: one column "x", id 0, BIGINT.
+        fields: r#"(data (i32.const 16) "\00\00\00\00")
+  (func (export "tg_transform") (param i32 i32 i32) (result i64) (i64.const 0x00001000fffffff0))"#,
+        ..Guest::default()
+    };
     // Refused as early as the lie shows: at upload, when it is configured, or at its first answer.
-    if db.try_put_plugin("liar", liar.as_bytes().to_vec()).await.is_ok() {
+    if db.try_put_plugin("liar", liar.bytes()).await.is_ok() {
         let response = LiveQuery::new("SELECT id FROM flights").plugin("liar").request(&db, None).send().await.unwrap();
         assert!(matches!(response.status().as_u16(), 400 | 422), "{}", response.status());
     }
@@ -371,16 +345,16 @@ async fn a_transform_with_a_lying_pointer() {
 async fn another_version_of_a_plugin_resyncs_its_streams() {
     let server = TestServer::start().await;
     let db = flights(&server).await;
-    db.put_plugin("p", guest("(i64.const 0)")).await;
+    db.put_plugin("p", filter("(i64.const 0)")).await;
     let mut live = db.live(LiveQuery::new("SELECT id FROM flights").plugin("p")).await;
     let mut pinned = db.live(LiveQuery::new("SELECT id FROM flights").plugin("p@1")).await;
     live.until_uptodate().await;
     pinned.until_uptodate().await;
     assert!(live.fold.rows.is_empty());
 
-    let same = db.put_plugin("p", guest("(i64.const 0)")).await;
+    let same = db.put_plugin("p", filter("(i64.const 0)")).await;
     assert_eq!(same["version"], 1, "the same bytes are the same version");
-    let other = db.put_plugin("p", guest(KEEP_ALL)).await;
+    let other = db.put_plugin("p", filter(KEEP_ALL)).await;
     assert_eq!(other["version"], 2);
     while live.fold.resyncs == 0 {
         live.next_event().await;
@@ -397,7 +371,7 @@ async fn plugins_are_listed_and_deleted_and_live_on_disk() {
     let mut server = TestServer::start().await;
     let db = flights(&server).await;
     db.put_plugin("late", plugin("late.wasm")).await;
-    db.put_plugin("main/other", guest(KEEP_ALL)).await;
+    db.put_plugin("main/other", filter(KEEP_ALL)).await;
     server.kill9();
     server.restart().await;
 

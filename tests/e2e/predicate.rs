@@ -13,7 +13,9 @@ use rand::{Rng, SeedableRng};
 use reqwest::Method;
 use reqwest::header::CONTENT_TYPE;
 use serde_json::Value;
-use tests::{Client, Event, Live, LiveQuery, PATIENCE, TestServer, optional_plugin, plugin};
+use tests::{
+    Client, Event, Live, LiveQuery, Options, PATIENCE, PATIENT_WITH_PLUGINS, TestServer, optional_plugin, plugin,
+};
 
 use crate::command_line::{said, tidegate};
 
@@ -232,7 +234,8 @@ fn with_manifest(server: &TestServer, folder: &Path, module: &[u8]) -> Vec<u8> {
 async fn one_predicate_gives_one_stream_over_many_changes() {
     let due = tests::amount("CHANGES", 20_000, 1_000_000);
     let seed = tests::seed();
-    let server = TestServer::start().await;
+    let config = PATIENT_WITH_PLUGINS.to_owned();
+    let server = TestServer::with(Options { config, ..Options::default() }).await;
     let db = server.admin();
     db.sql(TABLE).await;
     let sql = format!("SELECT {COLUMNS} FROM flights WHERE dep_delay >= 15");

@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 use tests::fold::{State, canonical};
+use tests::guest::{KEEP_ALL, filter};
 use tests::live::seq;
-use tests::{Client, Live, LiveQuery, Options, TestServer, plugin};
+use tests::{Client, Live, LiveQuery, Options, PATIENT_WITH_PLUGINS, TestServer, plugin};
 
 use crate::failures::{TELL, errors, replay, sour};
 use crate::oracle::{delay, local_units};
-use crate::plugins::{KEEP_ALL, guest};
 
 const COLUMNS: &str =
     "id BIGINT PRIMARY KEY, carrier TEXT NOT NULL, flight INT, origin TEXT, dest TEXT, distance INT, dep_delay DOUBLE";
@@ -15,7 +15,8 @@ const COLUMNS: &str =
 async fn server() -> (TestServer, Client) {
     // Short, so that the tests do not wait for the coalescing that they do not test.
     let live = "requery_interval_ms = 20".to_owned();
-    let server = TestServer::with(Options { live, ..Options::default() }).await;
+    let config = PATIENT_WITH_PLUGINS.to_owned();
+    let server = TestServer::with(Options { live, config, ..Options::default() }).await;
     let db = server.admin();
     (server, db)
 }
@@ -296,7 +297,7 @@ async fn a_plugin_that_fails_on_a_result_stops_its_streams_until_it_is_mended() 
 async fn another_version_resyncs_and_a_pinned_stream_keeps_its_own() {
     let (_server, db) = server().await;
     flights(&db).await;
-    db.put_plugin("p", guest("(i64.const 0)")).await;
+    db.put_plugin("p", filter("(i64.const 0)")).await;
     // A result of one row, whose key has no parts.
     let sql = "SELECT count(*) AS n FROM flights";
     let mut live = db.live(LiveQuery::new(sql).plugin("p")).await;
@@ -304,7 +305,7 @@ async fn another_version_resyncs_and_a_pinned_stream_keeps_its_own() {
     live.until_uptodate().await;
     pinned.until_uptodate().await;
     assert!(live.fold.rows.is_empty() && pinned.fold.rows.is_empty());
-    db.put_plugin("p", guest(KEEP_ALL)).await;
+    db.put_plugin("p", filter(KEEP_ALL)).await;
     assert_eq!(until_resync(&mut live).await, ["plugin"]);
     assert_eq!(live.fold.rows.values().collect::<Vec<_>>(), [&json!({"n": 3})]);
     let last = seq(&db.sql("INSERT INTO flights (id, carrier) VALUES (10, 'UA')").await);
@@ -315,7 +316,7 @@ async fn another_version_resyncs_and_a_pinned_stream_keeps_its_own() {
 
     // While nobody looked: the same.
     live.disconnect();
-    db.put_plugin("p", guest("(i64.and (i64.const 1) (i64.const 2))")).await;
+    db.put_plugin("p", filter("(i64.and (i64.const 1) (i64.const 2))")).await;
     live.reconnect().await;
     let events = live.until_uptodate().await;
     assert!(events.iter().any(|event| event.name == "resync" && event.data["reason"] == "plugin"), "{events:?}");

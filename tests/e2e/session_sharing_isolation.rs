@@ -3,7 +3,7 @@
 use futures::future::join_all;
 use reqwest::Method;
 use serde_json::{Value, json};
-use tests::{Client, LiveQuery, TestServer};
+use tests::{Client, LiveQuery, Options, TestServer};
 
 /// Rows of each user in the tests below; each says whose it is.
 const ROWS: usize = 20;
@@ -164,7 +164,7 @@ async fn high_concurrency_session_sharing() {
         (0..USERS).map(|n| format!("[[tokens]]\ntoken = \"{}\"\nuser = \"user{n}\"\nrole = \"user\"\n", token(n)));
     // On a busy machine the last of them waits for many others.
     let config = tokens.chain(["[sql]\ndeadline_ms = 30000\n".to_owned()]).collect();
-    let options = tests::Options { config, ..tests::Options::default() };
+    let options = Options { config, ..Options::default() };
     let server = TestServer::with(options).await;
     server.admin().sql("CREATE TABLE notes (id INT PRIMARY KEY, text TEXT) WITH (type = 'user')").await;
     let users = (0..USERS).map(|user| {
@@ -190,7 +190,9 @@ async fn high_concurrency_session_sharing() {
 /// A thousand queries, as many texts as users, and neither contexts nor kept plans grow with them.
 #[tokio::test]
 async fn no_session_proliferation() {
-    let server = TestServer::start().await;
+    // They come all at once and wait for each other.
+    let config = "[sql]\ndeadline_ms = 30000\n".to_owned();
+    let server = TestServer::with(Options { config, ..Options::default() }).await;
     let clients = tables(&server, &["alice", "bob", "al"]).await;
     let admin = server.admin();
     let planned = || async { admin.metric("tidegate_plan_cache_misses_total").await };

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use reqwest::Method;
 use serde_json::{Value, json};
 use sqllogictest::{ColumnType, DB, DBOutput, Runner, strict_column_validator};
-use tests::{Client, PATIENCE, TestServer};
+use tests::{Client, Options, PATIENCE, TestServer};
 use tokio::runtime::Handle;
 
 /// Fewer would mean that files are not where this looks.
@@ -110,7 +110,9 @@ fn scripts() -> BTreeMap<String, PathBuf> {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_script_gives_its_answers() {
     let only = std::env::var("SLT").ok();
-    let server = TestServer::start().await;
+    // All scripts at once.
+    let config = "[sql]\ndeadline_ms = 30000\n".to_owned();
+    let server = TestServer::with(Options { config, ..Options::default() }).await;
     let mut running = Vec::new();
     for (name, path) in scripts() {
         if only.as_ref().is_some_and(|only| !name.contains(only)) {

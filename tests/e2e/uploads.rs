@@ -5,29 +5,12 @@ use std::path::PathBuf;
 use reqwest::Method;
 use serde_json::{Value, json};
 use tests::client::expect_problem;
-use tests::{Client, LiveQuery, TestServer, plugin};
+use tests::guest::{Guest, KEEP_ALL, filter, filtering};
+use tests::{Client, LiveQuery, PATIENCE, TestServer, plugin};
 
-/// A filter in WebAssembly text that keeps rows or not.
+/// Keeps rows or not.
 fn constant(keep: bool) -> Vec<u8> {
-    let bits = if keep {
-        "(i64.shr_u (i64.const -1) (i64.sub (i64.const 64) (i64.extend_i32_u (local.get $n))))"
-    } else {
-        "(i64.const 0)"
-    };
-    with(&format!("(func (export \"tg_filter\") (param i32 i32) (param $n i32) (result i64) {bits})"))
-}
-
-fn with(body: &str) -> Vec<u8> {
-    format!(
-        r#"(module
-  (memory (export "memory") 1)
-  (func (export "tg_abi") (result i32) (i32.const 1))
-  (func (export "tg_window") (param $len i32) (result i32)
-    (i32.shl (memory.grow (i32.shr_u (i32.add (local.get $len) (i32.const 65535)) (i32.const 16))) (i32.const 16)))
-  (func (export "tg_configure") (param i32) (result i64) (i64.const 1))
-  {body})"#
-    )
-    .into_bytes()
+    filter(if keep { KEEP_ALL } else { "(i64.const 0)" })
 }
 
 async fn act(db: &Client, path: &str, body: Value) -> (u16, Value) {
@@ -42,7 +25,7 @@ async fn rollbacks_go_further_back_and_never_to_what_they_left() {
     let db = server.admin();
     let module = |count: usize| {
         let more = "(drop (i32.const 1))".repeat(count);
-        with(&format!("(func (export \"tg_filter\") (param i32 i32 i32) (result i64) {more} (i64.const 0))"))
+        filter(&format!("{more} (i64.const 0)"))
     };
     let mut hashes = Vec::new();
     for count in 1..=3 {
@@ -165,7 +148,7 @@ async fn a_plugin_is_tried_on_rows_and_nothing_is_stored() {
         assert_eq!(found, status, "{path} {body}: {answer}");
         assert!(answer["detail"].as_str().unwrap().contains(named), "{path} {body}: {answer}");
     }
-    db.put_plugin("sour", with("(func (export \"tg_filter\") (param i32 i32 i32) (result i64) unreachable)")).await;
+    db.put_plugin("sour", filter("unreachable")).await;
     for _ in 0..3 {
         let (_, answer) = act(&db, "sour/try", json!({"rows": [{}, {}, {}]})).await;
         assert_eq!(answer["results"][2]["error"]["cause"], "trap", "a trial makes no plugin rest: {answer}");
@@ -201,7 +184,7 @@ async fn compiled_code_is_kept_and_touched_code_is_never_loaded() {
     touched[middle] ^= 1;
     std::fs::write(file, &touched).unwrap();
     works(&mut server).await;
-    assert!(server.output().contains("is not as this server wrote it"), "{}", server.output());
+    server.until_said("is not as this server wrote it").await;
     assert_ne!(std::fs::read(file).unwrap(), touched, "it was compiled again");
 
     // A server with another key believes none of it.
@@ -214,10 +197,14 @@ async fn compiled_code_is_kept_and_touched_code_is_never_loaded() {
     let client = other.admin();
     client.sql("CREATE TABLE t (id INT PRIMARY KEY, dep_delay INT)").await;
     client.live(LiveQuery::new("SELECT id FROM t").plugin("late")).await.until_uptodate().await;
-    assert!(other.output().contains("is not as this server wrote it"), "{}", other.output());
+    other.until_said("is not as this server wrote it").await;
 
     // A module that is gone takes its code with it, at the next start.
-    db.request(Method::DELETE, "/v1/plugins/late").send().await.unwrap().error_for_status().unwrap();
+    let deleted = async {
+        // In use until the server has seen that the stream's client has gone.
+        while db.request(Method::DELETE, "/v1/plugins/late").send().await.unwrap().error_for_status().is_err() {}
+    };
+    tokio::time::timeout(PATIENCE, deleted).await.expect("nobody uses it any more");
     server.kill9();
     server.restart().await;
     assert!(files().is_empty());
@@ -270,8 +257,7 @@ async fn a_module_that_takes_too_long_to_compile_is_ended() {
     let body = "(local.set 0 (i32.mul (local.get 0) (i32.add (local.get 1) (i32.const 7)))) (if (local.get 0) (then (local.set 1 (local.get 0))))".repeat(300);
     let functions: String =
         (0..100).map(|_| format!("(func (param i32 i32) (result i32) {body} (local.get 1))")).collect();
-    let bomb =
-        with(&format!("{functions} (func (export \"tg_filter\") (param i32 i32 i32) (result i64) (i64.const 0))"));
+    let bomb = Guest { fields: &(functions + &filtering("(i64.const 0)")), ..Guest::default() }.bytes();
     let problem = expect_problem(db.put_plugin_request("bomb", bomb), 422, "plugin_refused").await;
     let detail = problem["detail"].as_str().unwrap();
     assert!(detail.contains("compile") || detail.contains("limit"), "{detail}");

@@ -16,14 +16,15 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use reqwest::Method;
 use serde_json::{Value, json};
+use tests::guest::Guest;
 use tests::live::seq;
-use tests::{Client, Event, Live, LiveQuery, Options, PATIENCE, TestServer};
+use tests::{Client, Event, Live, LiveQuery, Options, PATIENCE, PATIENT_WITH_PLUGINS, TestServer};
 use tokio::sync::Mutex;
 
 const SWITCHES: usize = 50;
 const CHANGES: usize = 20_000;
 /// All of it on a busy machine; reading goes on for ever where a change never comes.
-const LONGEST: Duration = Duration::from_secs(240);
+const LONGEST: Duration = Duration::from_secs(600);
 /// Key of the row that is written last.
 const END: i64 = -1;
 
@@ -41,18 +42,8 @@ fn stamping(kind: &str, stamp: i64) -> Vec<u8> {
     let one =
         if count > 0 { "(i32.store offset=4096 (i32.shl (local.get $i) (i32.const 2)) (i32.const 1))" } else { "" };
     let (heads, all) = (count + 16, count + 16 + 20);
-    format!(
-        r#"(module
-  (memory (export "memory") 1)
-  (global $window (mut i32) (i32.const 0))
-  (@custom "tidegate" "{{\"plugin\":{{\"abi\":1,\"kind\":\"{kind}\"}}}}\n")
-  ;; The output schema: stamp BIGINT, v BIGINT.
-  (data (i32.const 64) "\13\00\00\00\02\00\00\05stamp\03\00\00\01\00\01v\03\00\00")
-  (func (export "tg_abi") (result i32) (i32.const 1))
-  (func (export "tg_window") (param $len i32) (result i32)
-    (global.set $window (i32.shl (memory.grow (i32.shr_u (i32.add (local.get $len) (i32.const 65535)) (i32.const 16))) (i32.const 16)))
-    (global.get $window))
-  (func (export "tg_configure") (param i32) (result i64) (i64.const 0x4000000001))
+    let transform = format!(
+        r#"(data (i32.const 64) "\13\00\00\00\02\00\00\05stamp\03\00\00\01\00\01v\03\00\00")
   (func (export "tg_transform") (param $handle i32) (param $d i32) (param $n i32) (result i64)
     (local $i i32) (local $in i32) (local $head i32) (local $image i32)
     (loop $each
@@ -71,9 +62,16 @@ fn stamping(kind: &str, stamp: i64) -> Vec<u8> {
       (i64.store offset=4107 (local.get $image) (i64.load offset=8 (i32.add (global.get $window) {slots})))
       (i32.store8 offset=4115 (local.get $image) (i32.const 0))
       (br_if $each (i32.lt_u (local.tee $i (i32.add (local.get $i) (i32.const 1))) (local.get $n))))
-    (i64.or (i64.const 4096) (i64.shl (i64.extend_i32_u (i32.mul (local.get $n) (i32.const {all}))) (i64.const 32)))))"#
-    )
-    .into_bytes()
+    (i64.or (i64.const 4096) (i64.shl (i64.extend_i32_u (i32.mul (local.get $n) (i32.const {all}))) (i64.const 32))))"#
+    );
+    Guest {
+        plugin: &format!(",\"kind\":\"{kind}\""),
+        // The output schema: stamp BIGINT, v BIGINT.
+        configure: "(return (i64.const 0x4000000001))",
+        fields: &transform,
+        ..Guest::default()
+    }
+    .bytes()
 }
 
 /// The versions of one plugin. Locked while another is on its way, so that whoever hears of it finds it here.
@@ -377,7 +375,8 @@ async fn versions_change_while_changes_flow() {
 }
 
 async fn run(mut random: StdRng) {
-    let server = TestServer::with(Options { heartbeat_ms: 50, ..Options::default() }).await;
+    let config = PATIENT_WITH_PLUGINS.to_owned();
+    let server = TestServer::with(Options { heartbeat_ms: 50, config, ..Options::default() }).await;
     let db = server.admin();
     db.sql("CREATE TABLE t (id BIGINT PRIMARY KEY, v BIGINT NOT NULL)").await;
     let [feed, map] =

@@ -168,6 +168,17 @@ impl TestServer {
         self.process.as_ref().expect("a running server").output.text()
     }
 
+    /// Waits until it has printed these words: what it writes is read by a thread of its own, a moment later.
+    pub async fn until_said(&self, words: &str) {
+        let said = async {
+            while !self.output().contains(words) {
+                tokio::task::yield_now().await;
+            }
+        };
+        let waited = tokio::time::timeout(crate::PATIENCE, said).await;
+        waited.unwrap_or_else(|_| panic!("the server never said {words:?}: {}", self.output()));
+    }
+
     /// The command that starts this server, for tests that start another beside it.
     pub fn command(&self) -> Command {
         self.command_at("127.0.0.1:0")

@@ -192,7 +192,8 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_goes_on_is_served() {
         let (ours, mut theirs) = tokio::io::duplex(16);
-        let mut ours = Stalling::new(ours, LIMIT, Counter::default());
+        // Longer than the machine forgets a reader.
+        let mut ours = Stalling::new(ours, Duration::from_secs(60), Counter::default());
         let reader = tokio::spawn(async move {
             let mut all = Vec::new();
             theirs.read_to_end(&mut all).await.map(|_| all.len())

@@ -918,8 +918,8 @@ async fn the_functions_of_a_live_query_have_to_end() {
     let error = plan.matches(&rows).unwrap_err().to_string();
     let took = crate::telemetry::thread_cpu() - before;
     assert!(error.contains("took longer than 1s of CPU time"), "{error}");
-    // The limit, and the call that was under way.
-    assert!(took < Duration::from_secs(6), "{took:?}");
+    // The limit, and the call that was under way. All of them would take a minute.
+    assert!(took < Duration::from_secs(20), "{took:?}");
 }
 
 /// It made two rows of one, without a word.

@@ -198,7 +198,7 @@ fn kinds_follow_each_other() {
 
 #[test]
 fn what_fails_is_skipped_passed_or_stops_and_is_remembered() {
-    let fixture = Fixture::new(options());
+    let fixture = Fixture::new(PluginOptions { batch_time: Duration::from_secs(1), ..options() });
     let changes = commit(&[(Some(1), Some(9)), (None, Some(13)), (Some(1), Some(8)), (Some(2), Some(13))]);
     let fault = |index, passed| UnitFault { index, stage: 0, cause: FaultCause::Trap, message: String::new(), passed };
     for (on_error, min, kept) in [(OnError::Skip, 1, vec![0, 2]), (OnError::Pass, 2, vec![0, 1, 2, 3])] {

@@ -137,9 +137,10 @@ fn an_index_is_built_while_others_write() {
     }
     let building = in_state(&index(2, &[1], false), IndexState::Building);
     let table = with_indexes(&store, &table, vec![building.clone()]);
-    let done = Arc::new(AtomicBool::new(false));
+    let (done, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let writer = {
-        let (store, table, users, done) = (store.clone(), table.clone(), users.clone(), done.clone());
+        let (store, table, users) = (store.clone(), table.clone(), users.clone());
+        let (done, begun) = (done.clone(), begun.clone());
         std::thread::spawn(move || {
             let mut written = 0i64;
             while !done.load(Ordering::Acquire) {
@@ -149,14 +150,17 @@ fn an_index_is_built_while_others_write() {
                 let writes = ids.into_iter().map(|id| write(&snapshot, &table, scope, id, text)).collect();
                 commit(&store, snapshot.seq(), writes).unwrap();
                 written += 1;
+                begun.store(true, Ordering::Release);
             }
-            written
         })
     };
+    while !begun.load(Ordering::Acquire) {
+        std::thread::yield_now();
+    }
     store.fill_index(TableId(1), IndexId(2), &never).unwrap();
     store.verify_index(TableId(1), IndexId(2), &never).unwrap();
     done.store(true, Ordering::Release);
-    assert!(writer.join().unwrap() > 0);
+    writer.join().unwrap();
     let table = with_indexes(&store, &table, vec![in_state(&building, IndexState::Ready)]);
     let snapshot = store.snapshot();
     assert_eq!(stored(&snapshot, &table, &table.indexes[0]), expected(&snapshot, &table, &table.indexes[0]));
