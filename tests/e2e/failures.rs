@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tests::client::expect_problem;
 use tests::guest::{Guest, KEEP_ALL, filtering};
 use tests::live::seq;
-use tests::{Client, LiveQuery, TestServer, plugin};
+use tests::{Client, LiveQuery, Options, TestServer, plugin};
 
 use crate::command_line::{said, tidegate};
 
@@ -17,6 +17,10 @@ async fn table(server: &TestServer) -> Client {
 
 /// A row filter in WebAssembly text that keeps every row but fails by `fault` on those whose `v` is below 0.
 pub fn sour(fault: &str, pass: bool) -> Vec<u8> {
+    sour_with(fault, &format!(",\"pass\":{pass}"), "")
+}
+
+fn sour_with(fault: &str, plugin: &str, lines: &str) -> Vec<u8> {
     let filter = filtering(&format!(
         r#"(local $i i32)
     (loop $row
@@ -28,8 +32,8 @@ pub fn sour(fault: &str, pass: bool) -> Vec<u8> {
     {KEEP_ALL}"#
     ));
     Guest {
-        plugin: &format!(",\"pass\":{pass}"),
-        lines: "{\"column\":{\"name\":\"v\",\"type\":\"int\"}}\n",
+        plugin,
+        lines: &format!("{{\"column\":{{\"name\":\"v\",\"type\":\"int\"}}}}\n{lines}"),
         fields: &format!("(data (i32.const 0) \"below zero\") {filter}"),
         ..Guest::default()
     }
@@ -224,6 +228,42 @@ async fn a_plugin_that_keeps_failing_rests_and_loses_nothing() {
         }
     }
     assert_eq!((live.fold.rows.len(), live.fold.resyncs), (1, 0));
+}
+
+/// Under each of its parameters a plugin that never ends had its own failures to make before it rested, and whoever shared
+/// its worker waited for all of them.
+#[tokio::test]
+async fn endless_loops_leave_the_worker_to_others() {
+    const SETS: usize = 40;
+    const ROWS: usize = 20;
+    const NUMBER: &str = "{\"param\":{\"name\":\"n\",\"type\":\"int\"}}\n";
+    let config = "[plugins]\nworkers = 1\n".to_owned();
+    let server = TestServer::with(Options { config, ..Options::default() }).await;
+    let db = table(&server).await;
+    db.put_plugin("endless", sour_with("(loop $l (br $l))", "", NUMBER)).await;
+    let mut streams = Vec::new();
+    for n in 0..SETS {
+        let query = LiveQuery::new("SELECT id FROM t").plugin(&format!("endless:{{\"n\":{n}}}"));
+        let mut live = db.live(query.option("on_error", "skip")).await;
+        live.until_uptodate().await;
+        streams.push(live);
+    }
+    let mut plain = db.live("SELECT id FROM t").await;
+    plain.until_uptodate().await;
+    let rows: Vec<String> = (0..ROWS).map(|id| format!("({id}, -1)")).collect();
+    db.sql(&format!("INSERT INTO t VALUES {}", rows.join(", "))).await;
+    let last = seq(&db.sql("INSERT INTO t VALUES (100, 1)").await);
+    plain.until_seq(last).await;
+    let failures = db.metric("tidegate_plugin_failures_total").await;
+    assert!(failures < (SETS * ROWS / 4) as f64, "{failures} calls were lost before the others had their turn");
+    // They wait, and nothing of theirs is lost.
+    db.put_plugin("endless", sour_with("(call $fail (i32.const -1) (i32.const 0) (i32.const 10))", "", NUMBER)).await;
+    db.sql("DELETE FROM t WHERE v < 0").await;
+    let last = seq(&db.sql("INSERT INTO t VALUES (101, 1)").await);
+    for live in &mut streams {
+        live.until_seq(last).await;
+        assert_eq!(live.fold.rows.keys().collect::<Vec<_>>(), [r#"{"id":100}"#, r#"{"id":101}"#]);
+    }
 }
 
 /// That a row is known to fail does not say that it is noted: a stream may have stopped at it, or skipped it in another

@@ -83,6 +83,8 @@ pub struct Guest {
     /// The first failure that the guest told: a row of the batch or the whole call.
     pub failed: Option<(Option<usize>, String)>,
     pub metrics: Vec<(String, f64)>,
+    /// How long the last call took.
+    pub took: Duration,
 }
 
 impl Guest {
@@ -101,6 +103,7 @@ impl Guest {
             memory_refused: false,
             failed: None,
             metrics: Vec::new(),
+            took: Duration::ZERO,
         }
     }
 

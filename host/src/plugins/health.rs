@@ -1,12 +1,14 @@
 //! What is known of a module's failures: rows that failed are remembered until the version changes, so that they are
-//! not tried again and again; and parameter sets that keep losing instances rest for a while.
+//! not tried again and again; and parameter sets that keep losing instances rest for a while. [`Waste`] is a worker's: what
+//! calls that came to nothing took of its time. Over its share, the modules that took it rest on that worker, with all
+//! their parameter sets: each set would have five failures of its own, and everybody else on that worker waits for them.
 //!
 //! One [`Health`] per compiled module, shared by all workers. Plugins are pure, so a row that failed once fails always:
 //! remembering it changes no result, only what it costs. Resting does not change a result either: a live query whose
 //! plugin rests stops where it is and goes on from there.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,12 @@ const SPAN: Duration = Duration::from_secs(60);
 /// The first rest; each one that follows without a quiet span in between is twice as long.
 const FIRST_REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(60);
+
+/// The part of a worker's time that calls which come to nothing may take: one in so many, and so much at once.
+const WASTE_SHARE: u32 = 5;
+const WASTE: Duration = Duration::from_millis(200);
+/// Less is not worth a look at the clock: a trap, a row that the guest refuses.
+const WASTED: Duration = Duration::from_millis(1);
 
 /// Failures remembered per module: about 1 MiB with messages. Beyond it the oldest is forgotten and costs its call again.
 const REMEMBERED: usize = 4096;
@@ -52,8 +60,8 @@ pub struct Health {
     inner: Mutex<Inner>,
     /// How many failures are remembered: with none, nobody computes a unit's key.
     remembered: AtomicUsize,
-    /// How many parameter sets have failures.
-    sets: AtomicUsize,
+    /// Whether any parameter set has failures, or any time was wasted.
+    ails: AtomicBool,
 }
 
 #[derive(Default)]
@@ -61,6 +69,8 @@ struct Inner {
     known: HashMap<UnitKey, Known>,
     order: VecDeque<UnitKey>,
     breakers: HashMap<Set, Breaker>,
+    /// When time was wasted on it for the last time.
+    wasted: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -102,12 +112,22 @@ impl Health {
         if inner.breakers.len() < SETS || inner.breakers.contains_key(&set) {
             inner.breakers.entry(set).or_default().failed(now);
         }
-        self.sets.store(inner.breakers.len(), Ordering::Release);
+        self.ails.store(true, Ordering::Release);
     }
 
-    /// Only then can a parameter set rest: everybody else is spared the lock and the clock.
-    pub fn has_lost_instances(&self) -> bool {
-        self.sets.load(Ordering::Acquire) > 0
+    /// A call came to nothing that took so much of a worker's time.
+    pub fn wasted(&self, took: Duration, waste: &mut Waste, now: Instant) {
+        if took < WASTED {
+            return;
+        }
+        waste.add(took, now);
+        self.inner().wasted = Some(now);
+        self.ails.store(true, Ordering::Release);
+    }
+
+    /// Only then can anything rest: everybody else is spared the lock and the clock.
+    pub fn ails(&self) -> bool {
+        self.ails.load(Ordering::Acquire)
     }
 
     /// How much longer the parameter set is not to be called.
@@ -115,8 +135,38 @@ impl Health {
         self.inner().breakers.get(set)?.rests(now)
     }
 
+    /// How much longer no parameter set is to be called on a worker, where this module is one of those to blame.
+    pub fn rests_all(&self, waste: &Waste, now: Instant) -> Option<Duration> {
+        let rest = waste.rest(now)?;
+        self.inner().wasted.is_some_and(|wasted| now - wasted < SPAN).then_some(rest)
+    }
+
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What calls that came to nothing have taken of a worker's time, less its share since.
+#[derive(Debug, Default)]
+pub struct Waste {
+    level: Duration,
+    at: Option<Instant>,
+}
+
+impl Waste {
+    fn add(&mut self, took: Duration, now: Instant) {
+        (self.level, self.at) = (self.level(now) + took, Some(now));
+    }
+
+    fn level(&self, now: Instant) -> Duration {
+        let since = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        self.level.saturating_sub(since / WASTE_SHARE)
+    }
+
+    /// Over the limit: until it is so no more, and at least for a first rest.
+    fn rest(&self, now: Instant) -> Option<Duration> {
+        let over = self.level(now).checked_sub(WASTE)?;
+        Some((over * WASTE_SHARE).clamp(FIRST_REST, LONGEST_REST))
     }
 }
 
@@ -180,6 +230,39 @@ mod tests {
         // Two quiet minutes, and it starts afresh.
         health.lost_instance(set(1, None), start + secs(320.0));
         assert_eq!(rests(320.0), None);
+    }
+
+    #[test]
+    fn what_wastes_a_workers_time_rests_with_all_its_parameters() {
+        let (health, innocent, start) = (Health::default(), Health::default(), Instant::now());
+        let mut waste = Waste::default();
+        let at = |millis: u64| start + Duration::from_millis(millis);
+        let millis = Duration::from_millis;
+        assert!(!health.ails());
+        for _ in 0..9 {
+            health.wasted(millis(20), &mut waste, start);
+            // What ends at once takes nothing away.
+            health.wasted(Duration::from_micros(500), &mut waste, start);
+        }
+        assert!(health.ails());
+        assert_eq!(health.rests_all(&waste, start), None, "180 ms of 200");
+        health.wasted(millis(20), &mut waste, start);
+        assert_eq!(health.rests_all(&waste, start), Some(FIRST_REST));
+        assert_eq!(innocent.rests_all(&waste, start), None, "who has wasted nothing goes on");
+        assert_eq!(health.rests_all(&Waste::default(), start), None, "on another worker, too");
+        // A fifth of the time comes back: 100 ms in half a second.
+        assert_eq!(health.rests_all(&waste, at(500)), None);
+        health.wasted(millis(100), &mut waste, at(500));
+        assert_eq!(health.rests_all(&waste, at(500)), Some(FIRST_REST));
+        health.wasted(millis(1_000), &mut waste, at(500));
+        assert_eq!(health.rests_all(&waste, at(500)), Some(millis(5_000)));
+        assert_eq!(health.rests_all(&waste, at(3_500)), Some(millis(2_000)));
+        assert_eq!(health.rests_all(&waste, at(5_600)), None);
+        // Long ago it was to blame, and what is wasted now is another's.
+        let mut another = Waste::default();
+        innocent.wasted(millis(1_000), &mut another, at(100_000));
+        assert_eq!(health.rests_all(&another, at(100_000)), None);
+        assert!(innocent.rests_all(&another, at(100_000)).is_some());
     }
 
     #[test]

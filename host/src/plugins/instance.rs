@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
 
@@ -16,6 +16,7 @@ use wire::image::ImageAt;
 use super::abi::Made;
 use super::engine::Compiled;
 use super::guest::{self, Budget, Guest, Misuse, OutOfTime};
+use super::health::Waste;
 use super::logs::Speaker;
 use super::meters::Meter;
 use super::registry::Shared;
@@ -42,6 +43,8 @@ pub struct CallFault {
     pub unplaced: bool,
     /// The row of the batch, where the guest named one.
     pub row: Option<usize>,
+    /// How long the call took, by the clock on the wall; zero where none failed.
+    pub took: Duration,
     /// One line: parts of it are the guest's own words, and it goes to logs and terminals.
     pub message: String,
 }
@@ -54,7 +57,7 @@ impl CallFault {
     /// A fault that this guest, in this call, told of one row.
     pub fn at(cause: FaultCause, row: Option<usize>, message: impl Into<String>) -> CallFault {
         let message = one_line(&message.into()).into_owned();
-        CallFault { cause, host: false, whole: false, unplaced: false, row, message }
+        CallFault { cause, host: false, whole: false, unplaced: false, row, took: Duration::ZERO, message }
     }
 
     pub fn host(message: String) -> CallFault {
@@ -68,6 +71,10 @@ impl CallFault {
     /// Whether the instance is in a state that nobody knows. What a guest says through `fail` leaves it as it was.
     pub fn costs_instance(&self) -> bool {
         self.cause != FaultCause::Failed && !self.unplaced
+    }
+
+    fn after(self, took: Duration) -> CallFault {
+        CallFault { took, ..self }
     }
 
     fn whole(self) -> CallFault {
@@ -421,12 +428,13 @@ impl Body {
             Call { shared: &self.shared, plugin: &setup.plugin, budget, rows, seconds }.run(&mut self.store, call);
         self.weigh();
         if self.window.was_written() {
-            return Err(CallFault::new(FaultCause::WindowWrite, "it wrote into its window, which is for reading only"));
+            let message = "it wrote into its window, which is for reading only";
+            return Err(CallFault::new(FaultCause::WindowWrite, message).after(self.store.data().took));
         }
         let answer = answer?;
         let guest = self.store.data_mut();
         if let Some((row, message)) = guest.failed.take() {
-            return Err(CallFault::at(FaultCause::Failed, row, message));
+            return Err(CallFault::at(FaultCause::Failed, row, message).after(guest.took));
         }
         if guest.is_live() {
             setup.meter.count(setup.version, &mut guest.metrics);
@@ -521,7 +529,8 @@ impl Call<'_> {
         if let Some(seconds) = self.seconds {
             seconds.observe(elapsed.as_secs_f64());
         }
-        answer.map_err(|error| fault(&error, store.data()))
+        store.data_mut().took = elapsed;
+        answer.map_err(|error| fault(&error, store.data()).after(elapsed))
     }
 }
 
@@ -575,11 +584,13 @@ pub struct Instances {
     clock: u64,
     random: u64,
     seated: Vec<Seated>,
+    /// What their calls have taken of the worker's time for nothing.
+    pub waste: Waste,
 }
 
 impl Instances {
     pub fn new(shared: Arc<Shared>, limit: usize) -> Instances {
-        Instances { shared, limit: limit.max(1), clock: 0, random: 0, seated: Vec::new() }
+        Instances { shared, limit: limit.max(1), clock: 0, random: 0, seated: Vec::new(), waste: Waste::default() }
     }
 
     /// The instance of a setup's module for whoever the space is entered for, made where there is none, with the setup

@@ -8,7 +8,7 @@
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
@@ -335,16 +335,28 @@ impl Runner<'_> {
         Set { setup: setup.key, namespace: self.space.namespace, user: self.space.owner().cloned() }
     }
 
-    /// An error while the plugin rests with these parameters.
+    /// An error while the plugin rests, with these parameters or with all.
     fn rests(&self, setup: &Setup) -> Result<(), PluginError> {
         let health = &setup.module.health;
-        if self.counts
-            && health.has_lost_instances()
-            && let Some(rest) = health.rests(&self.set(setup), Instant::now())
-        {
-            return Err(PluginError::Resting { plugin: setup.plugin.to_string(), stage: self.stage, rest });
+        if !self.counts || !health.ails() {
+            return Ok(());
         }
-        Ok(())
+        match health.rests(&self.set(setup), Instant::now()) {
+            Some(rest) => Err(self.resting(setup, rest)),
+            None => self.rests_all(setup),
+        }
+    }
+
+    /// An error while it rests with all parameters, because it has taken too much of this worker's time for nothing.
+    fn rests_all(&self, setup: &Setup) -> Result<(), PluginError> {
+        match setup.module.health.rests_all(&self.instances.waste, Instant::now()) {
+            Some(rest) if self.counts => Err(self.resting(setup, rest)),
+            _ => Ok(()),
+        }
+    }
+
+    fn resting(&self, setup: &Setup, rest: Duration) -> PluginError {
+        PluginError::Resting { plugin: setup.plugin.to_string(), stage: self.stage, rest }
     }
 
     /// Takes out what is known to fail, so that it costs no call again.
@@ -405,6 +417,7 @@ impl Runner<'_> {
             self.instances.forget(setup, self.space);
         }
         for unit in batch {
+            self.rests_all(setup)?;
             let unit = [unit];
             let answer = self.call(setup, &unit).1;
             let [unit] = unit;
@@ -471,9 +484,12 @@ impl Runner<'_> {
         fault.of(&setup.plugin, Some(self.stage), index)
     }
 
-    fn count_failure(&self, setup: &Setup, fault: &CallFault) {
+    fn count_failure(&mut self, setup: &Setup, fault: &CallFault) {
         self.shared.metrics.plugin_failures.inc();
         setup.meter.failed(fault.cause);
+        if self.counts {
+            setup.module.health.wasted(fault.took, &mut self.instances.waste, Instant::now());
+        }
     }
 
     /// One call with as many units as the worker part takes; how many those were.

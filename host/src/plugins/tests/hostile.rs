@@ -93,6 +93,58 @@ fn endless_loops_end() {
     assert!(message.contains("deadline"), "{message}");
 }
 
+/// Loops where `v` is 99.
+fn endless_at_99() -> String {
+    let loops = "(if (i64.eq (call $value (local.get $h) (local.get $d) (local.get $i)) (i64.const 99)) (then (loop $l (br $l)))) (i32.const 1)";
+    filter(&[MIN, READS_V], loops)
+}
+
+/// Each set of parameters had five failures before it rested, and everybody else on the worker waited for all of them.
+#[test]
+fn endless_loops_with_many_parameters_take_a_share_of_the_worker_and_no_more() {
+    const SETS: usize = 40;
+    let fixture = Fixture::new(options());
+    let mut worker = fixture.plugins.worker(0);
+    let honest = open(&fixture, &mut worker, "at_least", &at_least());
+    let looping: Vec<PipelineId> = (0..SETS)
+        .map(|min| {
+            let stage = fixture.stage("loop", &endless_at_99(), &format!("{{\"min\":{min}}}"));
+            super::open(&mut worker, &[stage]).unwrap().id
+        })
+        .collect();
+    let rows = values(&[5, 99]);
+    let (mut failed, mut rest) = (0, 0);
+    for id in &looping {
+        match run(&mut worker, *id, None, &rows) {
+            Err(PluginError::Fault { cause: FaultCause::Deadline, .. }) if rest == 0 => failed += 1,
+            Err(PluginError::Resting { .. }) => rest += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    // 200 ms of two calls of 20 ms each, and what a busy machine adds.
+    assert!(failed + rest == SETS && (1..10).contains(&failed), "{failed} failed, {rest} rest");
+    // What else is on this worker goes on, and so does the same module on another one.
+    assert_eq!(run(&mut worker, honest, None, &rows).unwrap().keep, [false, true]);
+    let mut other = fixture.plugins.worker(1);
+    let stage = fixture.stage("loop", &endless_at_99(), r#"{"min":1}"#);
+    let same = super::open(&mut other, &[stage]).unwrap().id;
+    assert_eq!(run(&mut other, same, None, &values(&[5, 15])).unwrap().keep, [true, true]);
+}
+
+/// One batch of rows that are skipped one by one took more than a second.
+#[test]
+fn endless_loops_of_one_batch_end_in_a_rest() {
+    let fixture = Fixture::new(options());
+    let mut worker = fixture.plugins.worker(0);
+    let stage = fixture.stage("loop", &endless_at_99(), "");
+    let id = worker.open(Owner::shared(NS), &[stage], &table(), OnError::Skip).unwrap().id;
+    let (base, places) = values(&[99; 64]);
+    let cut = worker.run(id, Rows { origin: Origin::Live, commit: None, base: &base, places: &places }).unwrap_err();
+    assert!(matches!(cut.error, PluginError::Resting { .. }), "{:?}", cut.error);
+    // What was found out is kept: those rows cost nothing when it goes on.
+    assert!((1..15).contains(&cut.faults.len()), "{} rows", cut.faults.len());
+}
+
 #[test]
 fn a_busy_machine_is_not_the_guests_fault() {
     let body = "(local $i i32) (loop $l (br_if $l (i32.lt_u (local.tee $i (i32.add (local.get $i) (i32.const 1))) (i32.const 3000000))))";
