@@ -363,6 +363,7 @@ impl Db {
         if request.one_result && statements.len() > 1 {
             return Err(DbError::SeveralResults(statements.len()));
         }
+        crate::sql::check_params(&statements, &request.params)?;
         match kind {
             StatementKind::Query => self.query(who, &statements, request).await,
             StatementKind::Dml => write::dml(self, who, &statements, request).await,

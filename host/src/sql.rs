@@ -168,6 +168,30 @@ pub struct Statement {
     pub(crate) index: usize,
     /// Whether the text is too small to trouble an ordinary thread's stack.
     pub(crate) small: bool,
+    /// The highest parameter of the whole text; 0 where there is none.
+    params: usize,
+}
+
+/// The most parameters of a request.
+const MAX_PARAMS: usize = 1_000;
+
+/// A parameter that no statement of a text uses is a mistake: a list that is one off, or a `$1` that was forgotten.
+pub fn check_params(statements: &[Statement], params: &[Param]) -> Result<(), SqlError> {
+    all_used(statements.first().map_or(0, |statement| statement.params), params.len())
+}
+
+fn all_used(highest: usize, sent: usize) -> Result<(), SqlError> {
+    if sent > MAX_PARAMS {
+        return Err(SqlError::Limit(format!("{sent} parameters, more than {MAX_PARAMS}")));
+    }
+    if sent <= highest {
+        return Ok(());
+    }
+    let used = match highest {
+        0 => "none is used".to_owned(),
+        highest => format!("${highest} is the last that is used"),
+    };
+    Err(SqlError::invalid("parameters", format!("{sent} parameters were sent, but {used}")))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 use reqwest::{Method, RequestBuilder, header};
 use serde_json::{Value, json};
 use tests::client::expect_problem;
+use tests::guest::{Guest, KEEP_ALL, filtering};
 use tests::raw::exchange;
 use tests::{Client, LiveQuery, Options, PATIENCE, TestServer, plugin};
 
@@ -79,6 +80,46 @@ async fn what_may_be_said_once_is_refused_twice() {
         let mut live = db.attached(query.send().await.unwrap());
         live.until_uptodate().await;
     }
+}
+
+/// A list that is one off, or a parameter that was forgotten in the text, went through without a word; and so did what a
+/// feed has no use for.
+#[tokio::test]
+async fn what_is_sent_and_not_used_is_refused() {
+    let server = TestServer::start().await;
+    let db = server.admin();
+    db.sql("CREATE TABLE t (id INT PRIMARY KEY)").await;
+    for (sql, params, due) in [
+        ("INSERT INTO t VALUES ($1)", json!([1, 2]), "2 parameters were sent, but $1 is the last that is used"),
+        ("INSERT INTO t VALUES (3); INSERT INTO t VALUES (4)", json!([1]), "none is used"),
+        ("SELECT $2", json!([1, 2, 3]), "$2 is the last"),
+        ("SELECT '$1' -- $2", json!([1]), "none is used"),
+        ("CREATE TABLE u (id INT PRIMARY KEY)", json!([1]), "none is used"),
+        ("EXPLAIN LIVE SELECT id FROM t", json!([1]), "none is used"),
+        ("KILL LIVE QUERY 'x'", json!([1]), "none is used"),
+    ] {
+        // Also of a text that is known by then.
+        for _ in 0..2 {
+            let request = db.request(Method::POST, "/v1/sql").json(&json!({"sql": sql, "params": params}));
+            let said = detail(request, 400, "parameters").await;
+            assert!(said.contains(due), "{sql}: {said}");
+        }
+    }
+    assert_eq!(db.rows("SELECT count(*) FROM t").await, json!([[0]]));
+    assert_eq!(db.sql_params("SELECT $1; SELECT $2", json!([1, 2])).await["results"][1]["rows"], json!([[2]]));
+    let said = detail(db.get("/v1/sql?sql=SELECT+1&params=[1]"), 400, "parameters").await;
+    assert!(said.contains("none is used"), "{said}");
+    let said = detail(db.get("/v1/live?sql=SELECT+id+FROM+t&params=[1]"), 400, "parameters").await;
+    assert!(said.contains("none is used"), "{said}");
+
+    let feed = Guest { plugin: ",\"kind\":\"change_filter\"", fields: &filtering(KEEP_ALL), ..Guest::default() };
+    db.put_plugin("feed", feed.bytes()).await;
+    let query = |old: &str| LiveQuery::new("SELECT id FROM t").plugin("feed").option("old", old);
+    for old in ["full", "none"] {
+        let problem = db.expect_no_live(query(old), 400, "bad_request").await;
+        assert!(problem["detail"].as_str().unwrap().contains("`old`"), "{problem}");
+    }
+    db.live(query("changed")).await.until_uptodate().await;
 }
 
 #[tokio::test]

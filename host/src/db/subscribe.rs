@@ -29,7 +29,7 @@ use super::{
 use crate::catalog::{Anchors, Catalog, OnError, Semantics, Table};
 use crate::live::position::Position;
 use crate::live::{
-    AnyOutlet, Delivery, EndReason, From, GroupSpec, PipelineFault, Rerun, SubscribeError, Subscription,
+    AnyOutlet, Delivery, EndReason, From, GroupSpec, OldMode, PipelineFault, Rerun, SubscribeError, Subscription,
 };
 use crate::plugins::{Opened, PluginError, Stage};
 use crate::sql::live::requery::RequeryPlan;
@@ -137,6 +137,11 @@ impl Db {
                 "a pipeline that sees changes has no snapshot: leave `snapshot` and `last_rows` out, or say \
                  `snapshot=false`"
                     .into(),
+            ));
+        }
+        if spec.semantics == Semantics::Feed && request.old != OldMode::default() {
+            return Err(DbError::BadRequest(
+                "a pipeline that sees changes tells no old values: leave `old` out".into(),
             ));
         }
         // Not in what streams have in common: with it hardly two requests would be the same.
@@ -403,6 +408,7 @@ impl Db {
                 return Err(DbError::BadRequest("GET only reads; send KILL LIVE QUERY by POST".into()));
             }
             LiveCommand::Kill(live_id) => {
+                crate::sql::check_params(&[], &request.params)?;
                 StatementResult::Affected { affected: self.kill(who, &live_id).await?, returned: None }
             }
             LiveCommand::Explain(sql) => {

@@ -43,8 +43,6 @@ use super::times::Microseconds;
 use super::{Param, RequestEnv, SqlError};
 use crate::catalog::Table;
 
-pub(crate) const MAX_PARAMS: usize = 1_000;
-
 /// The names of one request.
 pub(crate) struct Names<'a> {
     pub(crate) state: &'a SessionState,
@@ -55,10 +53,6 @@ pub(crate) struct Names<'a> {
 impl Names<'_> {
     /// The statement as a logical plan, parameters and request functions still symbolic.
     pub(crate) fn plan(&self, statement: ast::Statement) -> Result<LogicalPlan> {
-        if self.env.params.len() > MAX_PARAMS {
-            let message = format!("{} parameters, more than {MAX_PARAMS}", self.env.params.len());
-            return Err(SqlError::Limit(message).into_datafusion());
-        }
         let types = self.env.params.iter().map(|param| Some(param_field(param))).collect();
         let mut context = PlannerContext::new().with_prepare_param_data_types(types);
         self.sql_to_rel().sql_statement_to_plan_with_context(statement, &mut context)

@@ -59,6 +59,8 @@ pub(crate) struct Gated {
     pub(crate) small: bool,
     /// Harmless to plan on any thread, too.
     pub(crate) shallow: bool,
+    /// The highest number of a parameter; 0 where there is none.
+    pub(crate) params: usize,
 }
 
 pub(crate) fn check(text: &str) -> Result<Gated, SqlError> {
@@ -87,7 +89,12 @@ pub(crate) fn check(text: &str) -> Result<Gated, SqlError> {
     }
     let small = tokens.len() <= SMALL_TOKENS;
     let shallow = small && gate.nesting <= SHALLOW_NESTING && gate.height <= SHALLOW_HEIGHT;
-    Ok(Gated { tokens, small, shallow })
+    let params = tokens.iter().filter_map(|token| match &token.token {
+        Token::Placeholder(name) => name.strip_prefix('$')?.parse().ok(),
+        _ => None,
+    });
+    let params = params.max().unwrap_or(0);
+    Ok(Gated { tokens, small, shallow, params })
 }
 
 #[derive(Default)]

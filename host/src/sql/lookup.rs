@@ -14,7 +14,6 @@ use uuid::Uuid;
 use wire::{ColumnDecl, ImageRef, Type, Value};
 
 use super::arrow::{RowBatchBuilder, output_schema};
-use super::context::MAX_PARAMS;
 use super::ddl::{fold, table_name};
 use super::provider::scope_of;
 use super::{OutputColumn, Param, RequestEnv, RowStream, SqlError};
@@ -60,7 +59,7 @@ impl KeyedRow {
     /// The row, if `from` is one table and `condition` says its whole key and nothing else.
     pub(crate) fn find(from: &TableWithJoins, condition: &Expr, env: &RequestEnv) -> Option<KeyedRow> {
         let TableFactor::Table { name, alias: None, args: None, .. } = &from.relation else { return None };
-        if !from.joins.is_empty() || env.params.len() > MAX_PARAMS {
+        if !from.joins.is_empty() {
             return None;
         }
         let (namespace, name) = table_name(name).ok()?;

@@ -279,7 +279,9 @@ impl Sql {
 
     /// Compiles a live query. Blocks.
     pub fn live(&self, text: &str, env: &RequestEnv) -> Result<live::Live, SqlError> {
-        on_fitting_stack(gate::check(text)?.shallow, || live::compile(&self.engine, text, env))
+        let gated = gate::check(text)?;
+        super::all_used(gated.params, env.params.len())?;
+        on_fitting_stack(gated.shallow, || live::compile(&self.engine, text, env))
     }
 
     /// Runs a compiled live query as a whole, at the snapshot and for the user of `env`.

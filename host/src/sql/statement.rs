@@ -31,10 +31,10 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Statement>, SqlError> {
 fn parse_gated(text: &str, gated: Gated) -> Result<Vec<Statement>, SqlError> {
     let mut parser = Parser::new(&Spoken).with_recursion_limit(PARSER_DEPTH).with_tokens_with_locations(gated.tokens);
     let statements = parser.parse_statements().map_err(|error| from_parser(error, text))?;
-    let (text, small): (Arc<str>, bool) = (text.into(), gated.small);
+    let (text, small, params): (Arc<str>, _, _) = (text.into(), gated.small, gated.params);
     let classified = statements.into_iter().enumerate().map(|(index, statement)| {
         let kind = classify(&statement, &text)?;
-        Ok(Statement { kind, ast: Box::new(statement), text: text.clone(), index, small })
+        Ok(Statement { kind, ast: Box::new(statement), text: text.clone(), index, small, params })
     });
     classified.collect()
 }

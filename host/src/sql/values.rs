@@ -12,14 +12,14 @@ use datafusion::common::ScalarValue;
 use datafusion::sql::sqlparser::ast::{self, Expr, SetExpr, Statement as Ast, UnaryOperator};
 
 use super::RequestEnv;
-use super::context::{MAX_PARAMS, param_value};
+use super::context::param_value;
 
 /// The rows of the query, if they are constants.
 pub(crate) fn rows(query: &Ast, env: &RequestEnv) -> Option<RecordBatch> {
     let Ast::Query(query) = query else { return None };
     let SetExpr::Values(values) = &*query.body else { return None };
     let bare = query.with.is_none() && query.order_by.is_none() && query.limit_clause.is_none();
-    if !bare || env.params.len() > MAX_PARAMS {
+    if !bare {
         return None;
     }
     let width = values.rows.first()?.content.len();
