@@ -175,7 +175,7 @@ pub struct Statement {
 /// The most parameters of a request.
 const MAX_PARAMS: usize = 1_000;
 
-/// A parameter that no statement of a text uses is a mistake: a list that is one off, or a `$1` that was forgotten.
+/// A parameter that no statement of a text uses is a mistake: a list that is one too long, or a `$2` that was forgotten.
 pub fn check_params(statements: &[Statement], params: &[Param]) -> Result<(), SqlError> {
     all_used(statements.first().map_or(0, |statement| statement.params), params.len())
 }

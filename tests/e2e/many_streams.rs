@@ -220,8 +220,9 @@ async fn idle_streams_from_several_addresses_beat_on_time_and_apart() {
     let first = beats.iter().map(|at| at[0]).min().expect("there are streams");
     let gaps = beats.iter().flat_map(|at| at.windows(2).map(|pair| pair[1] - pair[0]));
     let longest = gaps.max().expect("there are streams");
-    // One of a second cannot be told from this process's own delays.
-    assert!(count < TO_TELL || longest < 2 * beat, "a heartbeat of {beat:?} came after {longest:?}");
+    // This process has delays of its own, which are as long as a beat of a second.
+    let late = if count < TO_TELL { 10 } else { 2 };
+    assert!(longest < late * beat, "a heartbeat of {beat:?} came after {longest:?}");
     let quarters: Vec<[usize; 4]> = (0..6)
         .map(|turn| {
             let mut quarters = [0_usize; 4];

@@ -94,8 +94,10 @@ async fn idle_streams_beat_apart() {
     let spread = async {
         loop {
             let beats = each(streams, |mut live| async move {
+                let before = Instant::now();
                 let event = live.next_event().await;
                 assert_eq!((event.name.as_str(), event.id.is_some()), ("uptodate", true), "{event:?}");
+                assert!(before.elapsed() < 10 * BEAT, "a heartbeat of {BEAT:?} came after {:?}", before.elapsed());
                 (live, Instant::now())
             });
             let mut quarters = [0_usize; 4];

@@ -16,7 +16,7 @@ use crate::live::{
     Batch, ChangeOutput, GroupSpec, Pass, Piped, PipelineFault, Pipelines, Program, ProgramError, Question,
 };
 use crate::plugins::registry::{ModuleSource, Owner, PluginWorker, Plugins};
-use crate::plugins::{Changes, Origin, PipelineId, PluginError, Rows, Stage, UnitFault};
+use crate::plugins::{Changes, FaultCause, Origin, PipelineId, PluginError, Rows, Stage, UnitFault};
 use crate::sql::live::LivePlan;
 use crate::store::{Commit, Seq, Store, StoreError};
 
@@ -247,7 +247,10 @@ pub(super) fn unfit(stage: &Stage, error: PluginError) -> PipelineFault {
         PluginError::Resting { plugin, rest, .. } => PluginError::Resting { plugin, stage: 0, rest },
         error => error,
     };
-    fault_at(Some(0), error, std::slice::from_ref(stage))
+    // Of a busy moment as well as of the guest.
+    let again = matches!(error, PluginError::Fault { cause: FaultCause::Deadline, .. }).then_some(HOST_REST);
+    let fault = fault_at(Some(0), error, std::slice::from_ref(stage));
+    PipelineFault { retry_after: fault.retry_after.or(again), ..fault }
 }
 
 /// The fault with the plugin that is to blame, where the error says which stage it was, or the caller knows.
@@ -278,7 +281,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::plugins::FaultCause;
 
     #[test]
     fn a_fault_names_the_plugin_that_failed_or_none() {

@@ -76,6 +76,7 @@ enum Kept {
         stage: Box<Stage>,
         error: Box<PluginError>,
         until: Instant,
+        weight: u64,
     },
 }
 
@@ -87,9 +88,8 @@ struct ByWeight;
 impl Weighter<[u8; 32], Kept> for ByWeight {
     fn weight(&self, _: &[u8; 32], kept: &Kept) -> u64 {
         match kept {
-            Kept::Compiled { weight, .. } => *weight,
+            Kept::Compiled { weight, .. } | Kept::Unfit { weight, .. } => *weight,
             Kept::ByUser => 256,
-            Kept::Unfit { .. } => 1_024,
         }
     }
 }
@@ -134,7 +134,9 @@ impl CompiledQueries {
             Ok(compiled) => guard.insert(kept(compiled, &asked)),
             Err(DbError::Stage { stage, error }) => {
                 let until = Instant::now() + HOST_REST;
-                guard.insert(Kept::Unfit { stage: stage.clone(), error: error.clone(), until })
+                // Both may quote the request.
+                let weight = FILTER_BYTES + BYTES_PER_BYTE * asked.len() as u64;
+                guard.insert(Kept::Unfit { stage: stage.clone(), error: error.clone(), until, weight })
             }
             Err(_) => return compiled,
         };

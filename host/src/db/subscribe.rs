@@ -139,7 +139,9 @@ impl Db {
                     .into(),
             ));
         }
-        if spec.semantics == Semantics::Feed && request.old != OldMode::default() {
+        // (Who comes back may have had rows when that was said, and a version of the plugin that sees none.)
+        let anew = request.position.is_none();
+        if spec.semantics == Semantics::Feed && anew && request.old != OldMode::default() {
             return Err(DbError::BadRequest(
                 "a pipeline that sees changes tells no old values: leave `old` out".into(),
             ));
@@ -673,9 +675,9 @@ impl LiveStream {
         let compiled = self.compile().await;
         // An altered table that no longer fits ends a stream, but one that was told that it waits.
         let ends = matches!(rejoin, Rejoin::Resync(ResyncReason::Schema)) && self.told.is_none();
-        let compiled = match ends {
-            true => Some(compiled?),
-            false => self.or_wait(compiled, rejoin, catalog.clone())?,
+        let compiled = match compiled {
+            Err(error) if ends && no_longer_fits(&error) => return Err(error),
+            compiled => self.or_wait(compiled, rejoin, catalog.clone())?,
         };
         let Some(compiled) = compiled else { return Ok(()) };
         let reason = match rejoin {
@@ -903,10 +905,13 @@ fn closed_by(error: DbError) -> LiveOutput {
     }
 }
 
-/// Whether it is the query that is refused, or its plugin; not a server that is full or fails.
+/// Whether it is the query that is refused, or its plugin; not by a server that is full or fails.
 fn no_longer_fits(error: &DbError) -> bool {
     use SqlError::{Invalid, Unsupported};
-    matches!(error, DbError::Sql(Invalid { .. } | Unsupported { .. }) | DbError::BadRequest(_) | DbError::Stage { .. })
+    match error {
+        DbError::Stage { error, .. } => !matches!(**error, PluginError::Host(_) | PluginError::Refused(_)),
+        error => matches!(error, DbError::Sql(Invalid { .. } | Unsupported { .. }) | DbError::BadRequest(_)),
+    }
 }
 
 fn subscribe_error(error: SubscribeError) -> DbError {

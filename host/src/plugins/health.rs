@@ -1,6 +1,6 @@
 //! What is known of a module's failures: rows that failed are remembered until the version changes, so that they are
 //! not tried again and again; and parameter sets that keep losing instances rest for a while. [`Waste`] is a worker's: what
-//! calls that came to nothing took of its time. Over its share, the modules that took it rest on that worker, with all
+//! calls that came to nothing took of its time. Over their share, the modules that took it rest on that worker, with all
 //! their parameter sets: each set would have five failures of its own, and everybody else on that worker waits for them.
 //!
 //! One [`Health`] per compiled module, shared by all workers. Plugins are pure, so a row that failed once fails always:
@@ -8,7 +8,7 @@
 //! plugin rests stops where it is and goes on from there.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,8 +26,14 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 /// The part of a worker's time that calls which come to nothing may take: one in so many, and so much at once.
 const WASTE_SHARE: u32 = 5;
 const WASTE: Duration = Duration::from_millis(200);
-/// Less is not worth a look at the clock: a trap, a row that the guest refuses.
+/// Less is not worth counting: a trap, a row that the guest refuses.
 const WASTED: Duration = Duration::from_millis(1);
+/// Who has taken so much of it is to blame.
+const BLAME: Duration = Duration::from_millis(50);
+/// Over the rows of so many owners, and it is the module.
+const OWNERS: usize = 4;
+/// How many may be to blame before those are forgotten whose time has come back.
+const CULPRITS: usize = 256;
 
 /// Failures remembered per module: about 1 MiB with messages. Beyond it the oldest is forgotten and costs its call again.
 const REMEMBERED: usize = 4096;
@@ -35,8 +41,8 @@ const REMEMBERED: usize = 4096;
 /// Parameter sets of which failures are kept per module.
 const SETS: usize = 1024;
 
-/// What rests together: parameters for one input, over the rows of one owner. Nobody can put to rest what runs over rows
-/// that are not theirs.
+/// What rests together: parameters for one input, over the rows of one owner. One user alone can never put to rest what runs
+/// over rows that are not theirs.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Set {
     /// The key of the setup.
@@ -60,8 +66,8 @@ pub struct Health {
     inner: Mutex<Inner>,
     /// How many failures are remembered: with none, nobody computes a unit's key.
     remembered: AtomicUsize,
-    /// Whether any parameter set has failures, or any time was wasted.
-    ails: AtomicBool,
+    /// How many parameter sets have failures.
+    sets: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -69,8 +75,6 @@ struct Inner {
     known: HashMap<UnitKey, Known>,
     order: VecDeque<UnitKey>,
     breakers: HashMap<Set, Breaker>,
-    /// When time was wasted on it for the last time.
-    wasted: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -112,22 +116,12 @@ impl Health {
         if inner.breakers.len() < SETS || inner.breakers.contains_key(&set) {
             inner.breakers.entry(set).or_default().failed(now);
         }
-        self.ails.store(true, Ordering::Release);
+        self.sets.store(inner.breakers.len(), Ordering::Release);
     }
 
-    /// A call came to nothing that took so much of a worker's time.
-    pub fn wasted(&self, took: Duration, waste: &mut Waste, now: Instant) {
-        if took < WASTED {
-            return;
-        }
-        waste.add(took, now);
-        self.inner().wasted = Some(now);
-        self.ails.store(true, Ordering::Release);
-    }
-
-    /// Only then can anything rest: everybody else is spared the lock and the clock.
-    pub fn ails(&self) -> bool {
-        self.ails.load(Ordering::Acquire)
+    /// Only then can a parameter set rest: everybody else is spared the lock and the clock.
+    pub fn has_lost_instances(&self) -> bool {
+        self.sets.load(Ordering::Acquire) > 0
     }
 
     /// How much longer the parameter set is not to be called.
@@ -135,38 +129,70 @@ impl Health {
         self.inner().breakers.get(set)?.rests(now)
     }
 
-    /// How much longer no parameter set is to be called on a worker, where this module is one of those to blame.
-    pub fn rests_all(&self, waste: &Waste, now: Instant) -> Option<Duration> {
-        let rest = waste.rest(now)?;
-        self.inner().wasted.is_some_and(|wasted| now - wasted < SPAN).then_some(rest)
-    }
-
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What calls that came to nothing have taken of a worker's time, less its share since.
+/// Whose calls: of a compiled module, over the rows of one owner.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Culprit {
+    pub module: u64,
+    pub namespace: NamespaceId,
+    /// Of a user table.
+    pub user: Option<Arc<str>>,
+}
+
+/// What calls that came to nothing have taken of a worker's time.
 #[derive(Debug, Default)]
 pub struct Waste {
-    level: Duration,
-    at: Option<Instant>,
+    all: Level,
+    by: HashMap<Culprit, Level>,
 }
 
 impl Waste {
+    /// A call came to nothing, and took this long.
+    pub fn add(&mut self, culprit: Culprit, took: Duration, now: Instant) {
+        if took < WASTED {
+            return;
+        }
+        if self.by.len() >= CULPRITS {
+            self.by.retain(|_, level| level.at(now) > Duration::ZERO);
+        }
+        self.all.add(took, now);
+        self.by.entry(culprit).or_default().add(took, now);
+    }
+
+    /// Only then does anybody rest.
+    pub fn is_any(&self) -> bool {
+        self.all.since.is_some()
+    }
+
+    /// How much longer this one is not to be called. Over the limit, whoever is to blame rests until it is so no more.
+    pub fn rests(&self, culprit: &Culprit, now: Instant) -> Option<Duration> {
+        let over = self.all.at(now).checked_sub(WASTE)?;
+        let blamed = |level: &Level| level.at(now) >= BLAME;
+        let owners = || self.by.iter().filter(|(of, level)| of.module == culprit.module && blamed(level)).count();
+        let rests = self.by.get(culprit).is_some_and(blamed) || owners() >= OWNERS;
+        rests.then(|| (over * WASTE_SHARE).clamp(FIRST_REST, LONGEST_REST))
+    }
+}
+
+/// Time that was taken, less what has come back since.
+#[derive(Debug, Default)]
+struct Level {
+    level: Duration,
+    since: Option<Instant>,
+}
+
+impl Level {
     fn add(&mut self, took: Duration, now: Instant) {
-        (self.level, self.at) = (self.level(now) + took, Some(now));
+        (self.level, self.since) = (self.at(now) + took, Some(now));
     }
 
-    fn level(&self, now: Instant) -> Duration {
-        let since = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+    fn at(&self, now: Instant) -> Duration {
+        let since = self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         self.level.saturating_sub(since / WASTE_SHARE)
-    }
-
-    /// Over the limit: until it is so no more, and at least for a first rest.
-    fn rest(&self, now: Instant) -> Option<Duration> {
-        let over = self.level(now).checked_sub(WASTE)?;
-        Some((over * WASTE_SHARE).clamp(FIRST_REST, LONGEST_REST))
     }
 }
 
@@ -234,35 +260,46 @@ mod tests {
 
     #[test]
     fn what_wastes_a_workers_time_rests_with_all_its_parameters() {
-        let (health, innocent, start) = (Health::default(), Health::default(), Instant::now());
+        let (start, millis) = (Instant::now(), Duration::from_millis);
+        let at = |after: u64| start + millis(after);
+        let of = |module, user: &str| Culprit {
+            module,
+            namespace: NamespaceId(1),
+            user: Some(user).filter(|user| !user.is_empty()).map(Arc::from),
+        };
+        let (culprit, innocent) = (of(1, ""), of(2, ""));
         let mut waste = Waste::default();
-        let at = |millis: u64| start + Duration::from_millis(millis);
-        let millis = Duration::from_millis;
-        assert!(!health.ails());
         for _ in 0..9 {
-            health.wasted(millis(20), &mut waste, start);
+            waste.add(culprit.clone(), millis(20), start);
             // What ends at once takes nothing away.
-            health.wasted(Duration::from_micros(500), &mut waste, start);
+            waste.add(innocent.clone(), Duration::from_micros(500), start);
         }
-        assert!(health.ails());
-        assert_eq!(health.rests_all(&waste, start), None, "180 ms of 200");
-        health.wasted(millis(20), &mut waste, start);
-        assert_eq!(health.rests_all(&waste, start), Some(FIRST_REST));
-        assert_eq!(innocent.rests_all(&waste, start), None, "who has wasted nothing goes on");
-        assert_eq!(health.rests_all(&Waste::default(), start), None, "on another worker, too");
+        assert_eq!(waste.rests(&culprit, start), None, "180 ms of 200");
+        waste.add(innocent.clone(), millis(20), start);
+        assert_eq!(waste.rests(&culprit, start), Some(FIRST_REST));
+        assert_eq!(waste.rests(&innocent, start), None, "whose part in it is small goes on");
         // A fifth of the time comes back: 100 ms in half a second.
-        assert_eq!(health.rests_all(&waste, at(500)), None);
-        health.wasted(millis(100), &mut waste, at(500));
-        assert_eq!(health.rests_all(&waste, at(500)), Some(FIRST_REST));
-        health.wasted(millis(1_000), &mut waste, at(500));
-        assert_eq!(health.rests_all(&waste, at(500)), Some(millis(5_000)));
-        assert_eq!(health.rests_all(&waste, at(3_500)), Some(millis(2_000)));
-        assert_eq!(health.rests_all(&waste, at(5_600)), None);
+        assert_eq!(waste.rests(&culprit, at(500)), None);
+        waste.add(culprit.clone(), millis(100), at(500));
+        assert_eq!(waste.rests(&culprit, at(500)), Some(FIRST_REST));
+        waste.add(culprit.clone(), millis(1_000), at(500));
+        assert_eq!(waste.rests(&culprit, at(500)), Some(millis(5_000)));
+        assert_eq!(waste.rests(&culprit, at(3_500)), Some(millis(2_000)));
+        assert_eq!(waste.rests(&culprit, at(5_600)), None);
         // Long ago it was to blame, and what is wasted now is another's.
-        let mut another = Waste::default();
-        innocent.wasted(millis(1_000), &mut another, at(100_000));
-        assert_eq!(health.rests_all(&another, at(100_000)), None);
-        assert!(innocent.rests_all(&another, at(100_000)).is_some());
+        waste.add(innocent.clone(), millis(1_000), at(100_000));
+        assert_eq!(waste.rests(&culprit, at(100_000)), None);
+        assert!(waste.rests(&innocent, at(100_000)).is_some());
+
+        // One user's rows are nobody else's business; those of several say that it is the plugin.
+        let mut waste = Waste::default();
+        let users = ["alice", "bob", "carol", "dora"];
+        for (before, user) in users.into_iter().enumerate() {
+            waste.add(of(1, user), millis(250), start);
+            assert!(waste.rests(&of(1, user), start).is_some());
+            assert_eq!(waste.rests(&of(1, "erin"), start).is_some(), before + 1 == OWNERS);
+            assert_eq!(waste.rests(&of(2, user), start), None, "another plugin");
+        }
     }
 
     #[test]

@@ -338,10 +338,8 @@ impl Instance {
     pub fn filter(&mut self, batch: &Batch<'_>, part: &WorkerPart) -> Result<u64, CallFault> {
         let kept = self.run(batch, part)?;
         if batch.rows < 64 && kept >> batch.rows != 0 {
-            return Err(CallFault::new(
-                FaultCause::Abi,
-                format!("tg_filter set bits beyond the {} rows of its batch ({kept:#x})", batch.rows),
-            ));
+            let message = format!("tg_filter set bits beyond the {} rows of its batch ({kept:#x})", batch.rows);
+            return Err(self.bad_answer(FaultCause::Abi, message));
         }
         batch.setup.meter.judged(batch.origin, batch.rows, kept.count_ones() as usize);
         Ok(kept)
@@ -352,7 +350,7 @@ impl Instance {
         let output = self.output(batch, part)?;
         let (schema, most) = (self.transformed(batch.setup)?, self.body.shared.options.output_bytes * abi::RUN_OUTPUTS);
         let made = abi::output_images(&output, batch.rows, schema, most);
-        let made = made.map_err(|message| CallFault::new(FaultCause::Output, message))?;
+        let made = made.map_err(|message| self.bad_answer(FaultCause::Output, message))?;
         batch.setup.meter.judged(batch.origin, batch.rows, made.count());
         batch.setup.meter.answered(output.len());
         Ok(made)
@@ -363,7 +361,7 @@ impl Instance {
         let output = self.output(batch, part)?;
         let (schema, most) = (self.transformed(batch.setup)?, self.body.shared.options.output_bytes);
         let made = abi::output_changes(&output, batch.rows, schema, most);
-        let (counts, made) = made.map_err(|message| CallFault::new(FaultCause::Output, message))?;
+        let (counts, made) = made.map_err(|message| self.bad_answer(FaultCause::Output, message))?;
         let kept = counts.iter().filter(|count| **count > 0).count();
         batch.setup.meter.judged(batch.origin, batch.rows, kept);
         batch.setup.meter.answered(output.len());
@@ -378,9 +376,14 @@ impl Instance {
         if len as usize > most {
             let message =
                 format!("tg_transform answered {len} bytes; at most {most} are allowed (plugins.output_bytes)");
-            return Err(CallFault::new(FaultCause::Output, message));
+            return Err(self.bad_answer(FaultCause::Output, message));
         }
-        self.take(addr, len).map_err(|message| CallFault::new(FaultCause::Output, format!("the output: {message}")))
+        self.take(addr, len).map_err(|message| self.bad_answer(FaultCause::Output, format!("the output: {message}")))
+    }
+
+    /// The call came to its end, and what it answered is none.
+    fn bad_answer(&self, cause: FaultCause, message: String) -> CallFault {
+        CallFault::new(cause, message).after(self.body.store.data().took)
     }
 
     fn transformed(&self, setup: &Setup) -> Result<&Schema, CallFault> {

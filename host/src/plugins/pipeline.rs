@@ -18,7 +18,7 @@ use wire::image::ImageAt;
 use wire::{ChangeAt, ImageError, ImageRef, Kind, Op};
 
 use super::abi::{Made, RUN_OUTPUTS};
-use super::health::{Set, UnitKey};
+use super::health::{Culprit, Set, UnitKey};
 use super::instance::{Batch, CallFault, Instances, Setup, Space};
 use super::registry::Shared;
 use super::window::{Lease, PART_ROWS_AT, WorkerPart};
@@ -338,20 +338,36 @@ impl Runner<'_> {
     /// An error while the plugin rests, with these parameters or with all.
     fn rests(&self, setup: &Setup) -> Result<(), PluginError> {
         let health = &setup.module.health;
-        if !self.counts || !health.ails() {
-            return Ok(());
+        if self.counts
+            && health.has_lost_instances()
+            && let Some(rest) = health.rests(&self.set(setup), Instant::now())
+        {
+            return Err(self.resting(setup, rest));
         }
-        match health.rests(&self.set(setup), Instant::now()) {
-            Some(rest) => Err(self.resting(setup, rest)),
-            None => self.rests_all(setup),
-        }
+        self.rests_all(setup)
     }
 
     /// An error while it rests with all parameters, because it has taken too much of this worker's time for nothing.
     fn rests_all(&self, setup: &Setup) -> Result<(), PluginError> {
-        match setup.module.health.rests_all(&self.instances.waste, Instant::now()) {
-            Some(rest) if self.counts => Err(self.resting(setup, rest)),
-            _ => Ok(()),
+        let waste = &self.instances.waste;
+        if self.counts
+            && waste.is_any()
+            && let Some(rest) = waste.rests(&self.culprit(setup), Instant::now())
+        {
+            return Err(self.resting(setup, rest));
+        }
+        Ok(())
+    }
+
+    fn culprit(&self, setup: &Setup) -> Culprit {
+        Culprit { module: setup.module.id, namespace: self.space.namespace, user: self.space.owner().cloned() }
+    }
+
+    /// So much of the worker's time was for nothing. (For want of memory of ours it is nobody's doing.)
+    fn waste(&mut self, setup: &Setup, fault: &CallFault, took: Duration) {
+        if self.counts && !fault.host {
+            let culprit = self.culprit(setup);
+            self.instances.waste.add(culprit, took, Instant::now());
         }
     }
 
@@ -387,7 +403,9 @@ impl Runner<'_> {
         Ok(left)
     }
 
-    /// A batch failed: what also fails alone, on a fresh instance, is to blame. If nothing does, the single results stand.
+    /// A batch failed: what also fails alone, on a fresh instance, is to blame. If nothing does, the single results stand,
+    /// and the batch was too large for one call: no time was wasted. Nor is the plugin put to rest before something has
+    /// failed, which is remembered: each try comes further than the one before.
     fn singly(
         &mut self,
         setup: &Setup,
@@ -397,12 +415,14 @@ impl Runner<'_> {
     ) -> Result<(), PluginError> {
         if fault.whole {
             let first = batch.first().map(Unit::index);
+            self.waste(setup, &fault, fault.took);
             return Err(self.fail(setup, fault, first));
         }
         // Told by the guest itself, and all that matters where the pipeline stops: the rows before it were judged.
         if self.on_error == OnError::Stop
             && let Some(row) = fault.row.filter(|row| *row < batch.len())
         {
+            self.waste(setup, &fault, fault.took);
             return self.failed(setup, batch.swap_remove(row), fault, false, out);
         }
         self.count_failure(setup, &fault);
@@ -416,8 +436,8 @@ impl Runner<'_> {
         if fault.costs_instance() {
             self.instances.forget(setup, self.space);
         }
+        let mut took = fault.took;
         for unit in batch {
-            self.rests_all(setup)?;
             let unit = [unit];
             let answer = self.call(setup, &unit).1;
             let [unit] = unit;
@@ -425,9 +445,14 @@ impl Runner<'_> {
                 Ok(answer) => self.take(setup, vec![unit], answer, out)?,
                 Err(fault) if fault.whole => {
                     let index = unit.index();
+                    self.waste(setup, &fault, fault.took);
                     return Err(self.fail(setup, fault, Some(index)));
                 }
-                Err(fault) => self.failed(setup, unit, fault, false, out)?,
+                Err(fault) => {
+                    self.waste(setup, &fault, std::mem::take(&mut took) + fault.took);
+                    self.failed(setup, unit, fault, false, out)?;
+                    self.rests_all(setup)?;
+                }
             }
         }
         Ok(())
@@ -484,12 +509,9 @@ impl Runner<'_> {
         fault.of(&setup.plugin, Some(self.stage), index)
     }
 
-    fn count_failure(&mut self, setup: &Setup, fault: &CallFault) {
+    fn count_failure(&self, setup: &Setup, fault: &CallFault) {
         self.shared.metrics.plugin_failures.inc();
         setup.meter.failed(fault.cause);
-        if self.counts {
-            setup.module.health.wasted(fault.took, &mut self.instances.waste, Instant::now());
-        }
     }
 
     /// One call with as many units as the worker part takes; how many those were.

@@ -78,7 +78,7 @@ fn endless_loops_end() {
     let (cause, index, message) = fault(run(&mut worker, id, None, &values(&[1, 2, 3])));
     assert_eq!((cause, index), (FaultCause::Deadline, Some(0)), "{message}");
     // A limit begins with the first tick that the guest sees, whenever that comes.
-    assert!(thread_cpu() - cpu < Duration::from_secs(2), "the batch, then its first row: two limits of 20 ms");
+    assert!(thread_cpu() - cpu < Duration::from_millis(500), "the batch, then its first row: two limits of 20 ms");
 
     let forever = "(func $forever (loop $l (br $l))) (start $forever)";
     let initialize = "(func (export \"_initialize\") (loop $l (br $l)))";
@@ -116,13 +116,13 @@ fn endless_loops_with_many_parameters_take_a_share_of_the_worker_and_no_more() {
     let (mut failed, mut rest) = (0, 0);
     for id in &looping {
         match run(&mut worker, *id, None, &rows) {
-            Err(PluginError::Fault { cause: FaultCause::Deadline, .. }) if rest == 0 => failed += 1,
+            Err(PluginError::Fault { cause: FaultCause::Deadline, .. }) => failed += 1,
             Err(PluginError::Resting { .. }) => rest += 1,
             other => panic!("{other:?}"),
         }
     }
     // 200 ms of two calls of 20 ms each, and what a busy machine adds.
-    assert!(failed + rest == SETS && (1..10).contains(&failed), "{failed} failed, {rest} rest");
+    assert!(failed + rest == SETS && (1..SETS / 2).contains(&failed), "{failed} failed, {rest} rest");
     // What else is on this worker goes on, and so does the same module on another one.
     assert_eq!(run(&mut worker, honest, None, &rows).unwrap().keep, [false, true]);
     let mut other = fixture.plugins.worker(1);
@@ -143,6 +143,19 @@ fn endless_loops_of_one_batch_end_in_a_rest() {
     assert!(matches!(cut.error, PluginError::Resting { .. }), "{:?}", cut.error);
     // What was found out is kept: those rows cost nothing when it goes on.
     assert!((1..15).contains(&cut.faults.len()), "{} rows", cut.faults.len());
+}
+
+/// A batch that takes too long, of rows that do not: nothing was to blame, and yet it counted as time for nothing, so that
+/// after some batches the plugin rested, and a result of more never came to its end.
+#[test]
+fn a_guest_that_is_slow_and_right_never_rests() {
+    let fixture = Fixture::new(options());
+    let mut worker = fixture.plugins.worker(0);
+    // Something like a millisecond a row; one is allowed 20, and so are 64.
+    let slow = "(local $j i32) (loop $l (br_if $l (i32.lt_u (local.tee $j (i32.add (local.get $j) (i32.const 1))) (i32.const 300000)))) (i32.const 1)";
+    let id = open(&fixture, &mut worker, "slow", &filter(&[READS_V], slow));
+    let rows = values(&[1; 64 * 16]);
+    assert_eq!(run(&mut worker, id, None, &rows).unwrap().keep, [true; 64 * 16]);
 }
 
 #[test]
