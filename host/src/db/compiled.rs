@@ -189,3 +189,34 @@ impl Compiled {
         Compiled { spec: Arc::new(spec), ..self }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+    use crate::config::Role;
+    use crate::db::subscribe::tests::{request, who};
+
+    async fn unfit() -> Result<Compiled, DbError> {
+        let stage = Stage { name: "p".to_owned(), version: 1, sha256: String::new(), params: String::new() };
+        Err(DbError::Stage { stage: Box::new(stage), error: Box::new(PluginError::Params("no".to_owned())) })
+    }
+
+    /// Any user can ask for as many things that do not fit as they like, each as long as a request may be.
+    #[tokio::test]
+    async fn what_does_not_fit_is_kept_and_weighs_what_its_request_does() {
+        let (queries, alice) = (CompiledQueries::new(), who("alice", Role::User));
+        let small = request("SELECT id FROM t", None);
+        for compile in [unfit().boxed(), async { panic!("it is known") }.boxed()] {
+            let error = queries.get(1, &alice, &small, compile).await.err().expect("it does not fit");
+            assert!(matches!(error, DbError::Stage { .. }), "{error}");
+        }
+        const LONG: usize = 100_000;
+        for number in 0..1_000 {
+            let long = request(&format!("{number}{}", " ".repeat(LONG)), None);
+            assert!(queries.get(1, &alice, &long, unfit()).await.is_err());
+        }
+        assert!(queries.kept.len() * LONG <= KEPT_BYTES as usize, "{} are kept", queries.kept.len());
+    }
+}
