@@ -151,11 +151,11 @@ fn endless_loops_of_one_batch_end_in_a_rest() {
 fn a_guest_that_is_slow_and_right_never_rests() {
     let fixture = Fixture::new(options());
     let mut worker = fixture.plugins.worker(0);
-    // Something like a millisecond a row; one is allowed 20, and so are 64.
-    let slow = "(local $j i32) (loop $l (br_if $l (i32.lt_u (local.tee $j (i32.add (local.get $j) (i32.const 1))) (i32.const 300000)))) (i32.const 1)";
+    // Half a millisecond a row, or so: one is allowed 20, and so are 64.
+    let slow = "(local $j i32) (loop $l (br_if $l (i32.lt_u (local.tee $j (i32.add (local.get $j) (i32.const 1))) (i32.const 800000)))) (i32.const 1)";
     let id = open(&fixture, &mut worker, "slow", &filter(&[READS_V], slow));
-    let rows = values(&[1; 64 * 16]);
-    assert_eq!(run(&mut worker, id, None, &rows).unwrap().keep, [true; 64 * 16]);
+    let rows = values(&[1; 64 * 30]);
+    assert_eq!(run(&mut worker, id, None, &rows).unwrap().keep, [true; 64 * 30]);
 }
 
 #[test]
