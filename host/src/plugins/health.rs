@@ -9,11 +9,11 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::FaultCause;
-use crate::catalog::NamespaceId;
+use super::registry::Owner;
 
 /// So many lost instances within the span, and the parameter set rests.
 const FAILURES: usize = 5;
@@ -47,9 +47,7 @@ const SETS: usize = 1024;
 pub struct Set {
     /// The key of the setup.
     pub setup: [u8; 32],
-    pub namespace: NamespaceId,
-    /// Of a user table.
-    pub user: Option<Arc<str>>,
+    pub owner: Owner,
 }
 
 /// Of a row or change under a parameter set: a hash of both.
@@ -138,9 +136,7 @@ impl Health {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Culprit {
     pub module: u64,
-    pub namespace: NamespaceId,
-    /// Of a user table.
-    pub user: Option<Arc<str>>,
+    pub owner: Owner,
 }
 
 /// What calls that came to nothing have taken of a worker's time.
@@ -221,10 +217,17 @@ impl Breaker {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::catalog::NamespaceId;
+
+    fn owner(user: Option<&str>) -> Owner {
+        Owner { namespace: NamespaceId(1), user: user.map(Arc::from) }
+    }
 
     fn set(setup: u8, user: Option<&str>) -> Set {
-        Set { setup: [setup; 32], namespace: NamespaceId(1), user: user.map(Arc::from) }
+        Set { setup: [setup; 32], owner: owner(user) }
     }
 
     fn secs(secs: f32) -> Duration {
@@ -262,12 +265,9 @@ mod tests {
     fn what_wastes_a_workers_time_rests_with_all_its_parameters() {
         let (start, millis) = (Instant::now(), Duration::from_millis);
         let at = |after: u64| start + millis(after);
-        let of = |module, user: &str| Culprit {
-            module,
-            namespace: NamespaceId(1),
-            user: Some(user).filter(|user| !user.is_empty()).map(Arc::from),
-        };
-        let (culprit, innocent) = (of(1, ""), of(2, ""));
+        let of = |module, user| Culprit { module, owner: owner(Some(user)) };
+        let shared = |module| Culprit { module, owner: owner(None) };
+        let (culprit, innocent) = (shared(1), shared(2));
         let mut waste = Waste::default();
         for _ in 0..9 {
             waste.add(culprit.clone(), millis(20), start);

@@ -20,7 +20,7 @@ use wire::{ChangeAt, ImageError, ImageRef, Kind, Op};
 use super::abi::{Made, RUN_OUTPUTS};
 use super::health::{Culprit, Set, UnitKey};
 use super::instance::{Batch, CallFault, Instances, Setup, Space};
-use super::registry::Shared;
+use super::registry::{Owner, Shared};
 use super::window::{Lease, PART_ROWS_AT, WorkerPart};
 use super::{FaultCause, Origin, PluginError, UnitFault};
 use crate::catalog::OnError;
@@ -332,7 +332,7 @@ impl Runner<'_> {
 
     /// What rests together.
     fn set(&self, setup: &Setup) -> Set {
-        Set { setup: setup.key, namespace: self.space.namespace, user: self.space.owner().cloned() }
+        Set { setup: setup.key, owner: self.owner() }
     }
 
     /// An error while the plugin rests, with these parameters or with all.
@@ -360,7 +360,12 @@ impl Runner<'_> {
     }
 
     fn culprit(&self, setup: &Setup) -> Culprit {
-        Culprit { module: setup.module.id, namespace: self.space.namespace, user: self.space.owner().cloned() }
+        Culprit { module: setup.module.id, owner: self.owner() }
+    }
+
+    /// Whose rows are at work.
+    fn owner(&self) -> Owner {
+        Owner { namespace: self.space.namespace, user: self.space.owner().cloned() }
     }
 
     /// So much of the worker's time was for nothing. (For want of memory of ours it is nobody's doing.)

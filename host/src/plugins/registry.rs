@@ -255,7 +255,7 @@ impl Plugins {
 }
 
 /// Whose rows go through a pipeline: those of a namespace's shared tables, or one user's.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Owner {
     pub namespace: NamespaceId,
     pub user: Option<Arc<str>>,
